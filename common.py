@@ -1,7 +1,7 @@
-"""What two or more of the five scripts share: settings, errors, whole files, storage, catalogues, images, prompts, shards.
+"""What two or more of the five scripts share: settings, errors, files, storage, catalogues, images, prompts, shards.
 
 Importing it costs little: torch, boto3 and Pillow are imported by the functions that need them.
-Readers go top to bottom: settings -> errors and progress -> files -> storage -> catalogue -> images -> prompts -> shards.
+The order is: settings, errors and progress, files, storage, catalogue, images, prompts, shards.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def read_json(path: str | Path, what: str = "file") -> Any:
 
 @contextlib.contextmanager
 def exclusive(path: str | Path) -> Iterator[bool]:
-    """Hold a lock file while inside; gives False at once where another live process holds it (flock: death frees it)."""
+    """Hold a lock file while inside; gives False at once where a live process holds it (flock: death frees it)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:
@@ -312,3 +312,338 @@ def list_files(prefix: str | Path) -> list[tuple[str, int]]:
 def remove(path: str | Path) -> None:
     """Delete a file or object if it is there."""
     Path(path).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Catalogue: CSV files as shops export them
+
+REQUIRED_COLUMNS = ("id", "name", "image_path")
+
+
+class Row(NamedTuple):
+    """One line of a catalogue. `reason` is None, or says why the row cannot be used."""
+
+    number: int  # counted from 1 over all files, header lines left out
+    id: str
+    fields: dict[str, str]
+    reason: str | None
+
+
+def text_encoding(path: str | Path) -> str:
+    """utf-8-sig, utf-16 (by its BOM) or, where the bytes are not UTF-8, cp1252 with Latin-1 for its gaps."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as handle:
+        head = handle.read(2)
+        if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+        handle.seek(0)
+        try:
+            while block := handle.read(1 << 20):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return "latin-1"
+    return "utf-8-sig"
+
+
+class Catalogue:
+    """One or several CSV files read as one stream of rows.
+
+    Finds encoding (UTF-8 with or without BOM, UTF-16, Latin-1) and delimiter (comma, semicolon, tab, bar). Values are
+    kept to the letter. A row without id, with an id seen before, without image_path or with too many fields is given
+    with its reason; the first of several rows with the same id is the one that counts. Raises Fail for a missing or
+    empty file and for a missing column.
+    """
+
+    def __init__(self, paths: list[str | Path]):
+        csv.field_size_limit(1 << 24)
+        self.sources = [(Path(path), *self._dialect(Path(path))) for path in paths]
+        self.columns = list(dict.fromkeys(name for *_, header in self.sources for name in header))
+
+    @staticmethod
+    def _dialect(path: Path) -> tuple[str, str, list[str]]:
+        """Encoding, delimiter and header of one file."""
+        try:
+            encoding = text_encoding(path)
+            with open(path, encoding=encoding, newline="") as handle:
+                line = handle.readline(1 << 20)
+        except FileNotFoundError:
+            raise Fail(f"{path}: no such CSV; check --input", USAGE) from None
+        except IsADirectoryError:
+            raise Fail(f"{path}: is a folder, not a CSV; check --input", USAGE) from None
+        except UnicodeError as error:
+            raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
+        headers = [(d, [name.strip() for name in next(csv.reader([line], delimiter=d), [])]) for d in ",;\t|"]
+        delimiter, header = max(headers, key=lambda pair: len(pair[1]))
+        if not line.strip():
+            raise Fail(f"{path}: is empty; a header with {', '.join(REQUIRED_COLUMNS)} is needed")
+        header = [name.lower() if name.lower() in REQUIRED_COLUMNS else name for name in header]
+        missing = [name for name in REQUIRED_COLUMNS if name not in header]
+        if missing:
+            raise Fail(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:200]}", USAGE)
+        return encoding, delimiter, header
+
+    def __iter__(self) -> Iterator[Row]:
+        seen: set[str] = set()
+        number = 0
+        for path, encoding, delimiter, header in self.sources:
+            with open(path, encoding=encoding, newline="") as handle:
+                reader = csv.reader(handle, delimiter=delimiter)
+                next(reader)
+                while True:
+                    try:
+                        values = next(reader)
+                    except StopIteration:
+                        break
+                    except (csv.Error, UnicodeError) as error:
+                        raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
+                    if not values:  # a blank line is no row
+                        continue
+                    number += 1
+                    fields = dict.fromkeys(self.columns, "") | dict(zip(header, values, strict=False))
+                    yield Row(number, fields["id"], fields, self._reason(fields, len(values) - len(header), seen))
+                    seen.add(fields["id"])
+
+    @staticmethod
+    def _reason(fields: dict[str, str], surplus: int, seen: set[str]) -> str | None:
+        if not fields["id"].strip():
+            return "missing id"
+        if surplus > 0:
+            return "too many fields"
+        if fields["id"] in seen:
+            return "duplicate id"
+        return None if fields["image_path"].strip() else "missing image_path"
+
+
+def images_folder(images: str | None, inputs: list[str]) -> Path:
+    """The folder that image_path is relative to: --images, else the folder of the first CSV. Fails if not there."""
+    folder = Path(images) if images else Path(inputs[0]).parent
+    if not folder.is_dir():
+        raise Fail(f"{folder}: no such images folder; set --images to the folder that image_path is relative to", USAGE)
+    return folder.resolve()
+
+
+def reject(row: Row, reason: str, detail: str = "") -> dict[str, Any]:
+    """One line of a rejects file."""
+    fields = {"image_path": row.fields.get("image_path", ""), "name": row.fields.get("name", "")}
+    return {"id": row.id, "row": row.number, "reason": reason, "detail": detail} | fields
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images: one loader for every stage
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 64_000_000  # 192 MB as RGB; a header that announces more is refused before anything is decoded
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; `reason` is a short fixed phrase to count by, `detail` the particulars."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):  # so that worker processes can send it back
+        return BadImage, (self.reason, self.detail)
+
+
+def resolve_image(folder: Path, image_path: str) -> Path:
+    """The file that a row names, links followed; `folder` is resolved already. Raises BadImage."""
+    try:
+        path = (folder / image_path.strip().replace("\\", "/")).resolve()
+        inside, there = path.is_relative_to(folder), path.is_file()
+    except (ValueError, OSError, RuntimeError) as error:  # NUL in the name, too long, a loop of links
+        raise BadImage("missing file", str(error)) from None
+    if not inside:
+        raise BadImage("outside the images folder", image_path)
+    if not there:
+        raise BadImage("missing file", image_path)
+    return path
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str):
+    """The transform from an embedded profile to sRGB, or None where it is sRGB already or cannot be used."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a broken profile is no reason to lose the picture
+        return None
+
+
+def _as_rgb(image):
+    """A decoded picture as RGB in sRGB, laid on white where it is transparent."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit grey
+        wide = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or wide.max(initial=0) > 255:
+            wide >>= 8
+        image = Image.fromarray(np.clip(wide, 0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("unsupported image", "floating-point pixels")
+    profile = image.info.get("icc_profile")
+    alpha = None
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
+    elif image.mode not in ("RGB", "CMYK", "L"):
+        image = image.convert("RGB")
+    transform = _to_srgb(profile, image.mode) if profile else None
+    if transform is not None:
+        from PIL import ImageCms
+
+        image = ImageCms.applyTransform(image, transform)
+    image = image.convert("RGB")
+    if alpha is not None:
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=alpha)
+        image = white
+    return image
+
+
+def load_image(source: Path | bytes, side: int | None = None):
+    """Decode one picture: upright, on white, sRGB, as a Pillow image of mode RGB.
+
+    With `side`, a large JPEG is decoded at 1/2, 1/4 or 1/8 (never to less than `side` pixels on its shorter side).
+    Raises BadImage; never decodes more than MAX_PIXELS.
+    """
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = None  # our own limit stands below and names the size
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage("image too large", f"{width} x {height} px")
+            if side:
+                image.draft(None, (side, side))
+            image.load()
+            rotated = image.getexif().get(0x0112, 1) != 1
+            upright = ImageOps.exif_transpose(image) if rotated else image
+            return _as_rgb(upright)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        empty = len(source) == 0 if isinstance(source, bytes) else Path(source).stat().st_size == 0
+        raise BadImage("empty file" if empty else "not an image") from None
+    except FileNotFoundError:
+        raise BadImage("missing file", str(source)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds on broken bytes
+        reason = "truncated image" if "truncated" in str(error).lower() else "broken image"
+        raise BadImage(reason, str(error)[:200]) from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metadata and prompts
+
+ATTRIBUTES = ("style", "material", "color", "object_type")
+SYNONYMS = {
+    "gray": "grey", "light gray": "light grey", "dark gray": "dark grey", "couch": "sofa", "settee": "sofa",
+    "bookshelf": "bookcase", "book shelf": "bookcase", "armoire": "wardrobe", "closet": "wardrobe",
+    "night stand": "nightstand", "bedside table": "nightstand", "mid century": "mid-century",
+    "mid-century modern": "mid-century", "midcentury": "mid-century", "scandi": "scandinavian",
+    "nordic": "scandinavian", "wooden": "wood", "metallic": "metal",
+    "multicolour": "multicolor", "multi-color": "multicolor", "colour": "color",
+}  # fmt: skip
+UNKNOWN = {"", "unknown", "n/a", "na", "none", "null", "nan", "-", "other", "various"}
+
+
+def uniform(value: str) -> str:
+    """An attribute in its one spelling: lower case, single spaces, synonyms made one; "" where it says nothing."""
+    value = " ".join(value.lower().replace("_", " ").split()).strip(" .,;")
+    value = " ".join(SYNONYMS.get(word, word) for word in SYNONYMS.get(value, value).split())
+    return "" if value in UNKNOWN else value
+
+
+def clean_metadata(fields: dict[str, str]) -> dict[str, str]:
+    """Title and the four attributes of a cleaned row; the title falls back to the shop's name."""
+    title = " ".join((fields.get("clean_title") or fields.get("name") or "").split())
+    title = " ".join(SYNONYMS.get(word.lower(), word) for word in title.split())
+    return {"title": title} | {name: uniform(fields.get(name) or "") for name in ATTRIBUTES}
+
+
+TEMPLATES = ("{subject}", "a photo of {article} {subject}", "{title}, {details}", "{article} {subject} for the home")
+
+
+def prompts(meta: dict[str, str]) -> list[str]:
+    """Every template filled for one item, without repeats; stage 2 picks one by id, stage 3 another each epoch.
+
+    Only attributes that the title does not already hold are added, so no word stands twice.
+    """
+    title = meta["title"].lower()
+    words = f" {title} ".replace(",", " ")
+    kind = meta["object_type"] if meta["object_type"] and f" {meta['object_type']} " not in words else ""
+    title = " ".join(filter(None, (title, kind))) or "product"
+    details = [v for v in (meta[name] for name in ("color", "style", "material")) if v and f" {v} " not in words]
+    subject = " ".join([*details, title])
+    article = "an" if subject[:1] in "aeiou" else "a"
+    filled = [
+        template.format(subject=subject, title=title, details=" ".join(details), article=article)
+        for template in TEMPLATES
+        if details or "{details}" not in template
+    ]
+    return list(dict.fromkeys(filled))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Shards: the manifest, and where each member of a tar file lies
+
+SPLITS = ("train", "validation", "test")
+
+
+class Sample(NamedTuple):
+    """One sample of a shard: where its members lie, as {extension: (offset, bytes)}."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+
+
+def load_manifest(shards: str | Path) -> dict[str, Any]:
+    """manifest.json of a shard folder; Fail says how to make one."""
+    path = join(shards, "manifest.json")
+    try:
+        return json.loads(read_bytes(path))
+    except FileNotFoundError:
+        raise Fail(f"{path}: no such manifest; run 2_prepare.py first, or check --shards") from None
+    except ValueError as error:
+        raise Fail(f"{path}: not a readable manifest ({error}); run 2_prepare.py again") from None
+
+
+def shard_names(manifest: dict[str, Any], split: str) -> list[str]:
+    """Names of a split's shards, relative to the shard folder; Fail where the split has no sample."""
+    shards = manifest.get("splits", {}).get(split, {}).get("shards", [])
+    if not shards:
+        raise Fail(f"the {split} split is empty; give more rows, or check the split report of 2_prepare.py")
+    return [shard["name"] for shard in shards]
+
+
+def index_shard(path: str | Path) -> list[Sample]:
+    """Samples of a tar file in order, read from its headers. Raises Fail where the tar is cut or damaged."""
+    import tarfile
+
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with open_read(path) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise Fail(f"{path}: damaged shard ({error}); run 2_prepare.py again") from None
+    return [Sample(key, members) for key, members in samples.items()]
+
+
+def read_member(handle, member: tuple[int, int]) -> bytes:
+    """The bytes of one member from an open shard."""
+    handle.seek(member[0])
+    return handle.read(member[1])
