@@ -1,0 +1,198 @@
+# A furniture catalogue (CSV + photos) -> a CLIP model fine-tuned on it, its vectors, and the proof that it searches better.
+# `make help` lists the targets. Set the variables below on the command line or, as NAME=value without quotes, in .env.
+#
+# Targets are files; a changed variable rebuilds what depends on it. The scripts themselves are no prerequisites:
+# a changed comment must not retrain a night's model. After changing code, use `make -B TARGET`.
+
+-include .env
+
+DATA ?= data#                            folder of everything that is made
+CATALOGUE ?= $(DATA)/sample/catalogue.csv#  CSV with id,name,image_path; the default is drawn by tests/sample.py
+IMAGES ?= $(patsubst %/,%,$(dir $(firstword $(CATALOGUE))))#  folder that image_path is relative to
+SHARDS ?= $(DATA)/shards#                folder or s3://bucket/prefix
+SCENARIO ?= dual_lora#                   linear_probe, dual_lora, vision_lora, text_lora (zero_shot only evaluates)
+SAMPLE_COUNT ?= 1200#                    products in the drawn sample catalogue
+SEED ?= 42#                              of sample, split and training
+MAX_COST ?=#                             US dollars that stage 1 may spend; empty: no limit
+POLL_INTERVAL ?= 600#                    seconds between two looks at a running batch
+HOST ?= 127.0.0.1#                       where the arena listens
+PORT ?= 8000
+CLEAN_FLAGS ?=#                          further flags of the five scripts
+PREPARE_FLAGS ?=
+TRAIN_FLAGS ?=
+EMBED_FLAGS ?=
+ARENA_FLAGS ?=
+STAGE ?=#                                `make bench STAGE=3` measures one stage only
+
+.DELETE_ON_ERROR:
+.SUFFIXES:
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+strip_all = $(foreach name,$(1),$(eval $(name) := $(strip $($(name)))))
+$(call strip_all,DATA CATALOGUE IMAGES SHARDS SCENARIO SAMPLE_COUNT SEED MAX_COST POLL_INTERVAL HOST PORT STAGE)
+export OPENAI_API_KEY OPENAI_BASE_URL
+
+# With a key or a server of one's own and a catalogue: the real job. Else the small CLIP and the stand-in for the API.
+SAMPLE := $(DATA)/sample/catalogue.csv
+ifneq ($(strip $(OPENAI_API_KEY)$(OPENAI_BASE_URL)),)
+  API := real
+endif
+ifeq ($(API)$(filter-out $(SAMPLE),$(CATALOGUE)),real$(CATALOGUE))
+  MODEL ?= ViT-B-32
+  EPOCHS ?= 5
+  IMAGE_SIZE ?= 224
+else
+  MODEL ?= local-dir:tests/small_clip
+  EPOCHS ?= 20
+  IMAGE_SIZE ?= 224
+endif
+
+PRETRAINED ?= $(if $(filter local-dir:%,$(MODEL)),$(MODEL),openai)
+
+VENV := .venv/.installed
+PYTHON ?= .venv/bin/python
+CLEANED := $(DATA)/cleaned.csv
+MANIFEST := $(if $(filter s3://%,$(SHARDS)),$(DATA)/shards.uploaded,$(SHARDS)/manifest.json)
+RUNS := $(DATA)/runs
+MASTER := $(DATA)/embeddings/master.parquet
+SCENARIOS := zero_shot linear_probe vision_lora text_lora dual_lora
+
+# A settings file is rewritten only when its text changes, so that a changed variable is a changed prerequisite.
+SETTINGS := $(DATA)/.settings
+define settings
+$(shell mkdir -p $(SETTINGS); printf '%s\n' '$(2)' | cmp -s - $(SETTINGS)/$(1) || printf '%s\n' '$(2)' > $(SETTINGS)/$(1))
+endef
+# Photos are too many to be prerequisites; one line stands for names, sizes and times of them all.
+photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(IMAGES) $(foreach made,shards sample standin runs report embeddings,-path '$(DATA)/$(made)' -prune -o) -type f \
+  -printf '%P %s %T@\n' 2>/dev/null | grep -iE '\.(jpe?g|png|webp|gif|bmp|tiff?) ' | LC_ALL=C sort | sha256sum | cut -c1-64))
+GOALS := $(or $(MAKECMDGOALS),help)
+ifneq ($(filter all clean-data poll prepare train embed arena ablation report $(DATA)/%,$(GOALS)),)
+  $(call settings,sample,$(SAMPLE_COUNT) $(SEED))
+  $(call settings,clean,$(CATALOGUE) $(IMAGES) $(photos) $(OPENAI_BASE_URL) $(CLEAN_FLAGS))
+  $(call settings,prepare,$(IMAGES) $(SHARDS) $(IMAGE_SIZE) $(SEED) $(PREPARE_FLAGS))
+  $(call settings,train,$(MODEL) $(PRETRAINED) $(EPOCHS) $(SEED) $(TRAIN_FLAGS))
+  $(call settings,embed,$(SCENARIO) $(EMBED_FLAGS))
+endif
+
+.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench fuzz verify test lint clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
+	@echo 'now: CATALOGUE=$(CATALOGUE) MODEL=$(MODEL) SCENARIO=$(SCENARIO) SHARDS=$(SHARDS)'
+
+all: $(MASTER) ## the whole road: clean, prepare, train, embed, and the table of zero-shot against fine-tuned
+
+clean-data: $(CLEANED) ## stage 1: titles and attributes over the OpenAI Batch API
+prepare: $(MANIFEST) ## stage 2: split and WebDataset shards
+train: $(RUNS)/$(SCENARIO)/train.json ## stage 3: fine-tune (SCENARIO, EPOCHS, MODEL, PRETRAINED)
+embed: $(MASTER) ## stage 4: vectors of every item and the retrieval report
+
+$(VENV): requirements.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed' >&2; exit 1; }
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(SAMPLE): $(SETTINGS)/sample | $(VENV)
+	@echo 'No CATALOGUE is set: drawing a sample catalogue of $(SAMPLE_COUNT) products.'
+	$(PYTHON) tests/sample.py \
+	  --output $(dir $@) \
+	  --count $(SAMPLE_COUNT) \
+	  --seed $(SEED)
+	@touch $@
+
+define clean_flags
+	  --input $(CATALOGUE) \
+	  --images $(IMAGES) \
+	  --workspace $(DATA)/batch \
+	  --output $(CLEANED) \
+	  --poll-interval $(if $(API),$(POLL_INTERVAL),0) \
+	  $(if $(MAX_COST),--max-cost $(MAX_COST)) \
+	  $(CLEAN_FLAGS)
+endef
+STANDIN := $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standin -- )
+
+$(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
+	@$(if $(API),true,echo 'No OPENAI_API_KEY is set: a local stand-in answers from title keywords and colours, at no cost.')
+	$(STANDIN)$(PYTHON) 1_clean.py run $(clean_flags)
+	@touch $@
+
+poll: $(CATALOGUE) | $(VENV) ## stage 1, one step for cron: collect, send what fits, finalize when all is in
+	@$(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || test $$? = 75
+
+$(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
+	$(PYTHON) 2_prepare.py \
+	  --input $(CLEANED) \
+	  --images $(IMAGES) \
+	  --output $(SHARDS) \
+	  --image-size $(IMAGE_SIZE) \
+	  --seed $(SEED) \
+	  $(PREPARE_FLAGS)
+	@touch $@
+
+# A checkpoint older than its settings or its shards belongs to another run: it is not gone on with.
+$(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
+	@$(if $(filter local-dir:tests/small_clip,$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
+	@checkpoint=$(RUNS)/$*/checkpoint.pt; resume=--no-resume; \
+	if [ $$checkpoint -nt $(MANIFEST) ] && [ $$checkpoint -nt $(SETTINGS)/train ]; then resume=--resume; fi; \
+	set -x; $(PYTHON) 3_train.py \
+	  --shards $(SHARDS) \
+	  --scenario $* \
+	  --model $(MODEL) \
+	  --pretrained $(PRETRAINED) \
+	  --output $(RUNS)/$* \
+	  --epochs $(EPOCHS) \
+	  --seed $(SEED) \
+	  $$resume \
+	  $(TRAIN_FLAGS)
+	@touch $@
+
+$(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(SETTINGS)/embed | $(VENV)
+	$(PYTHON) 4_embed.py \
+	  --shards $(SHARDS) \
+	  --model $(MODEL) \
+	  --pretrained $(PRETRAINED) \
+	  --finetuned $(RUNS)/$(SCENARIO)/model \
+	  --output $@ \
+	  $(EMBED_FLAGS)
+	@touch $@
+	@echo 'Vote in the browser, blind, on which model searches better: make arena'
+
+arena: $(MASTER) ## stage 5: blind A/B voting at http://HOST:PORT
+	$(PYTHON) 5_arena.py serve \
+	  --embeddings $(MASTER) \
+	  --images $(IMAGES) \
+	  --database $(DATA)/arena.sqlite \
+	  --host $(HOST) \
+	  --port $(PORT) \
+	  $(ARENA_FLAGS)
+
+ablation: $(SCENARIOS:%=$(RUNS)/%/train.json) report ## train all five scenarios, then compare them
+
+report: | $(VENV) ## compare every finished run on the test split
+	$(PYTHON) 4_embed.py report \
+	  --shards $(SHARDS) \
+	  --model $(MODEL) \
+	  --pretrained $(PRETRAINED) \
+	  $(foreach scenario,$(SCENARIOS),$(if $(wildcard $(RUNS)/$(scenario)/train.json),--run $(RUNS)/$(scenario))) \
+	  --output $(DATA)/report
+
+sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: what the defaults rest on
+	$(PYTHON) tests/sweep.py --shards $(SHARDS) --model $(MODEL) --pretrained $(PRETRAINED) --output $(DATA)/sweep
+
+bench: | $(VENV) ## speed against the plain way, side by side (STAGE=3 for one stage); appends to bench.jsonl
+	$(PYTHON) tests/bench.py $(if $(STAGE),--stage $(STAGE))
+
+verify: | $(VENV) ## hold the shards against their manifest
+	$(PYTHON) 2_prepare.py --verify --output $(SHARDS)
+
+test: | $(VENV) ## every test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest
+
+fuzz: | $(VENV) ## at least 10,000 cases of broken input
+	FUZZ_EXAMPLES=1500 $(PYTHON) -m pytest tests/test_fuzz.py
+
+clean: ## remove shards, vectors and reports; paid results, trained models and votes stay
+	rm -rf $(if $(filter s3://%,$(SHARDS)),,$(SHARDS)) $(DATA)/embeddings $(DATA)/report $(SETTINGS)
