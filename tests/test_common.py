@@ -1,0 +1,290 @@
+"""common.py: settings, errors, whole files, catalogues, prompts, shard indexes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+import common
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["1_clean.py", "2_prepare.py", "3_train.py", "4_embed.py", "5_arena.py"]
+
+
+def write_csv(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    effective_size: int = common.setting(8, "pairs, 50% of them")
+    rate: float | None = common.setting(None, "learning rate")
+    kind: str = common.setting("a", "kind", ("a", "b"))
+    resume: bool = common.setting(True, "go on")
+
+
+def test_flags_come_from_the_dataclass_and_fill_it():
+    parser = argparse.ArgumentParser()
+    common.add_flags(parser, Example)
+    assert common.from_flags(Example, parser.parse_args([])) == Example()
+    args = parser.parse_args("--effective-size 3 --rate 0.5 --kind b --no-resume".split())
+    assert common.from_flags(Example, args) == Example(3, 0.5, "b", False)
+    assert "50% of them (default 8)" in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kind", "c"])
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raised, code, said",
+    [
+        (common.Fail("x.csv: is empty;\n add rows", 2), 2, "x.csv: is empty; add rows"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "/data/x: No space left on device; free some"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "/data/x: Permission denied; check"),
+    ],
+)
+def test_expected_errors_are_one_line_and_a_code(raised, code, said, capsys):
+    @common.entry_point
+    def main(argv=None):
+        raise raised
+
+    assert main([]) == code
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_our_own_bugs_keep_their_traceback():
+    @common.entry_point
+    def main(argv=None):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+def test_sigterm_is_an_interruption():
+    code = (
+        "import common, time, sys\n@common.entry_point\ndef main(argv=None):\n print('up', flush=True)\n time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code + "\nsys.exit(main())"], cwd=ROOT, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"up\n"
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == common.INTERRUPTED
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_quick_and_wrong_use_exits_2(script):
+    start = time.perf_counter()
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # The aim is half a second on a quiet machine and `make bench` measures it; importing torch would take seconds.
+    assert time.perf_counter() - start < 2.5
+    assert "usage:" in shown.stdout and script in shown.stdout
+    wrong = subprocess.run([sys.executable, script, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == common.USAGE and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_nothing_heavy(script):
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}", "--help"]
+try:
+    runpy.run_path("{script}", run_name="__main__")
+except SystemExit:
+    pass
+heavy = {{"torch", "open_clip", "openai", "flask", "pandas", "matplotlib", "scipy", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+# Whole files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.json"
+    common.write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), common.whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_torn_json_says_what_to_do(tmp_path):
+    path = tmp_path / "state.json"
+    path.write_text('{"a": ')
+    with pytest.raises(common.Fail, match=r"state.json: not a readable state file .*remove it"):
+        common.read_json(path, "state file")
+
+
+def _hold(path, ready, leave):
+    with common.exclusive(path) as held:
+        ready.send(held)
+        leave.recv()
+
+
+def test_the_lock_is_exclusive_and_freed_by_death(tmp_path):
+    path = tmp_path / "lock"
+    ours, theirs = multiprocessing.Pipe()
+    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(path, theirs, theirs))
+    holder.start()
+    assert ours.recv() is True
+    with common.exclusive(path) as held:
+        assert held is False
+    holder.kill()
+    holder.join()
+    with common.exclusive(path) as held:
+        assert held is True
+
+
+def test_digests_do_not_depend_on_order():
+    assert common.digest({"a": 1, "b": "ü"}) == common.digest({"b": "ü", "a": 1}) != common.digest({"a": 1})
+    assert common.digest(b"x") == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+
+
+# Catalogue -----------------------------------------------------------------------------------------------------------
+
+TABLE = [["id", "name", "image_path", "note"], ["007.1/é", 'Chair "X"', "a.jpg", "two\nlines"], ["8", "", "b.jpg", ""]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_any_encoding_and_delimiter_gives_the_same_rows(tmp_path, encoding, delimiter):
+    import csv
+
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(TABLE)
+    catalogue = common.Catalogue([write_csv(tmp_path / "c.csv", text.getvalue(), encoding)])
+    assert catalogue.columns == TABLE[0]
+    assert [list(row.fields.values()) for row in catalogue] == TABLE[1:]
+    assert [row.reason for row in catalogue] == [None, None]
+
+
+def test_every_unusable_row_is_given_with_its_reason(tmp_path):
+    text = "id,name,image_path\n1,a,a.jpg\n,b,b.jpg\n1,c,c.jpg\n\n2,d,\n3,e,e.jpg,surplus\n4\n0001,f,f.jpg\n"
+    rows = list(common.Catalogue([write_csv(tmp_path / "c.csv", text)]))
+    assert [(row.number, row.id, row.reason) for row in rows] == [
+        (1, "1", None), (2, "", "missing id"), (3, "1", "duplicate id"), (4, "2", "missing image_path"),
+        (5, "3", "too many fields"), (6, "4", "missing image_path"), (7, "0001", None),
+    ]  # fmt: skip
+    assert common.reject(rows[2], "duplicate id")["name"] == "c"
+
+
+def test_several_files_are_one_catalogue(tmp_path):
+    first = write_csv(tmp_path / "1.csv", "id,name,image_path,price\n1,a,a.jpg,5\n")
+    second = write_csv(tmp_path / "2.csv", "ID;image_path;name;size\n2;b.jpg;b;L\n1;c.jpg;c;S\n")
+    catalogue = common.Catalogue([first, second])
+    assert catalogue.columns == ["id", "name", "image_path", "price", "size"]
+    rows = list(catalogue)
+    assert rows[1].fields == {"id": "2", "name": "b", "image_path": "b.jpg", "price": "", "size": "L"}
+    assert [row.reason for row in rows] == [None, None, "duplicate id"]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "c.csv: is empty"),
+        ("id,title,image_path\n", "no column name; the header has id, title, image_path"),
+        ("just words\n", "no column id, name, image_path"),
+    ],
+)
+def test_a_wrong_csv_says_what_is_wrong(tmp_path, text, said):
+    with pytest.raises(common.Fail, match=said):
+        common.Catalogue([write_csv(tmp_path / "c.csv", text)])
+
+
+def test_a_missing_csv_or_folder_is_wrong_use(tmp_path):
+    with pytest.raises(common.Fail, match=r"nowhere.csv: no such CSV") as failure:
+        common.Catalogue([tmp_path / "nowhere.csv"])
+    assert failure.value.code == common.USAGE
+    with pytest.raises(common.Fail, match="no such images folder"):
+        common.images_folder(str(tmp_path / "none"), [])
+
+
+# Images: which file a row names --------------------------------------------------------------------------------------
+
+
+def test_only_files_inside_the_images_folder_are_named(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    for name in ("sub/a.jpg", "sub\\a.jpg", " sub/a.jpg ", "sub/../sub/a.jpg", str(folder / "sub" / "a.jpg")):
+        assert common.resolve_image(folder, name) == folder / "sub" / "a.jpg"
+    for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "/etc/passwd"):
+        with pytest.raises(common.BadImage, match="outside the images folder"):
+            common.resolve_image(folder, name)
+    for name in ("no.jpg", "sub", "a\0b", "x" * 5000):
+        with pytest.raises(common.BadImage, match="missing file"):
+            common.resolve_image(folder, name)
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+
+def test_metadata_is_made_uniform():
+    meta = common.clean_metadata(
+        {"clean_title": " Gray  Couch", "name": "x", "style": "Mid Century", "material": "N/A", "color": "GRAY"}
+    )
+    assert meta == {"title": "grey sofa", "style": "mid-century", "material": "", "color": "grey", "object_type": ""}
+    assert common.clean_metadata({"clean_title": "", "name": "Stool X"})["title"] == "Stool X"
+
+
+def test_prompts_add_only_what_the_title_does_not_hold():
+    meta = {"title": "Oak table", "style": "rustic", "material": "oak", "color": "brown", "object_type": "table"}
+    made = common.prompts(meta)
+    assert made[0] == "brown rustic oak table" and len(set(made)) == len(made) >= 3
+    for prompt in made:
+        assert all(prompt.replace(",", "").split().count(word) == 1 for word in ("oak", "table", "rustic", "brown"))
+    bare = common.prompts(dict.fromkeys(meta, "") | {"title": "Armchair"})
+    assert bare[:2] == ["armchair", "a photo of an armchair"]
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_finds_every_member(tmp_path):
+    path = tmp_path / "shard-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for key in ("000000000", "000000001"):
+            for extension in ("jpg", "json", "txt"):
+                content = f"{key}.{extension}".encode() * 300
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    samples = common.index_shard(path)
+    assert [sample.key for sample in samples] == ["000000000", "000000001"]
+    with common.open_read(path) as handle:
+        assert common.read_member(handle, samples[1].members["json"]) == b"000000001.json" * 300
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(common.Fail, match=r"shard-000000.tar: damaged shard"):
+        common.index_shard(path)
+
+
+def test_an_empty_split_and_a_missing_manifest_say_what_to_do(tmp_path):
+    with pytest.raises(common.Fail, match="the test split is empty"):
+        common.shard_names({"splits": {"test": {"samples": 0, "shards": []}}}, "test")
+    with pytest.raises(common.Fail, match=r"no such manifest; run 2_prepare.py first"):
+        common.load_manifest(tmp_path)
