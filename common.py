@@ -613,11 +613,13 @@ def load_manifest(shards: str | Path) -> dict[str, Any]:
     """manifest.json of a shard folder; Fail says how to make one."""
     path = join(shards, "manifest.json")
     try:
-        return json.loads(read_bytes(path))
+        manifest = json.loads(read_bytes(path))
+        manifest["splits"]["train"]["shards"]
     except FileNotFoundError:
         raise Fail(f"{path}: no such manifest; run 2_prepare.py first, or check --shards") from None
-    except ValueError as error:
-        raise Fail(f"{path}: not a readable manifest ({error}); run 2_prepare.py again") from None
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise Fail(f"{path}: not a manifest of shards ({error}); run 2_prepare.py again") from None
+    return manifest
 
 
 def shard_names(manifest: dict[str, Any], split: str) -> list[str]:
