@@ -51,7 +51,49 @@ class PrepConfig:
 class TrainingConfig:
     """Stage 3."""
 
+    scenario: str = setting(
+        "dual_lora",
+        "what is trained: nothing, the projections, or these and LoRA in both towers or in one",
+        ("zero_shot", "linear_probe", "dual_lora", "vision_lora", "text_lora"),
+    )
+    model: str = setting("ViT-B-32", "open_clip name, or local-dir:FOLDER")
+    pretrained: str | None = setting(None, "open_clip tag (openai), weights file, or local-dir:FOLDER")
     epochs: int = setting(5, "passes over the train split")
+    effective_batch_size: int | None = setting(
+        None, "pairs contrasted with each other in one step (unset: an eighth of the train split, 32 to 1024)"
+    )
+    micro_batch_size: str = setting("auto", "pairs in memory at once, a number, or auto: as many as fit; same result")
+    lr: float = setting(1e-4, "peak learning rate of the projections and the temperature")
+    lora_lr: float = setting(1e-3, "peak learning rate of LoRA; 5e-6 suits thousands of small steps, not large batches")
+    weight_decay: float = setting(0.01, "of AdamW; none on temperature and biases")
+    schedule: str = setting("cosine", "of the learning rates, after the warm-up", ("cosine", "onecycle"))
+    warmup: float = setting(0.1, "share of the steps in which the rates rise to their peak")
+    clip_norm: float = setting(1.0, "largest norm of the gradient")
+    lora_r: int = setting(16, "rank of LoRA")
+    lora_alpha: int = setting(32, "LoRA's update is scaled by alpha / rank")
+    lora_dropout: float = setting(0.05, "dropout before LoRA")
+    captions: str = setting("varied", "another prompt each epoch, or the shard's own", ("varied", "fixed"))
+    augment: str = setting("none", "none, crop and flip, or rotation and blur too", ("none", "simple", "advanced"))
+    views: int = setting(4, "fixed augmented views of a picture where its tower is frozen and runs but once")
+    precision: str = setting("auto", "auto: bf16 on a GPU, fp32 elsewhere", ("auto", "fp32", "bf16", "fp16"))
+    optimizer: str = setting(
+        "adamw", "8 bits save 15 MB for LoRA of a ViT-B-32; 30 times slower on a CPU", ("adamw", "adamw8bit")
+    )
+    patience: int | None = setting(None, "stop after so many epochs without a better validation MRR")
+    grad_checkpointing: bool = setting(False, "compute activations twice to save memory")
+    compile: bool = setting(False, "torch.compile the towers; pays on a GPU, after minutes of compiling")
+    wise: bool = setting(False, "export the interpolation with the base weights that validates best (WiSE-FT)")
+    probe: str | None = setting(None, "CSV with image_path,caption of general pictures: shows what was forgotten")
+    max_failed: float = setting(0.05, "share of samples that may be unreadable")
+    seed: int = setting(42, "of order, captions, augmentation, dropout and LoRA's start")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int = setting(2, "threads that read and decode pictures; they need no /dev/shm")
+    cache_gb: float = setting(50.0, "disk for shards fetched from S3; what is over is read by ranges, each epoch")
+    checkpoint_minutes: float = setting(10.0, "time between checkpoints within an epoch")
+    checkpoint_url: str | None = setting(None, "s3://bucket/prefix that checkpoints are copied to and resumed from")
+    wandb: bool = setting(False, "log to Weights & Biases")
+    wandb_artifacts: bool = setting(False, "send the best checkpoint there too")
+    resume: bool = setting(True, "go on from the newest checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
