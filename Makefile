@@ -99,7 +99,7 @@ $(SAMPLE): $(SETTINGS)/sample | $(VENV)
 	  --output $(dir $@) \
 	  --count $(SAMPLE_COUNT) \
 	  --seed $(SEED)
-	@touch $@
+	@touch -c $@
 
 define clean_flags
 	  --input $(CATALOGUE) \
@@ -115,7 +115,7 @@ STANDIN := $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standi
 $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
 	@$(if $(API),true,echo 'No OPENAI_API_KEY is set: a local stand-in answers from title keywords and colours, at no cost.')
 	$(STANDIN)$(PYTHON) 1_clean.py run $(clean_flags)
-	@touch $@
+	@touch -c $@
 
 poll: $(CATALOGUE) | $(VENV) ## stage 1, one step for cron: collect, send what fits, finalize when all is in
 	@$(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || test $$? = 75
@@ -128,7 +128,7 @@ $(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
 	  --image-size $(IMAGE_SIZE) \
 	  --seed $(SEED) \
 	  $(PREPARE_FLAGS)
-	@touch $@
+	@touch $(if $(filter %.uploaded,$@),,-c) $@
 
 # A checkpoint older than its settings or its shards belongs to another run: it is not gone on with.
 $(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
@@ -145,7 +145,7 @@ $(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
 	  --seed $(SEED) \
 	  $$resume \
 	  $(TRAIN_FLAGS)
-	@touch $@
+	@touch -c $@
 
 $(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(SETTINGS)/embed | $(VENV)
 	$(PYTHON) 4_embed.py \
@@ -155,7 +155,7 @@ $(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(SETTINGS)/embed | $(VENV
 	  --finetuned $(RUNS)/$(SCENARIO)/model \
 	  --output $@ \
 	  $(EMBED_FLAGS)
-	@touch $@
+	@touch -c $@
 	@echo 'Vote in the browser, blind, on which model searches better: make arena'
 
 arena: $(MASTER) ## stage 5: blind A/B voting at http://HOST:PORT
