@@ -35,9 +35,34 @@ def setting(default: Any, help: str, choices: tuple | None = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class CleaningConfig:
-    """Stage 1."""
+    """Stage 1. Sizes in bytes, times in seconds, prices in US dollars for a million tokens."""
 
     model: str = setting("gpt-5-nano", "chat model that reads title and photo")
+    reasoning_effort: str | None = setting(None, "effort sent with each request; by default what suits the model")
+    max_completion_tokens: int = setting(500, "tokens an answer may take, reasoning included; doubled when cut off")
+    image_size: int = setting(512, "longest side of the photo as sent; smaller photos are not enlarged")
+    jpeg_quality: int = setting(85, "quality of photos that are encoded anew")
+    image_detail: str = setting("low", "detail at which the model looks at the photo", ("low", "high", "auto"))
+    max_batch_file_size: int = setting(90_000_000, "bytes that a request file stays below; the API takes 200 MB")
+    max_requests_per_file: int = setting(49_000, "requests in a file; the API takes 50,000")
+    max_concurrent_batches: int = setting(1, "batches in flight at once")
+    max_enqueued_tokens: int | None = setting(None, "tokens in flight at once; by default learned from refusals")
+    poll_interval: float = setting(600, "seconds between two looks at running batches")
+    pilot: int = setting(100, "requests sent first, which must come back sound; 0 sends all at once")
+    pilot_sound: float = setting(0.95, "share of the pilot that must be parsed before the rest is sent")
+    max_attempts: int = setting(3, "times a row is asked before it is rejected")
+    max_failed: float = setting(0.05, "share of rejected rows above which the exit is 1")
+    max_cost: float | None = setting(None, "US dollars; nothing is sent that might cost more in all")
+    price_input: float | None = setting(None, "price of input tokens, for models that are not in the table")
+    price_output: float | None = setting(None, "price of output tokens, for models that are not in the table")
+    limit: int | None = setting(None, "rows of the input that count; by default all")
+    workers: int | None = setting(None, "processes that read photos; by default one for each core")
+    sync: bool = setting(False, "ask /v1/chat/completions row by row, for servers without a Batch API")
+    concurrency: int = setting(8, "requests in flight at once with --sync")
+    retry_failed: bool = setting(False, "ask again for rows whose attempts are used up")
+    timeout: float = setting(600, "seconds after which a call counts as lost")
+    settle: float = setting(30, "seconds that a batch with a lost answer has to show up before it is created again")
+    backoff: float = setting(1, "seconds of the first wait after a failed call; doubled each time, 600 at most")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +133,18 @@ class ArenaConfig:
     """Stage 5."""
 
     top_k: int = setting(4, "results shown in each row")
+    query: str = setting("image", "what is searched with: a picture, or its prompt", ("image", "text"))
+    queries: int = setting(2000, "most queries asked about; duplicate groups of the test split, object types in turn")
+    votes_needed: int = setting(210, "decided votes aimed at; 820, 210, 97 find a 55, 60, 65% win rate at 80% power")
+    shared: float = setting(0.2, "share of the queries that three judges see, for their agreement")
+    repeated: float = setting(0.05, "share of a judge's queries that come again with sides exchanged")
+    picture_size: int = setting(480, "pixels a side of every picture shown")
+    seed: int = setting(42, "seed of the choice of queries and of each judge's order")
+    host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
+    port: int = setting(8000, "port to listen at; 0 takes a free one")
+    trusted_host: str | None = setting(None, "further names, separated by commas, that browsers may call the server by")
+    threads: int = setting(8, "requests answered at once")
+    reveal: bool = setting(False, "show results and search to everybody who is not in the middle of voting")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
@@ -250,6 +287,23 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Give an empty temporary folder beside `path`; on a clean exit it takes the place of `path`."""
+    import shutil
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
