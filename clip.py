@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import BadImage, Fail, canonical, read_json, write_json
+from common import BadImage, Fail, canonical, read_json, whole_folder, write_json
 
 LOCAL = "local-dir:"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
@@ -166,21 +166,16 @@ def save_clip(clip: Clip, folder: str | Path) -> None:
     """Write a folder that plain open_clip loads by `local-dir:`; it appears whole, replacing an older one."""
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if clip.folder is not None:  # tokenizer files, if the model brought its own
-        for path in clip.folder.iterdir():
-            if path.is_file() and path.suffix not in WEIGHTS and path.name != "open_clip_config.json":
-                shutil.copyfile(path, temporary / path.name)
-    elif hasattr(clip.tokenizer, "tokenizer") and hasattr(clip.tokenizer.tokenizer, "save_pretrained"):
-        clip.tokenizer.tokenizer.save_pretrained(temporary)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.model.state_dict().items()}
-    save_file(state, temporary / "open_clip_model.safetensors")
-    write_json(temporary / "open_clip_config.json", {"model_cfg": clip.config, "preprocess_cfg": clip.preprocess})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with whole_folder(folder) as temporary:
+        if clip.folder is not None:  # tokenizer files, if the model brought its own
+            for path in clip.folder.iterdir():
+                if path.is_file() and path.suffix not in WEIGHTS and path.name != "open_clip_config.json":
+                    shutil.copyfile(path, temporary / path.name)
+        elif hasattr(clip.tokenizer, "tokenizer") and hasattr(clip.tokenizer.tokenizer, "save_pretrained"):
+            clip.tokenizer.tokenizer.save_pretrained(temporary)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.model.state_dict().items()}
+        save_file(state, temporary / "open_clip_model.safetensors")
+        write_json(temporary / "open_clip_config.json", {"model_cfg": clip.config, "preprocess_cfg": clip.preprocess})
 
 
 # --------------------------------------------------------------------------------------------------------------------

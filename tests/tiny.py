@@ -1,0 +1,96 @@
+"""Tiny shards and a tiny CLIP with random weights, for the tests and benches of training and embedding."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+COLORS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "black": (20, 20, 20)}
+TYPES = ("chair", "table", "lamp", "bed")
+STYLES = ("modern", "rustic")
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)  # unlike anybody's
+
+
+def picture(color: str, kind: str, seed: int, size: int = 32) -> bytes:
+    """A JPEG of one of four shapes in a color, at a place that depends on the seed."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    x, y, s = size // 8 + seed % 5, size // 8 + seed // 5 % 5, size // 2
+    box = (x, y, x + s, y + s)
+    if kind == "chair":
+        draw.rectangle(box, fill=COLORS[color])
+    elif kind == "table":
+        draw.rectangle((x, y + s // 3, x + s, y + s // 2), fill=COLORS[color])
+    elif kind == "lamp":
+        draw.ellipse(box, fill=COLORS[color])
+    else:
+        draw.polygon([(x, y + s), (x + s // 2, y), (x + s, y + s)], fill=COLORS[color])
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def make_shards(folder: Path, train: int = 48, validation: int = 16, test: int = 16, shards: int = 1, size: int = 32):
+    """A shard folder as 2_prepare.py writes it; returns the folder."""
+    splits, key = {}, 0
+    for split, count in (("train", train), ("validation", validation), ("test", test)):
+        entries = []
+        for number in range(shards if split == "train" else 1):
+            of = shards if split == "train" else 1
+            mine = count * (number + 1) // of - count * number // of
+            path = folder / split / f"shard-{number:06d}.tar"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for _ in range(mine):
+                    color, kind = list(COLORS)[key % 4], TYPES[key // 4 % 4]
+                    title, style = f"{color} {kind}", STYLES[key // 16 % 2]
+                    record = {
+                        "id": f"p{key}", "title": title, "style": style, "material": "", "color": color,
+                        "object_type": kind, "image_path": f"{key}.jpg", "group": f"p{key}", "source": "", "row": {},
+                    }  # fmt: skip
+                    for kind_, data in (
+                        ("jpg", picture(color, kind, key // 16, size)),
+                        ("json", json.dumps(record).encode()),
+                        ("txt", f"{style} {title}".encode()),
+                    ):
+                        info = tarfile.TarInfo(f"{key:09d}.{kind_}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+                    key += 1
+            data = path.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            entries.append({"name": f"{split}/{path.name}", "samples": mine, "bytes": len(data), "sha256": digest})
+        splits[split] = {"samples": count, "shards": entries}
+    manifest = {"format": 1, "settings": {"image_size": size}, "versions": {}, "splits": splits, "counts": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def make_clip(folder: Path, seed: int = 0, **changes) -> Path:
+    """An open_clip folder of a CLIP with 2 layers a tower and random weights; `changes` go into its configuration."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    for name, value in changes.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {"size": config["vision_cfg"]["image_size"], "mean": MEAN, "std": STD}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    torch.manual_seed(seed)
+    arguments = json.loads(json.dumps(config))
+    custom = arguments.pop("custom_text", False)
+    model = (open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP)(**arguments)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+              folder / "open_clip_model.safetensors")  # fmt: skip
+    return folder
