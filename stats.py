@@ -41,7 +41,7 @@ def wilson(wins: float, n: float, alpha: float = ALPHA) -> tuple[float, float]:
     _check_counts(wins, n)
     if n == 0:
         return 0.0, 1.0
-    z2 = ndtri(1 - alpha / 2) ** 2
+    z2 = float(ndtri(1 - alpha / 2)) ** 2
     center = (wins + z2 / 2) / (n + z2)
     half = math.sqrt(z2 * (wins * (n - wins) / n + z2 / 4)) / (n + z2)
     # At 0 and n the bound is exact; rounding must not leave it at 1e-17.
@@ -383,7 +383,8 @@ def position_statistics(won: Sequence[int], left: Sequence[int], queries: Sequen
     result |= {"wins_as_a": rates[0], "wins_as_b": rates[1], "n_as_a": len(sides[0]), "n_as_b": len(sides[1])}
     if None in rates:
         return result | {"adjusted": None, "adjusted_low": None, "adjusted_high": None, "adjusted_p": 1.0}
-    effect = _design_effect(won, left, rates, queries)
+    errors = (won > 0) - np.where(left > 0, rates[0], rates[1])
+    effect = _design_effect(errors / np.where(left > 0, len(sides[0]), len(sides[1])), queries)
     value, below, above = sum(rates) / 2, 0.0, 0.0
     for side, rate in zip(sides, rates, strict=True):
         low, high = wilson(rate * len(side) / effect, len(side) / effect)
@@ -395,15 +396,18 @@ def position_statistics(won: Sequence[int], left: Sequence[int], queries: Sequen
     return result | {"adjusted_high": value + math.sqrt(above) / 2, "adjusted_p": p, "design_effect": effect}
 
 
-def _design_effect(won: np.ndarray, left: np.ndarray, rates: Sequence[float], queries: Sequence[Hashable]) -> float:
-    """Variance of the adjusted preference with votes clustered by query over that of independent votes; at least 1."""
+def _design_effect(influence: np.ndarray, queries: Sequence[Hashable]) -> float:
+    """Kish's design effect: the variance of an estimate with votes clustered by query over that of independent votes.
+
+    influence: float [n], each vote's share in the estimate's error. At least 1, and 1 with one vote a query.
+    """
     if len(set(queries)) == len(queries):
         return 1.0
-    mean = np.where(left > 0, rates[0], rates[1])
-    share = ((won > 0) - mean) / np.where(left > 0, (left > 0).sum(), (left < 0).sum())  # each vote's influence
-    sums, _ = _group_totals(share, queries)
-    alone = (share**2).sum()
-    return max(1.0, float((sums**2).sum() / alone)) if alone > 0 else 1.0
+    sums, sizes = _group_totals(influence, queries)
+    alone = (influence**2).sum()
+    if not alone:  # every vote the same: as far as anybody can tell the judges of a query are one
+        return float((sizes**2).sum() / sizes.sum())
+    return max(1.0, float((sums**2).sum() / alone))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -676,8 +680,11 @@ def arena_statistics(votes: Sequence[dict], seed: int = 0) -> dict:
         if reason:
             reasons[reason] += 1
     results = [_pair_statistics(*names, rows, seed) for names, rows in sorted(pairs.items())]
-    for result, p in zip(results, holm([result["planned"]["p"] for result in results]), strict=True):
-        result["planned"]["p_holm"] = p
+    for part in ("planned", "anytime"):  # Holm holds under any dependence, and at any time for p-values that do
+        for result, p in zip(results, holm([result[part]["p"] for result in results]), strict=True):
+            result[part]["p_holm"] = p
+    for result in results:
+        result["verdict"] = _verdict(result, len(results))
     excluded = {reason: reasons[reason] for reason in ("undone", "identical", "abstained", "repeat")}
     counts = {"rows": len(votes), "counted": len(answered), "excluded": excluded, "judges": len(judges)}
     return {"votes": counts, "pairs": results, "ranking": _ranking(pairs, seed), "judges": _judge_rows(judges)}
@@ -731,14 +738,16 @@ def _pair_statistics(challenger: str, base: str, rows: dict[str, list], seed: in
     """The results of one pair of models; wins are the challenger's, rates are of wins, nets are wins minus losses.
 
     counts: wins, losses, ties, votes, abstained, queries, judges.
-    win_rate, tie_rate (Wilson, votes) and net (bootstrap, queries): {"value", "low", "high"}.
+    win_rate, tie_rate: {"value", "low", "high", "n"}, Wilson's, of votes counted down by the design effect where
+        queries have several judges. net: {"value", "low", "high"}, bootstrap over queries.
     identical: {"queries", "share" of all queries}.
     planned: {"p": sign-flip over queries, "p_binomial": over votes, "independent": whether one vote a query makes the
         binomial valid, "p_holm": p corrected over pairs of models}.
-    anytime: {"e", "log10_e": now; "max_e", "direction": so far, and who led then; "p": 1 / max E; "threshold": 20;
-        "net_low", "net_high": confidence sequence of the net preference; "win_low", "win_high": of the win rate, from
-        each query's first vote; "closed", "open": queries that count, and that still wait for judges}.
-    verdict: {"answer", "sentence"}. heterogeneity: {"p", "categories"}. consistency: see `_consistency`.
+    anytime: {"e", "log10_e": now; "max_e", "direction": so far, and who led then; "p": 1 / max E; "p_holm";
+        "threshold": 20; "net_low", "net_high": confidence sequence of the net preference; "win_low", "win_high": of
+        the win rate, from each query's first vote; "closed", "open": queries that count, and that wait for judges}.
+    verdict: {"answer": a model's name, "not yet", "no difference shown" or "no votes"; "sentence"}.
+    heterogeneity: {"p", "categories"}. consistency: {"repeats", "same_model", "same_row"}.
     position, categories, agreement, needed, results, attributes: see the functions of these names.
     series: {"votes": {"n", "wins", "losses", "ties", "time"}, "e": {"queries", "votes", "log10_e", "net_low",
         "net_high"}, "win_rate": {"n", "value", "low", "high"}}, lists of at most LOOKS points that start at 0.
@@ -752,19 +761,17 @@ def _pair_statistics(challenger: str, base: str, rows: dict[str, list], seed: in
     wins, losses, ties = (outcomes.count(value) for value in (1, -1, 0))
     first = {vote["query"]: vote for vote in reversed(counted)}
     judges = {vote["judge"] for vote in counted}
-    counts = {
-        "wins": wins,
-        "losses": losses,
-        "ties": ties,
-        "votes": len(counted),
-        "abstained": len(rows["answers"]) - len(counted),
-    }
+    counts = {"wins": wins, "losses": losses, "ties": ties, "votes": len(counted)}
+    counts["abstained"] = len(rows["answers"]) - len(counted)
     counts |= {"queries": len(by_query), "judges": len(judges)}
     same = {vote["query"] for vote in rows["identical"]} - set(by_query)
     anytime, series = _anytime(rows["answers"])
     planned = {"p": sign_flip_test(scores, seed=seed), "p_binomial": binomial_test(wins, wins + losses)}
     planned["independent"] = len(by_query) == len(counted)
     decisive = [(vote, outcome) for vote, outcome in zip(counted, outcomes, strict=True) if outcome]
+    won = [outcome for _, outcome in decisive]
+    left = [1 if vote["right"] == base else -1 for vote, _ in decisive]
+    pictures = [vote["query"] for vote, _ in decisive]
     categories = [first[query]["category"] for query in by_query]
     tallies = [Counter({1: "win", -1: "loss", 0: "tie"}[value] for value in values) for values in by_query.values()]
     labels = [[(base, "tie", challenger)[value + 1] for value in values] for values in by_query.values()]
@@ -773,18 +780,13 @@ def _pair_statistics(challenger: str, base: str, rows: dict[str, list], seed: in
         "challenger": challenger,
         "base": base,
         "counts": counts,
-        "win_rate": _rate(wins, wins + losses),
-        "tie_rate": _rate(ties, len(counted)),
+        "win_rate": _rate([outcome > 0 for outcome in won], pictures),
+        "tie_rate": _rate([not outcome for outcome in outcomes], [vote["query"] for vote in counted]),
         "net": {"value": net.mean if scores else None, "low": net.low, "high": net.high},
         "identical": {"queries": len(same), "share": _ratio(len(same), len(same) + len(by_query))},
         "planned": planned,
         "anytime": anytime,
-        "verdict": _verdict(challenger, base, net.mean, len(counted), planned["p"], anytime),
-        "position": position_statistics(
-            [outcome for _, outcome in decisive],
-            [1 if vote["right"] == base else -1 for vote, _ in decisive],
-            [vote["query"] for vote, _ in decisive],
-        ),
+        "position": position_statistics(won, left, pictures),
         "categories": category_statistics(scores, tallies, categories),
         "heterogeneity": {"p": heterogeneity_test(scores, categories, seed=seed), "categories": len(set(categories))},
         "agreement": krippendorff_alpha(labels, seed=seed),
@@ -824,9 +826,8 @@ def _anytime(answers: list[dict]) -> tuple[dict, dict]:
     series["e"]["log10_e"] = [float(log_e[n - 1]) / math.log(10) if n else 0.0 for n in looks]
     series["e"] |= {"net_low": low.tolist(), "net_high": high.tolist()}
     series["win_rate"] = {"n": ends, "value": [_ratio(int(course[0][n]), n) for n in ends]}
-    return result, series | {
-        "win_rate": series["win_rate"] | {"low": win_low[ends].tolist(), "high": win_high[ends].tolist()}
-    }
+    series["win_rate"] |= {"low": win_low[ends].tolist(), "high": win_high[ends].tolist()}
+    return result, series
 
 
 def closed_scores(answers: Sequence[dict]) -> tuple[list[tuple[float, int]], int]:
@@ -834,8 +835,9 @@ def closed_scores(answers: Sequence[dict]) -> tuple[list[tuple[float, int]], int
 
     A query enters the e-process once, with the mean of its votes when it closes: when its planned judges have
     answered, or when PATIENCE further queries have been opened; while all its judges abstained it waits for the first
-    who votes. That depends on the schedule and never on which model was preferred. A score that moved with each further judge would not do: judges of one picture agree, so people who look
-    between them could stop at the better half of the judges. Later votes count everywhere but here.
+    who votes. That depends on the schedule and never on which model was preferred. A score that moved with each further
+    judge would not do: judges of one picture agree, so people who look between them could stop at the better half of
+    the judges. Later votes count everywhere but here.
     """
     scores: list[tuple[float, int]] = []
     open_queries: dict[str, list] = {}  # query -> [opened as number, planned judges, answers, votes]
@@ -867,23 +869,26 @@ def closed_scores(answers: Sequence[dict]) -> tuple[list[tuple[float, int]], int
     return scores, len(open_queries)
 
 
-def _verdict(challenger: str, base: str, net: float, votes: int, p: float, anytime: dict) -> dict:
-    """The sentence that the page says, and the answer as one word for programs."""
-    best = anytime["max_e"]
-    better, worse = (challenger, base) if anytime["direction"] > 0 else (base, challenger)
-    if not votes:
+def _verdict(pair: dict, pairs: int) -> dict:
+    """The sentence that the page says, and the answer as one word for programs, from p-values corrected over pairs."""
+    planned, anytime = pair["planned"]["p_holm"], pair["anytime"]["p_holm"]
+    direction, best = pair["anytime"]["direction"], pair["anytime"]["max_e"]
+    better, worse = (pair["challenger"], pair["base"])[:: 1 if direction > 0 else -1]
+    among = f" (p corrected for {pairs} pairs of models)" if pairs > 1 else ""
+    if not pair["counts"]["votes"]:
         return {"answer": "no votes", "sentence": "No votes yet."}
-    if anytime["p"] <= ALPHA:
-        sentence = f"{better} is preferred to {worse}: E reached {best:.4g}, past {1 / ALPHA:.0f}"
+    if anytime <= ALPHA:
+        sentence = f"{better} is preferred to {worse}: E reached {best:.4g}, p {anytime:.2g}{among}"
         sentence += ", which holds however often the votes were looked at."
-        if net * anytime["direction"] < 0:
+        if pair["net"]["value"] * direction < 0:
             sentence += " The votes have turned since: look at their course before deciding."
         return {"answer": better, "sentence": sentence}
-    e = f"the test that stays valid when people look early has reached E {best:.3g} of the {1 / ALPHA:.0f} it needs"
-    if p <= ALPHA:
-        sentence = f"Not yet: p {p:.2g} would do at an end planned beforehand, but {e}."
+    needs = f"of the {1 / ALPHA:.0f} it needs" if pairs == 1 else f"and p {anytime:.2g}"
+    early = f"the test that stays valid when people look early has reached E {best:.3g} {needs}{among}."
+    if planned <= ALPHA:
+        sentence = f"Not yet: p {planned:.2g} would do at an end planned beforehand, but {early}"
         return {"answer": "not yet", "sentence": sentence}
-    return {"answer": "no difference shown", "sentence": f"No difference shown so far: p {p:.2g}, and {e}."}
+    return {"answer": "no difference shown", "sentence": f"No difference shown so far: p {planned:.2g}, and {early}"}
 
 
 def _looks(count: int) -> list[int]:
@@ -938,9 +943,12 @@ def _judge_rows(judges: dict[str, Counter]) -> list[dict]:
     return rows
 
 
-def _rate(wins: int, n: int) -> dict:
-    low, high = wilson(wins, n)
-    return {"value": _ratio(wins, n), "low": low, "high": high, "n": n}
+def _rate(hits: Sequence[bool], queries: Sequence[Hashable]) -> dict:
+    """Share of votes with Wilson's interval, the votes counted down by the design effect of their queries."""
+    n, value = len(hits), _ratio(sum(hits), len(hits))
+    effect = _design_effect(np.asarray(hits) - value, queries) if n else 1.0
+    low, high = wilson(sum(hits) / effect, n / effect)
+    return {"value": value, "low": low, "high": high, "n": n}
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -650,7 +650,7 @@ def test_bad_rows_raise(change, message):
 
 
 def test_the_unit_is_the_query():
-    copies = [
+    copies = [  # five judges who always agree are worth one
         vote | {"trial": f"{vote['trial']}-{judge}", "judge": judge, "judges": 5}
         for vote in _log(30, 18)
         for judge in "vwxyz"
@@ -662,6 +662,8 @@ def test_the_unit_is_the_query():
     assert five["planned"]["p_binomial"] < 0.01 < once["planned"]["p_binomial"] and not five["planned"]["independent"]
     assert five["anytime"]["closed"] == 48 and five["agreement"]["alpha"] == 1.0
     assert five["position"]["design_effect"] == pytest.approx(5)
+    for rate in ("win_rate", "tie_rate"):
+        assert (five[rate]["low"], five[rate]["high"]) == pytest.approx((once[rate]["low"], once[rate]["high"]))
 
 
 def test_queries_close_by_schedule_and_never_by_outcome():
@@ -713,7 +715,12 @@ def test_several_models_are_ranked_and_pairs_kept_apart():
     assert [(pair["challenger"], pair["base"]) for pair in result["pairs"]] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert sum(pair["counts"]["votes"] for pair in result["pairs"]) == 150
     assert [row["model"] for row in result["ranking"]] == ["a", "b", "c"]
-    assert all(pair["planned"]["p_holm"] >= pair["planned"]["p"] for pair in result["pairs"])
+    for part in ("planned", "anytime"):
+        corrected = stats.holm([pair[part]["p"] for pair in result["pairs"]])
+        assert [pair[part]["p_holm"] for pair in result["pairs"]] == corrected
+    assert all("corrected for 3 pairs" in pair["verdict"]["sentence"] for pair in result["pairs"])
+    for pair in result["pairs"]:
+        assert (pair["verdict"]["answer"] == pair["challenger"]) == (pair["anytime"]["p_holm"] <= 0.05)
     json.dumps(result, allow_nan=False)
 
 
