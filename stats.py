@@ -878,17 +878,21 @@ def _verdict(pair: dict, pairs: int) -> dict:
     if not pair["counts"]["votes"]:
         return {"answer": "no votes", "sentence": "No votes yet."}
     if anytime <= ALPHA:
-        sentence = f"{better} is preferred to {worse}: E reached {best:.4g}, p {anytime:.2g}{among}"
+        sentence = f"{better} is preferred to {worse}: E reached {best:.4g}, {_p(anytime)}{among}"
         sentence += ", which holds however often the votes were looked at."
         if pair["net"]["value"] * direction < 0:
             sentence += " The votes have turned since: look at their course before deciding."
         return {"answer": better, "sentence": sentence}
-    needs = f"of the {1 / ALPHA:.0f} it needs" if pairs == 1 else f"and p {anytime:.2g}"
+    needs = f"of the {1 / ALPHA:.0f} it needs" if pairs == 1 else f"and {_p(anytime)}"
     early = f"the test that stays valid when people look early has reached E {best:.3g} {needs}{among}."
     if planned <= ALPHA:
-        sentence = f"Not yet: p {planned:.2g} would do at an end planned beforehand, but {early}"
+        sentence = f"Not yet: {_p(planned)} would do at an end planned beforehand, but {early}"
         return {"answer": "not yet", "sentence": sentence}
-    return {"answer": "no difference shown", "sentence": f"No difference shown so far: p {planned:.2g}, and {early}"}
+    return {"answer": "no difference shown", "sentence": f"No difference shown so far: {_p(planned)}, and {early}"}
+
+
+def _p(p: float) -> str:
+    return f"p {p:.2g}" if p >= 1e-12 else "p below 1e-12"
 
 
 def _looks(count: int) -> list[int]:
