@@ -28,7 +28,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,10 @@ class Towers:
         for parameter in (*self.projections.parameters(), self.model.logit_scale, self.model.logit_bias):
             if parameter is not None:
                 parameter.requires_grad_(projections)
-        self.base = {name: p.detach().clone() for name, p in self.trainable().items() if "lora_" not in name}
+        named = [*self.model.named_parameters(), *self.projections.named_parameters("projections")]
+        self.trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        self.base = {name: p.detach().clone() for name, p in self.trained.items() if "lora_" not in name}
+        self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout.default")]
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         if config.compile:
@@ -170,36 +173,29 @@ class Towers:
             )
         return names
 
-    def trainable(self) -> dict[str, Any]:
-        """The parameters that are trained, by name."""
-        named = [*self.model.named_parameters(), *self.projections.named_parameters("projections")]
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
-
     def copy(self) -> dict[str, Any]:
         """The trained weights as they are now, on the CPU."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.trainable().items()}
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
 
     def load(self, weights: dict[str, Any]) -> None:
         """Undo copy()."""
         import torch
 
         with torch.no_grad():
-            for name, parameter in self.trainable().items():
+            for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])
 
     def train(self, mode: bool) -> None:
         """Dropout on or off where LoRA is; everything else always computes as in evaluation."""
-        self.model.eval()
-        for name, module in self.model.named_modules():
-            if "lora_dropout" in name:
-                module.train(mode)
+        for module in self.dropouts:
+            module.train(mode)
 
     def interpolate(self, alpha: float, fine: dict[str, Any]) -> None:
         """Set the weights to (1 - alpha) base + alpha fine-tuned (WiSE-FT, arXiv 2109.01903)."""
         import torch
 
         with torch.no_grad():
-            for name, parameter in self.trainable().items():
+            for name, parameter in self.trained.items():
                 there = fine[name].to(parameter.device)
                 parameter.copy_(torch.lerp(self.base[name], there, alpha) if name in self.base else there)
         for module in self.model.modules():
@@ -247,6 +243,11 @@ class Run:
     validation: Data
     effective: int = 0  # pairs contrasted in one step, over all processes
     micro: int = 64  # pairs in memory at once, per process
+
+    def say(self, line: str) -> None:
+        """Print a line, once whatever the number of processes."""
+        if self.world.main:
+            print(line, flush=True)
 
 
 def keep_features(run: Run, data: Data) -> None:
@@ -344,7 +345,7 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up=lambda loss: loss):
         torch.autograd.backward(*zip(*ends, strict=True))
         embedded[k] = None  # its graph is done with
     if world.size > 1:
-        shared = [p for name, p in towers.trainable().items() if not name.endswith(("logit_scale", "logit_bias"))]
+        shared = [p for name, p in towers.trained.items() if not name.endswith(("logit_scale", "logit_bias"))]
         flat = world.sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in shared]))
         for p, part in zip(shared, flat.split([p.numel() for p in shared]), strict=True):
             p.grad = part.view_as(p).clone()
@@ -428,6 +429,7 @@ class State:
     batch: int = 0  # of the next step, within its epoch
     step: int = 0  # steps done
     updates: int = 0  # steps that changed the weights: fp16 skips those whose gradient overflowed
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable training samples found so far
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metrics and weights with the best MRR
     lines: list[str] = dataclasses.field(default_factory=list)  # of metrics.jsonl
 
@@ -451,7 +453,7 @@ def save_checkpoint(run: Run, state: State, optimizer, scaler, known: dict[str, 
         "identity": known,
         "micro": run.micro,
         "state": dataclasses.asdict(state),
-        "weights": {name: parameter.detach() for name, parameter in run.towers.trainable().items()},
+        "weights": {name: parameter.detach() for name, parameter in run.towers.trained.items()},
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
@@ -579,7 +581,7 @@ def fitting_micro_batch(run: Run) -> int:
                 break
             size *= 2
         torch.cuda.empty_cache()
-    for parameter in towers.trainable().values():
+    for parameter in towers.trained.values():
         parameter.grad = None
     return min(size, share)
 
@@ -599,7 +601,7 @@ def make_optimizer(run: Run):
     import torch
 
     config, groups = run.config, {"lora": [], "projections": [], "scalars": []}
-    for name, parameter in run.towers.trainable().items():
+    for name, parameter in run.towers.trained.items():
         groups["lora" if "lora_" in name else "projections" if parameter.ndim > 1 else "scalars"].append(parameter)
     peaks = {"lora": config.lora_lr, "projections": config.lr, "scalars": config.lr}
     decay = {"lora": config.weight_decay, "projections": config.weight_decay, "scalars": 0.0}
@@ -627,7 +629,7 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
         group["lr"] = group["peak"] * share
     loss = accumulate(run, batch, state.step, scaler.scale)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(towers.trainable().values(), config.clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(towers.trained.values(), config.clip_norm)
     if not (loss.isfinite() and (norm.isfinite() or scaler.is_enabled())):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
     before = scaler.get_scale()
@@ -651,7 +653,7 @@ def train(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None,
     """All epochs, or those that are left; returns the state with the best epoch in it."""
     import torch
 
-    config, towers = run.config, run.towers
+    config, towers, samples = run.config, run.towers, run.train.samples
     optimizer = make_optimizer(run)
     scaler = torch.amp.GradScaler(run.world.device.type, enabled=config.precision == "fp16")
     known, state = identity(run, manifest), State()
@@ -661,39 +663,61 @@ def train(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None,
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         towers.load(checkpoint["weights"])
-        print(f"going on at step {state.step}, epoch {state.epoch + 1}", flush=True)
+        samples.bad |= state.bad
+        run.say(f"going on after step {state.step}, in epoch {min(state.epoch + 1, config.epochs)}")
+
+    def save() -> None:
+        state.bad = dict(samples.bad)
+        save_checkpoint(run, state, optimizer, scaler, known)
+
     log.start(state)
     if not checkpoint:
         log.write(kind="validation", epoch=0, step=0, **evaluate(run, run.validation))
-    steps = math.ceil(len(run.train) / run.effective)
-    saved = time.monotonic()
     while state.epoch < config.epochs and not out_of_patience(state, config):
-        order = (len(run.train), run.effective, config.seed, state.epoch)
-        batches = run.train.batches(epoch_plan(*order, run.world.rank, run.world.size, state.batch), state.epoch)
-        if run.world.main:
-            batches = common.progress(batches, f"epoch {state.epoch + 1}/{config.epochs}", steps - state.batch, "step")
-        for batch in batches:
-            try:
-                numbers = update(run, state, optimizer, scaler, batch, steps * config.epochs)
-            except FloatingPointError as error:
-                save_checkpoint(run, state, optimizer, scaler, known)
-                raise Fail(
-                    f"step {state.step}: {error}; the last good state is in checkpoint.pt; lower --lr and --lora-lr, "
-                    "or use --precision fp32, with --no-resume"
-                ) from None
-            if state.step % LOG_EVERY == 0 or state.batch == steps:
-                log.write(kind="step", epoch=state.epoch + 1, step=state.step, **numbers)
-            if time.monotonic() - saved > config.checkpoint_minutes * 60 and state.batch < steps:
-                save_checkpoint(run, state, optimizer, scaler, known)
-                saved = time.monotonic()
+        one_epoch(run, state, optimizer, scaler, log, save)
         state.epoch, state.batch = state.epoch + 1, 0
         metrics = evaluate(run, run.validation)
         if metrics["mrr"] > state.best.get("metrics", {}).get("mrr", -1):
             state.best = {"epoch": state.epoch, "metrics": metrics, "weights": towers.copy()}
         log.write(kind="validation", epoch=state.epoch, step=state.step, **metrics)
-        save_checkpoint(run, state, optimizer, scaler, known)
-        saved = time.monotonic()
+        run.say(f"  validation: loss {metrics['loss']:.4f}, MRR {metrics['mrr']:.4f}")
+        save()
     return state
+
+
+def one_epoch(run: Run, state: State, optimizer, scaler, log: Log, save: Callable[[], None]) -> None:
+    """The steps of the current epoch, from state.batch on."""
+    from tqdm import tqdm
+
+    config = run.config
+    steps = math.ceil(len(run.train) / run.effective)
+    plan = epoch_plan(
+        len(run.train), run.effective, config.seed, state.epoch, run.world.rank, run.world.size, state.batch
+    )
+    start = saved = time.monotonic()
+    pairs, title, numbers = 0, f"epoch {state.epoch + 1}/{config.epochs}", {"loss": math.nan}
+    bar = tqdm(total=steps, initial=state.batch, desc=title, unit="step", disable=None if run.world.main else True)
+    for batch in run.train.batches(plan, state.epoch):
+        try:
+            numbers = update(run, state, optimizer, scaler, batch, steps * config.epochs)
+        except FloatingPointError as error:
+            save()
+            raise Fail(
+                f"step {state.step + 1}: {error}; the last good state is in checkpoint.pt; start over with lower --lr "
+                "and --lora-lr, or with --precision fp32, and --no-resume"
+            ) from None
+        pairs += batch.total
+        speed = pairs / (time.monotonic() - start)
+        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{numbers['lr']:.1e}", pairs=f"{speed:.0f}/s", refresh=False)
+        bar.update()
+        if state.step % LOG_EVERY == 0 or state.batch == steps:
+            log.write(kind="step", epoch=state.epoch + 1, step=state.step, **numbers)
+        if time.monotonic() - saved >= config.checkpoint_minutes * 60 and state.batch < steps:
+            save()
+            saved = time.monotonic()
+    bar.close()
+    speed = pairs / (time.monotonic() - start)
+    run.say(f"{title}: step {state.step}, loss {numbers['loss']:.4f}, {speed:.0f} pairs a second")
 
 
 def out_of_patience(state: State, config: TrainingConfig) -> bool:
@@ -730,7 +754,7 @@ def export(run: Run, alpha: float, fine: dict[str, Any]) -> None:
         if towers.peft is not None:  # it drops what is no LoRA: the rest stands beside it
             towers.peft.peft_config["default"].lora_alpha *= alpha
             towers.peft.save_pretrained(folder)
-        rest = {name: parameter for name, parameter in towers.trainable().items() if "lora_" not in name}
+        rest = {name: parameter for name, parameter in towers.trained.items() if "lora_" not in name}
         save_file(
             {name: parameter.detach().cpu().contiguous() for name, parameter in rest.items()},
             folder / "projections.safetensors",
@@ -767,7 +791,7 @@ def draw_curves(log: Log, path: Path) -> None:
 def parameter_counts(run: Run) -> dict[str, Any]:
     """How many parameters there are, are trained, and belong to LoRA."""
     towers = run.towers
-    trained = {name: parameter.numel() for name, parameter in towers.trainable().items()}
+    trained = {name: parameter.numel() for name, parameter in towers.trained.items()}
     lora = sum(count for name, count in trained.items() if "lora_" in name)
     every = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters())
     return {"base": every - lora, "trained": sum(trained.values()), "lora": lora, "lora_share": lora / (every - lora)}
@@ -805,7 +829,7 @@ def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dic
     run.effective = config.effective_batch_size or min(1024, max(32, len(train) // 8))
     if run.effective > len(train):
         run.effective = len(train)
-        print(f"the train split has {len(train)} samples: they make one effective batch", flush=True)
+        run.say(f"the train split has only {len(train)} samples: all of them make one effective batch")
     return run, manifest
 
 
@@ -819,7 +843,9 @@ def fine_tune(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | N
     for data in (run.train, run.validation):
         keep_features(run, data)
     parts = math.ceil(run.effective / run.world.size / run.micro)
-    print(f"effective batch {run.effective} = {run.world.size} processes x {parts} micro batches of up to {run.micro}")
+    run.say(
+        f"effective batch {run.effective} = {run.world.size} processes x {parts} micro batches of up to {run.micro}"
+    )
     counts = parameter_counts(run)
     state = train(run, manifest, checkpoint, log)
     fine = state.best["weights"]
