@@ -1,0 +1,440 @@
+"""Stage 5: people vote, blind, on which of two models searches better.
+
+Reads   embeddings/master.parquet (stage 4; give --embeddings several times to compare more than two models), photos
+Writes  arena.sqlite: trials and votes, inserted only; arena.sqlite.cache/ and .keys.json beside it
+
+serve   the voting page (A, B, T tie, N skip, U undo, Q quit), and the results page behind the admin link it prints
+stats   the results, recomputed from the log, as text or with --format json
+votes   every vote, as CSV or with --format json
+
+    python 5_arena.py serve --embeddings data/embeddings/master.parquet --images data --database data/arena.sqlite
+    python 5_arena.py stats --database data/arena.sqlite
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hmac
+import io
+import json
+import os
+import secrets
+import sqlite3
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from arena_log import Log, Refused
+from arena_trials import Draw, Experiment, Items, note
+from common import (
+    DONE,
+    USAGE,
+    ArenaConfig,
+    BadImage,
+    Fail,
+    add_flags,
+    entry_point,
+    exclusive,
+    from_flags,
+    images_folder,
+    load_image,
+    resolve_image,
+)
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+BODY_LIMIT = 4_096  # bytes of a vote or a name
+UPLOAD_LIMIT = 12_000_000  # bytes of a picture on the search page
+POLICY = (
+    "default-src 'none'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # no-referrer would also hide the Origin that the cross-site check reads
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+class Pictures:
+    """Photos as the browser gets them: letterboxed to one size, encoded anew, so that no byte tells a file's origin."""
+
+    def __init__(self, items: Items, folder: Path, side: int):
+        self.items, self.folder, self.side = items, folder, side
+        self.missing: set[int] = set()
+        self.jpeg = functools.lru_cache(2_000)(self._jpeg)  # about 60 MB at 480 px
+
+    def _jpeg(self, row: int) -> bytes:
+        try:
+            path = resolve_image(self.folder, self.items.text("image_path", row))
+            return self.encode(load_image(path, self.side))
+        except BadImage as error:
+            if row not in self.missing:
+                self.missing.add(row)
+                name = self.items.text("image_id", row)
+                note(f"missing picture: item {name!r}: {error}; a grey placeholder is shown")
+            return self.placeholder
+
+    def encode(self, image) -> bytes:
+        """A picture of any size as a square JPEG on white, without metadata."""
+        from PIL import Image
+
+        width, height = image.size
+        scale = self.side / max(width, height)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        canvas = Image.new("RGB", (self.side, self.side), "white")
+        resized = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        canvas.paste(resized, ((self.side - size[0]) // 2, (self.side - size[1]) // 2))
+        buffer = io.BytesIO()
+        canvas.save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
+    @functools.cached_property
+    def placeholder(self) -> bytes:
+        from PIL import Image, ImageDraw
+
+        image = Image.new("RGB", (self.side, self.side), (228, 228, 226))
+        unit = self.side // 12
+        box = (4 * unit, 4.5 * unit, 8 * unit, 7.5 * unit)
+        ImageDraw.Draw(image).rectangle(box, outline=(168, 168, 166), width=max(2, self.side // 120))
+        ImageDraw.Draw(image).line((*box[:2], *box[2:]), fill=(168, 168, 166), width=max(2, self.side // 120))
+        return self.encode(image)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The application
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an application needs besides its settings. Tokens and the cookie's key come from `read_keys`."""
+
+    embeddings: tuple[str, ...]
+    images: str
+    database: str
+    settings: ArenaConfig = field(default_factory=ArenaConfig)
+    keys: dict[str, str] | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server, so that judges need no token."""
+        return self.settings.host in LOOPBACK
+
+
+def read_keys(database: str | Path) -> dict[str, str]:
+    """The cookie's key, the judges' and the admin's token: kept beside the database, readable by its owner only.
+
+    ARENA_JUDGE_TOKEN and ARENA_ADMIN_TOKEN in the environment take precedence.
+    """
+    path = Path(f"{database}.keys.json")
+    names = ("cookie_key", "judge_token", "admin_token")
+    keys = {name: secrets.token_urlsafe(24) for name in names}
+    if path.is_file():
+        keys |= {name: value for name, value in json.loads(path.read_text()).items() if name in names and value}
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(keys, indent=2) + "\n")
+    given = {name: os.environ.get(f"ARENA_{name.upper()}") for name in names[1:]}
+    return keys | {name: value for name, value in given.items() if value}
+
+
+class Arena:
+    """An experiment with its log, its drawing and its pictures: what the routes work on."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.settings = setup, setup.settings
+        self.keys = setup.keys or read_keys(setup.database)
+        folder = images_folder(setup.images, [setup.embeddings[0]])
+        cache = Path(f"{setup.database}.cache")
+        self.experiment = Experiment([Items(path, cache) for path in setup.embeddings], self.settings)
+        self.log = Log(setup.database)
+        self.number = self.log.experiment(self.experiment.key, self.experiment.facts)
+        self.draw = Draw(self.experiment, self.log, self.number)
+        self.pictures = Pictures(self.experiment.items, folder, self.settings.picture_size)
+
+    def trial(self, judge: str, after: str | None = None) -> dict[str, Any]:
+        """What the browser is told of the current trial, or of the one after it."""
+        try:
+            row = self.log.trial(self.number, judge, after, functools.partial(self.draw, judge))
+        except sqlite3.Error:
+            self.draw.recount()  # it may have counted what was not committed
+            raise
+        last = self.log.last_vote(self.number, judge)
+        counts = self.log.own_counts(self.number, judge)
+        answer = {"trial": row["token"] if row else None, "undo": last["token"] if last else None}
+        answer |= {"votes": sum(counts.values()), "decided": self.log.decided(self.number)}
+        if row and self.settings.query == "text":
+            answer["words"] = self.experiment.items.text("prompt", self.experiment.ids[row["query"]])
+        return answer
+
+    def picture(self, judge: str, token: str, place: int) -> bytes:
+        """JPEG: place 0 is the query, then row A, then row B. Raises Refused for a token that is not the judge's."""
+        row = self.log.find(self.number, judge, token)
+        shown = [row["query"], *json.loads(row["left_items"]), *json.loads(row["right_items"])]
+        if row["vote"] is not None or row["identical"] or place >= len(shown):
+            raise Refused(404, "There is no such picture for you.")
+        return self.pictures.jpeg(self.experiment.ids[shown[place]])
+
+    def vote_rows(self) -> list[dict[str, Any]]:
+        return statistics_rows(self.log, self.number, self.experiment.facts["models"])
+
+
+def create_app(setup: Setup):
+    """The Flask application: pages for judges, the results page, and the search page where --reveal allows it."""
+    from flask import Flask
+
+    root = Path(__file__).parent / "templates"
+    app = Flask("arena", root_path=str(root), template_folder=str(root), static_folder=str(root / "static"))
+    arena = Arena(setup)
+    app.config.update(
+        SECRET_KEY=arena.keys["cookie_key"],
+        SESSION_COOKIE_NAME="judge",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Lax",
+        SESSION_REFRESH_EACH_REQUEST=False,
+        MAX_CONTENT_LENGTH=BODY_LIMIT,
+        MAX_FORM_MEMORY_SIZE=BODY_LIMIT,
+        TRUSTED_HOSTS=trusted_hosts(setup.settings),
+        SEND_FILE_MAX_AGE_DEFAULT=0,
+        PERMANENT_SESSION_LIFETIME=90 * 86_400,
+    )
+    app.extensions["arena"] = arena
+    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
+    guard(app)
+    add_judge_pages(app, arena)
+    add_result_pages(app, arena)
+    return app
+
+
+def trusted_hosts(settings: ArenaConfig) -> list[str]:
+    """Names that the Host header may carry."""
+    import socket
+
+    names = {name for name in (settings.trusted_host or "").split(",") if name}
+    if settings.host in LOOPBACK:
+        return sorted(names | {"127.0.0.1", "localhost", "[::1]"})
+    names |= {"127.0.0.1", "localhost", socket.gethostname(), socket.getfqdn()}
+    if settings.host not in ("0.0.0.0", "::"):
+        names.add(settings.host)
+    else:
+        try:
+            names |= {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+        except OSError:
+            note("this machine's addresses are unknown; name them with --trusted-host")
+    return sorted(names)
+
+
+def guard(app) -> None:
+    """What holds for every request: same-origin posts only, the headers, and errors in a person's words."""
+    from flask import jsonify, render_template, request
+    from werkzeug.exceptions import HTTPException
+
+    @app.before_request
+    def same_origin():
+        """Refuse what another site's page sends: browsers name the origin of every POST."""
+        if request.method in ("GET", "HEAD", "OPTIONS"):
+            return None
+        origin = request.headers.get("Origin", "")
+        if not origin or urlsplit(origin).netloc != request.host:
+            raise Refused(403, "This request did not come from the arena's own page.")
+        return None
+
+    @app.after_request
+    def add_headers(response):
+        response.headers.update(HEADERS)
+        return response
+
+    def answer(status: int, message: str):
+        if request.path.startswith(("/trial", "/vote", "/undo", "/picture")):
+            return jsonify(error=message), status
+        try:
+            return render_template("message.html", status=status, message=message), status
+        except HTTPException:  # a request for an untrusted host cannot even build links
+            return message, status
+
+    @app.errorhandler(HTTPException)
+    def http_error(error):
+        return answer(error.code, error.description)
+
+    @app.errorhandler(Refused)
+    def refused(error):
+        return answer(error.status, str(error))
+
+    @app.errorhandler(sqlite3.Error)
+    def not_saved(error):
+        """Nothing was committed, so nothing is acknowledged; the page keeps the vote and tries again."""
+        note(f"database: {error}; requests are answered with 503 until this is mended")
+        body, status = answer(503, "The vote could not be saved just now. Nothing is lost; it is tried again.")
+        return body, status, {"Retry-After": "2"}
+
+
+def add_judge_pages(app, arena: Arena) -> None:
+    """Start, vote, thanks: nothing here knows more of a model than a trial's token."""
+    from flask import Response, redirect, render_template, request, session
+
+    def judge(must: bool = True) -> str | None:
+        """The judge of this request's cookie who has an open session."""
+        found = arena.log.judge(session.get("judge"))
+        if found and arena.log.session(arena.number, found["id"]):
+            return found["id"]
+        if must:
+            raise Refused(403, "Your session has ended, or this browser has none yet; open the first page to start.")
+        return None
+
+    def posted(*names: str) -> list:
+        """Fields of a JSON object in the request's body."""
+        body = request.get_json()
+        if not isinstance(body, dict) or not all(isinstance(body.get(name), str | None) for name in names):
+            raise Refused(400, "A JSON object is expected.")
+        return [body.get(name) for name in names]
+
+    @app.get("/")
+    def index():
+        """The voting page; before it, once, the page that asks for a name."""
+        if judge(must=False):
+            return render_template("arena.html", settings=arena.settings)
+        known = arena.log.judge(session.get("judge"))
+        asked = not arena.setup.local and not known
+        token = request.args.get("token", "")
+        return render_template("start.html", known=known, asked=asked, token=token, settings=arena.settings)
+
+    @app.post("/start")
+    def start():
+        known = arena.log.judge(session.get("judge"))
+        token = request.form.get("token", "").strip()
+        if not (known or arena.setup.local or hmac.compare_digest(token.encode(), arena.keys["judge_token"].encode())):
+            raise Refused(403, "That is not the judges' token. Ask for the link with the token in it.")
+        name = " ".join(request.form.get("name", "").split())[:60]
+        session["judge"] = arena.log.start(arena.number, known["id"] if known else None, name)
+        session.permanent = True
+        return redirect("/", 303)
+
+    @app.post("/trial")
+    def trial():
+        """The trial to judge now, or the one `after` it, which the page fetches ahead."""
+        return arena.trial(judge(), *posted("after"))
+
+    @app.get("/picture/<token>/<int:place>")
+    def picture(token: str, place: int):
+        return Response(arena.picture(judge(), token, place), mimetype="image/jpeg")
+
+    @app.post("/vote")
+    def vote():
+        token, choice = posted("trial", "choice")
+        return arena.log.vote(arena.number, judge(), token, choice)
+
+    @app.post("/undo")
+    def undo():
+        who = judge()
+        arena.log.undo(arena.number, who, *posted("trial"))
+        return arena.trial(who)
+
+    @app.post("/quit")
+    def leave():
+        if who := judge(must=False):
+            arena.log.quit(arena.number, who)
+        return redirect("/thanks", 303)
+
+    @app.get("/thanks")
+    def thanks():
+        who = session.get("judge")
+        counts = arena.log.own_counts(arena.number, who) if who else {}
+        finished = judge(must=False) is None
+        return render_template("thanks.html", counts=counts, settings=arena.settings, finished=finished)
+
+
+def add_result_pages(app, arena: Arena) -> None:
+    """What a judge must not see before the end."""
+
+
+def statistics_rows(log: Log, number: int, models: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The log's rows as `stats.arena_statistics` takes them."""
+    names = {model["fingerprint"]: model["name"] for model in models}
+    order = [model["fingerprint"] for model in models]
+    rows = []
+    for vote in log.votes(number):
+        left, right = vote["left_model"], vote["right_model"]
+        facts = vote["facts"]
+        row = {name: vote[name] for name in ("judge", "query", "category", "choice", "time")}
+        row |= {"trial": vote["trial"], "left": names[left], "right": names[right]}
+        row |= {"base": names[min(left, right, key=order.index)], "revoked": bool(vote["revoked"])}
+        row |= {"identical": bool(vote["identical"]), "judges": facts["judges"]}
+        row["items"] = {names[left]: facts["left_pictures"], names[right]: facts["right_pictures"]}
+        row["attributes"] = {names[left]: facts["left_attributes"], names[right]: facts["right_attributes"]}
+        rows.append(row)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def serve(setup: Setup) -> int:
+    """Serve until interrupted."""
+    import socket
+
+    import waitress
+
+    settings = setup.settings
+    with exclusive(f"{setup.database}.lock") as free:
+        if not free:
+            raise Fail(f"{setup.database}: another arena serves it; stop that one, or give another --database")
+        app = create_app(setup)
+        arena = app.extensions["arena"]
+        try:
+            server = waitress.create_server(
+                app, host=settings.host, port=settings.port, threads=settings.threads, ident=None,
+                max_request_body_size=UPLOAD_LIMIT + 65_536, channel_timeout=60,
+            )  # fmt: skip
+        except OSError as error:
+            raise Fail(f"{settings.host}:{settings.port}: {error.strerror}; choose another --host or --port") from None
+        port = getattr(server, "effective_port", settings.port)
+        name = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
+        home = f"http://{f'[{name}]' if ':' in name else name}:{port}/"
+        facts = arena.experiment.facts
+        print(f"{facts['queries']} queries among {facts['items']} items; votes go to {setup.database}")
+        print(f"Vote at      {home}" + ("" if setup.local else f"?token={quote(arena.keys['judge_token'])}"))
+        print(f"Results at   {home}results?token={quote(arena.keys['admin_token'])}", flush=True)
+        server.run()  # returns on Ctrl-C and SIGTERM
+        note(f"stopped; {arena.log.decided(arena.number)} decided votes so far")
+    return DONE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("serve", "stats", "votes"), help="what to do")
+    parser.add_argument(
+        "--embeddings", action="append", help="master.parquet of stage 4; several times to compare more models"
+    )
+    parser.add_argument("--images", help="folder that image_path is relative to")
+    parser.add_argument("--database", required=True, help="SQLite file of trials and votes; made if it is not there")
+    parser.add_argument("--format", choices=("text", "csv", "json"), help="of stats (text, json) and votes (csv, json)")
+    parser.add_argument("--output", help="write stats or votes to this file instead of the terminal")
+    add_flags(parser, ArenaConfig)
+    return parser
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    settings = from_flags(ArenaConfig, args)
+    if args.command == "serve":
+        if not args.embeddings or not args.images:
+            raise Fail("serve needs --embeddings and --images", USAGE)
+        return serve(Setup(tuple(args.embeddings), args.images, args.database, settings))
+    raise Fail("not there yet", USAGE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
