@@ -214,12 +214,13 @@ def test_pefts_own_attention_would_fail_that(folder):
     x = ours.normalise(clip, pixels())
     block = plain.model.double().visual.transformer.resblocks[1].attn
     out = layer.base_layer.out_proj
+    nn.init.normal_(out.lora_B["default"].weight)
     with torch.no_grad():
         block.in_proj_weight += 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        if hasattr(out, "lora_B"):
-            nn.init.normal_(out.lora_B["default"].weight)
-            block.out_proj.weight += 2.0 * out.lora_B["default"].weight @ out.lora_A["default"].weight
-    assert (clip.model.visual(x) - plain.model.visual(x)).abs().max() > 1e-3
+        block.out_proj.weight += 2.0 * out.lora_B["default"].weight @ out.lora_A["default"].weight
+        assert (clip.model.visual(x) - plain.model.visual(x)).abs().max() > 1e-3
+        block.out_proj.weight += 2.0 * out.lora_B["default"].weight @ out.lora_A["default"].weight
+        assert (clip.model.visual(x) - plain.model.visual(x)).abs().max() < 1e-12  # its delta is there twice
 
 
 # -------------------------------------------------------------------------------------------------- other architectures
