@@ -1,0 +1,645 @@
+"""3_train.py: exact gradients, the right parameters, going on after a kill, what it writes, and what it says."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import clip as ours
+import common
+import loader
+
+stage = importlib.import_module("3_train")
+ROOT = Path(__file__).parents[1]
+TRAINED = [name for name, parts in stage.SCENARIOS.items() if parts[2]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Tiny shards and a tiny CLIP."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.make_shards(folder / "shards", train=64, validation=16, test=8, shards=3)
+    tiny.make_clip(folder / "clip")
+    return folder
+
+
+def arguments(base, output, *more):
+    flags = {"--shards": base / "shards", "--model": f"local-dir:{base / 'clip'}", "--output": output, "--epochs": 2}
+    flags |= {"--lr": 1e-2, "--lora-lr": 3e-3, "--effective-batch-size": 24, "--workers": 1}
+    return [str(part) for pair in flags.items() for part in pair] + [str(part) for part in more]
+
+
+def train(base, output, *more):
+    """The real command line, in this process."""
+    assert stage.main(arguments(base, output, *more)) == 0
+    return json.loads((output / "train.json").read_text())
+
+
+def make_run(base, output, *more):
+    """A Run as the command line makes it, before its first step."""
+    args = stage.build_parser().parse_args(arguments(base, output, *more))
+    config = common.from_flags(common.TrainingConfig, args)
+    return stage.prepare(config, str(args.shards), output)[0]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "open_clip_model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+LINEARS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.c_fc", "mlp.c_proj")
+
+
+def expected_parameters(scenario):
+    vision, text, projections = stage.SCENARIOS[scenario]
+    towers = ["visual.transformer"] * vision + ["transformer"] * text
+    names = {
+        f"{tower}.resblocks.{layer}.{linear}.lora_{factor}.default.weight"
+        for tower in towers
+        for layer in (0, 1)
+        for linear in LINEARS
+        for factor in "AB"
+    }
+    return names | ({"logit_scale", "projections.image.weight", "projections.text.weight"} if projections else set())
+
+
+@pytest.mark.parametrize("scenario", list(stage.SCENARIOS))
+def test_a_scenario_trains_its_parameters_and_no_others(base, tmp_path, scenario):
+    run = make_run(base, tmp_path, "--scenario", scenario)
+    assert set(run.towers.trained) == expected_parameters(scenario)
+    if scenario == "zero_shot":
+        return
+    everything = [*run.towers.model.named_parameters(), *run.towers.projections.named_parameters("projections")]
+    before = {name: parameter.detach().clone() for name, parameter in everything}
+    images, texts = stage.evaluate(run, run.validation), None
+    optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
+    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    for _ in range(50):
+        stage.update(run, state, optimizer, scaler, batch, 60)
+    for name, parameter in everything:
+        if name in run.towers.trained:
+            assert not torch.equal(parameter, before[name]), name
+        else:
+            assert torch.equal(parameter, before[name]), name
+    assert stage.evaluate(run, run.validation) != images and texts is None
+    assert 0 <= run.towers.model.logit_scale.item() <= math.log(100)
+
+
+def test_fresh_adapters_change_nothing_and_zero_shot_builds_no_optimizer(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "make_optimizer", None)
+    facts = train(base, tmp_path / "zero", "--scenario", "zero_shot")
+    assert facts["model_dir"] is None and sorted(os.listdir(tmp_path / "zero")) == [".lock", "train.json"]
+    clip = ours.load_clip(str(base / "clip"))
+    run = make_run(base, tmp_path / "dual", "--scenario", "dual_lora")
+    batch = next(run.validation.batches(loader.in_order(16, 16)))
+    with torch.no_grad():
+        images, texts = run.towers.embed(batch)
+    assert (images - ours.encode_image(clip, batch.images)).abs().max() < 5e-6
+    assert facts["validation"]["zero_shot"] == pytest.approx(stage.evaluate(run, run.validation), rel=1e-5)
+    assert texts.shape == (16, 16)
+
+
+def test_decay_and_rates_go_to_their_groups(base, tmp_path):
+    run = make_run(base, tmp_path, "--scenario", "dual_lora")
+    groups = {(g["peak"], g["weight_decay"]): len(g["params"]) for g in stage.make_optimizer(run).param_groups}
+    assert groups == {(3e-3, 0.01): 48, (1e-2, 0.01): 2, (1e-2, 0.0): 1}
+    rates = [stage.rate("cosine", k / 100, 0.1) for k in range(101)]
+    assert rates[0] == 0 and max(rates) == pytest.approx(1) and rates.index(max(rates)) == 10 and rates[-1] < 1e-9
+    cycle = [stage.rate("onecycle", k / 100, 0.1) for k in range(101)]
+    assert cycle[0] == pytest.approx(0.04) and cycle.index(max(cycle)) == 30 and cycle[-1] == pytest.approx(4e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ the gradient
+
+
+def gradient(run, batch, micro):
+    run.micro = micro
+    for parameter in run.towers.trained.values():
+        parameter.grad = None
+    loss = stage.accumulate(run, batch, step=5)
+    return loss, {name: parameter.grad.clone() for name, parameter in run.towers.trained.items()}
+
+
+def error(one, other):
+    """Relative error of a whole gradient, and of the temperature's."""
+    flat = [torch.cat([g[name].reshape(-1) for name in sorted(g)]) for g in (one, other)]
+    scale = abs(one["logit_scale"] - other["logit_scale"]) / abs(other["logit_scale"])
+    return max(((flat[0] - flat[1]).norm() / flat[1].norm()).item(), scale.item())
+
+
+def double_run(base, output, *more):
+    """A run in float64 whose adapters are away from their start."""
+    run = make_run(base, output, "--scenario", "dual_lora", "--lora-dropout", "0.3", *more)
+    run.towers.model.double(), run.towers.projections.double()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in run.towers.trained.items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return run
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(base, tmp_path):
+    run = double_run(base, tmp_path)
+    batch = next(run.train.batches(loader.epoch_plan(64, 64, 0, 0, 0, 1), 0))
+    run.towers.train(False)
+    loss, whole = gradient(run, batch, 64)
+    images, texts = run.towers.embed(batch)  # and by plain autograd, without any of our machinery
+    scale = run.towers.model.logit_scale
+    plain_loss = stage.pair_loss(images, texts, batch.keys, scale)
+    plain = dict(zip(whole, torch.autograd.grad(plain_loss, list(run.towers.trained.values())), strict=True))
+    assert loss == pytest.approx(plain_loss.item(), rel=1e-12) and error(whole, plain) < 1e-12
+    for micro in (8, 24):
+        assert error(gradient(run, batch, micro)[1], whole) < 1e-12
+
+    run.towers.train(True)  # with dropout: one graph over the same draws
+    embedded = []
+    for start in range(0, 64, 8):
+        stage.reseed(run.config.seed, 5, start)
+        embedded.append(run.towers.embed(batch.part(start, 8)))
+    images, texts = (torch.cat(side) for side in zip(*embedded, strict=True))
+    graph = torch.autograd.grad(stage.pair_loss(images, texts, batch.keys, scale), list(run.towers.trained.values()))
+    dropped = gradient(run, batch, 8)[1]
+    assert error(dropped, dict(zip(dropped, graph, strict=True))) < 1e-12
+    assert error(dropped, whole) > 1e-3  # dropout was on
+    parts = [run.towers.embed(batch.part(start, 8)) for start in range(0, 64, 8)]  # what accumulation alone would do
+    naive = sum(stage.pair_loss(*p, batch.part(8 * k, 8).keys, scale) for k, p in enumerate(parts)) / 8
+    naive = torch.autograd.grad(naive, list(run.towers.trained.values()))
+    assert error(dict(zip(dropped, naive, strict=True)), dropped) > 0.1
+
+
+def test_the_loss_is_open_clips_where_all_pairs_differ():
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(12, 8, dtype=torch.float64), dim=-1) for _ in range(2))
+    scale, bias = torch.tensor(2.0).double(), torch.tensor(-3.0).double()
+    keys = torch.arange(24).view(12, 2)
+    theirs = open_clip.loss.ClipLoss()(images, texts, scale.exp())
+    assert stage.pair_loss(images, texts, keys, scale) == pytest.approx(theirs.item(), rel=1e-12)
+    theirs = open_clip.loss.SigLipLoss()(images, texts, scale.exp(), bias)
+    assert stage.pair_loss(images, texts, keys, scale, bias) == pytest.approx(theirs.item(), rel=1e-12)
+
+
+def test_duplicates_and_equal_captions_are_positives_of_each_other():
+    images = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    images[1] = images[0]
+    scale, apart = torch.tensor(3.0), torch.arange(8).view(4, 2)
+    group, caption = apart.clone(), apart.clone()
+    group[1, 0], caption[1, 1] = group[0, 0], caption[0, 1]
+    logits = scale.exp() * images @ images.T
+    target = torch.eye(4)
+    target[:2, :2] = 0.5
+    expected = -(target * logits.log_softmax(1)).sum(1).mean().item()
+    for keys in (group, caption):
+        assert stage.pair_loss(images, images, keys, scale).item() == pytest.approx(expected, rel=1e-5)
+    assert expected < stage.pair_loss(images, images, apart, scale).item()
+
+
+def rank_gradient(base, output):
+    """What one of two processes does for the next test: its gradient in float64, then the real command line."""
+    run = double_run(Path(base), Path(output))
+    world = run.world
+    batch = next(run.train.batches(loader.epoch_plan(64, 64, 0, 0, world.rank, world.size), 0))
+    run.towers.train(True)
+    loss, grads = gradient(run, batch, 8)
+    torch.save((loss, grads, batch.positions), Path(output) / f"gradient-{world.rank}.pt")
+    assert stage.main(arguments(Path(base), Path(output) / "run", "--scenario", "dual_lora")) == 0
+
+
+def test_two_processes_equal_one(base, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"import test_train; test_train.rank_gradient({str(base)!r}, {str(tmp_path)!r})"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", command], env=environment | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    run = double_run(base, tmp_path / "one")
+    batch = next(run.train.batches(loader.epoch_plan(64, 64, 0, 0, 0, 1), 0))
+    run.towers.train(True)
+    loss, alone = gradient(run, batch, 8)
+    facts = train(base, tmp_path / "alone", "--scenario", "dual_lora")
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    for rank in (0, 1):
+        their_loss, theirs, positions = torch.load(tmp_path / f"gradient-{rank}.pt")
+        assert positions.tolist() == list(range(32 * rank, 32 * rank + 32))
+        assert their_loss.item() == pytest.approx(loss.item(), rel=1e-10) and error(theirs, alone) < 1e-10
+    together = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert together["batch"]["processes"] == 2
+    assert together["validation"]["best"]["loss"] == pytest.approx(facts["validation"]["best"]["loss"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def test_every_sample_once_an_epoch_over_ranks_and_workers(base, tmp_path):
+    run = make_run(base, tmp_path, "--workers", "4")
+    shares = []
+    for rank in (0, 1):
+        steps = list(loader.epoch_plan(len(run.train), 20, 7, 3, rank, 2))
+        read = list(run.train.batches(iter(steps), 3))
+        assert [len(b.positions) for b in read] == [len(step.ids) for step in steps]
+        shares.append(steps)
+    assert len(shares[0]) == len(shares[1]) == 4  # they end together
+    assert sorted(i for steps in shares for step in steps for i in step.ids) == list(range(64))
+    for one, other in zip(*shares, strict=True):
+        assert sorted(one.positions + other.positions) == list(range(one.total)) and one.total in (16, 20)
+    again = [step.ids for step in loader.epoch_plan(64, 20, 7, 3, 0, 2, skip=2)]
+    assert again == [step.ids for step in shares[0]][2:]  # resume to the sample, without reading
+    assert again != [step.ids for step in loader.epoch_plan(64, 20, 7, 4, 0, 2, skip=2)]
+
+
+def test_captions_change_with_the_epoch_and_are_the_items_own(base, tmp_path):
+    run = make_run(base, tmp_path)
+    record = json.loads(run.train.samples.read(5, ["json"])[0])
+    filled = common.prompts({name: record[name] for name in ("title", "style", "material", "color", "object_type")})
+    seen = [run.train.load(5, epoch, False, True)[1] for epoch in range(len(filled))]
+    assert sorted(seen) == sorted(filled) and len(set(seen)) > 1
+    assert run.validation.load(5, None, False, True)[1] == run.validation.samples.read(5, ["txt"])[0].decode()
+    fixed = make_run(base, tmp_path, "--captions", "fixed")
+    assert fixed.train.load(5, 1, False, True)[1] == fixed.train.samples.read(5, ["txt"])[0].decode()
+
+
+@pytest.mark.parametrize("kind", ["simple", "advanced"])
+def test_augmentation_is_seeded_varies_and_never_recolors(kind):
+    plain = torch.tensor([200, 30, 90]).byte().view(3, 1, 1).expand(3, 32, 32)
+    drawn = torch.full((3, 32, 32), 255).byte()
+    drawn[:, 4:28, 4:14] = torch.tensor([20, 120, 60]).byte().view(3, 1, 1)
+    results = [loader.augmented(drawn, kind, str(seed)) for seed in range(6)]
+    assert len({tuple(r.flatten().tolist()) for r in results}) > 3
+    assert all(torch.equal(r, loader.augmented(drawn, kind, str(seed))) for seed, r in enumerate(results))
+    for result in results:
+        assert result.shape == (3, 32, 32) and result.dtype == torch.uint8
+        middle = result[:, 12:20].reshape(3, -1).T.int()
+        assert (middle - torch.tensor([20, 120, 60])).abs().sum(1).min() <= 9  # the color is still there
+    for seed in range(6):
+        flat = loader.augmented(plain, kind, str(seed))[:, 12:20, 12:20].int()
+        assert (flat - torch.tensor([200, 30, 90]).view(3, 1, 1)).abs().max() <= 2
+
+
+@pytest.mark.parametrize(("scenario", "flags"), [
+    ("vision_lora", ()), ("text_lora", ()), ("linear_probe", ()), ("text_lora", ("--augment", "simple", "--views", "2")),
+])  # fmt: skip
+def test_kept_features_train_the_same_model(base, tmp_path, monkeypatch, scenario, flags):
+    kept = train(base, tmp_path / "kept", "--scenario", scenario, *flags)
+    names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "kept" / "cache").iterdir())
+    frozen = [tower for tower, lora in zip(("image", "text"), stage.SCENARIOS[scenario][:2], strict=True) if not lora]
+    assert names == sorted(f"{split}-{tower}" for split in ("train", "validation") for tower in frozen)
+    if flags:
+        features = next((tmp_path / "kept" / "cache").glob("train-image-*/features.npy"))
+        assert features.stat().st_size > 2 * 64 * 32 * 4  # two views of each picture
+        return
+    monkeypatch.setattr(stage, "keep_features", lambda run, data: None)
+    monkeypatch.setattr(stage, "fitting_micro_batch", lambda run: 24)
+    plain = train(base, tmp_path / "plain", "--scenario", scenario)
+    assert kept["validation"]["best"]["loss"] == pytest.approx(plain["validation"]["best"]["loss"], rel=1e-4)
+    for name, tensor in weights(tmp_path / "plain").items():
+        assert (tensor - weights(tmp_path / "kept")[name]).abs().max() < 2e-4, name
+
+
+# ---------------------------------------------------------------------------------------------------- going on
+
+
+class Killed(BaseException):
+    """What stands for kill -9 in this process: nothing catches it."""
+
+
+def killed_after(monkeypatch, steps):
+    original = stage.update
+
+    def update(run, state, *rest):
+        if state.step == steps:
+            raise Killed
+        return original(run, state, *rest)
+
+    monkeypatch.setattr(stage, "update", update)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    train(base, output, "--micro-batch-size", 8)
+    return output
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 5])
+def test_killed_at_any_step_it_goes_on_to_the_same_bits(base, tmp_path, monkeypatch, undisturbed, steps):
+    flags = ("--micro-batch-size", 8, "--checkpoint-minutes", 0)
+    with monkeypatch.context() as patch:
+        killed_after(patch, steps)
+        with pytest.raises(Killed):
+            stage.main(arguments(base, tmp_path, *flags))
+    with monkeypatch.context() as patch:
+        counted = []
+        original = stage.update
+        patch.setattr(stage, "update", lambda *a: counted.append(1) or original(*a))
+        train(base, tmp_path, *flags)
+    assert len(counted) == 6 - steps  # nothing is done twice
+    assert same(weights(tmp_path), weights(undisturbed))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_kill_9_of_the_process_and_going_on(base, tmp_path, undisturbed):
+    flags = arguments(base, tmp_path, "--micro-batch-size", 8, "--checkpoint-minutes", 0)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, str(ROOT / "3_train.py"), *flags], env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "checkpoint.pt").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "train.json").exists()
+    train(base, tmp_path, "--micro-batch-size", 8)
+    assert same(weights(tmp_path), weights(undisturbed))
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_named(base, tmp_path, undisturbed, capsys, monkeypatch):
+    import shutil
+
+    shutil.copytree(undisturbed, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "update", None)
+        train(base, tmp_path / "run", "--micro-batch-size", 8)
+    assert "finished already" in capsys.readouterr().out
+    assert stage.main(arguments(base, tmp_path / "run", "--seed", 7)) == 1
+    assert "seed was 42, is 7" in capsys.readouterr().err
+    train(base, tmp_path / "run", "--seed", 7, "--no-resume")
+    assert not same(weights(tmp_path / "run"), weights(undisturbed))
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"torn")
+    assert stage.main(arguments(base, tmp_path / "run", "--seed", 8)) == 1
+    assert "not a readable checkpoint" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_folder(base, tmp_path, capsys):
+    with common.exclusive(tmp_path / ".lock"):
+        assert stage.main(arguments(base, tmp_path)) == 1
+    assert "another run" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ what it writes
+
+
+@pytest.mark.parametrize("scenario", TRAINED)
+def test_the_merged_model_is_the_adapters_and_loads_in_plain_open_clip(base, tmp_path, scenario):
+    import peft
+    from safetensors.torch import load_file
+
+    facts = train(base, tmp_path, "--scenario", scenario)
+    names = {".lock", "adapter", "checkpoint.pt", "curves.png", "metrics.jsonl", "model", "train.json"}
+    assert set(os.listdir(tmp_path)) - {"cache"} == names and facts["model_dir"] == "model"
+    merged, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
+    clip = ours.load_clip(str(base / "clip"))
+    ours.split_attention(clip.model)
+    rest = load_file(tmp_path / "adapter" / "projections.safetensors")
+    with torch.no_grad():
+        clip.model.logit_scale.copy_(rest["logit_scale"])
+        clip.model.visual.proj.copy_(rest["projections.image.weight"])
+        clip.model.text_projection.copy_(rest["projections.text.weight"])
+    if scenario != "linear_probe":
+        peft.PeftModel.from_pretrained(clip.model, str(tmp_path / "adapter")).eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32)).byte()
+    tokens = clip.tokenizer(["a red chair", "a lamp", "a modern bed"])
+    with torch.no_grad():
+        pictures = ours.normalise(clip, images)
+        for ours_, theirs in (
+            (clip.model.visual(pictures), merged.eval().encode_image(pictures)),
+            (ours.text_features(clip.model, tokens), merged.encode_text(tokens)),
+        ):
+            assert (ours_ - theirs).abs().max() <= 5e-6
+    assert ours.load_clip(str(tmp_path / "model")).mean == tiny.MEAN
+    changed = {name for name, tensor in weights(tmp_path).items() if not torch.equal(tensor, base_weights(base)[name])}
+    assert {"visual.proj", "text_projection", "logit_scale"} <= changed
+    assert any("visual.transformer" in name for name in changed) == stage.SCENARIOS[scenario][0]
+    assert any(name.startswith("transformer") for name in changed) == stage.SCENARIOS[scenario][1]
+
+
+def base_weights(base):
+    from safetensors.torch import load_file
+
+    return load_file(base / "clip" / "open_clip_model.safetensors")
+
+
+def test_training_learns_and_says_so(base, tmp_path, capsys):
+    facts = train(base, tmp_path, "--epochs", 12, "--effective-batch-size", 16, "--patience", 12)
+    before, after = facts["validation"]["zero_shot"], facts["validation"]["best"]
+    assert after["loss"] < before["loss"] - 0.2 and after["mrr"] > before["mrr"] + 0.2
+    out = capsys.readouterr().out
+    assert "fine-tuned" in out and f"{after['mrr']:.4f}" in out and "pairs a second" in out
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if line["kind"] == "validation"]
+    assert [line["epoch"] for line in epochs] == list(range(13))
+    best = max(epochs[1:], key=lambda line: line["mrr"])
+    assert best["epoch"] == facts["validation"]["best_epoch"]
+    assert facts["validation"]["best"]["mrr"] == pytest.approx(best["mrr"], abs=1e-6)
+    assert [f["alpha"] for f in facts["wise_ft"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert facts["wise_ft"][0]["validation"]["mrr"] == pytest.approx(epochs[0]["mrr"], abs=1e-6)
+    assert {line["step"] for line in lines if line["kind"] == "step"} >= {4, 10, 20, 48}
+    assert facts["parameters"]["lora"] == facts["parameters"]["trained"] - 2 * 32 * 16 - 1
+    assert facts["counts"]["train"] == {"samples": 64, "unreadable": 0}
+    from PIL import Image
+
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_wise_exports_the_interpolation_and_its_adapter(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "choose_alpha", lambda run, fine, log: (0.5, [
+        {"alpha": alpha, "validation": stage.evaluate(run, run.validation)} for alpha in (0.0, 0.5)
+    ]))  # fmt: skip
+    train(base, tmp_path / "half", "--scenario", "dual_lora", "--wise")
+    monkeypatch.undo()
+    train(base, tmp_path / "whole", "--scenario", "dual_lora")
+    zero, half, one = base_weights(base), weights(tmp_path / "half"), weights(tmp_path / "whole")
+    for name in zero:
+        assert torch.allclose(half[name], (zero[name] + one[name]) / 2, atol=1e-6), name
+    assert json.loads((tmp_path / "half" / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 16
+
+
+def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
+    rows = ["image_path,caption"]
+    for i, color in enumerate(tiny.COLORS):
+        (tmp_path / f"{i}.jpg").write_bytes(tiny.picture(color, "lamp", i, 40))
+        rows.append(f"{i}.jpg,a {color} ball")
+    (tmp_path / "probe.csv").write_text("\n".join(rows))
+    facts = train(base, tmp_path / "run", "--probe", tmp_path / "probe.csv", "--epochs", 1)
+    assert [set(f) for f in facts["wise_ft"]] == [{"alpha", "validation", "probe"}] * 5
+    assert all(0.25 <= f["probe"]["mrr"] <= 1 for f in facts["wise_ft"])
+    assert stage.main(arguments(base, tmp_path / "other", "--probe", tmp_path / "none.csv")) == 1
+    assert "--probe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    ("--precision", "bf16"), ("--optimizer", "adamw8bit"), ("--schedule", "onecycle", "--grad-checkpointing"),
+    ("--augment", "advanced", "--captions", "fixed"), ("--micro-batch-size", "5", "--limit", "30"),
+])  # fmt: skip
+def test_further_ways_of_training_run_to_the_end(base, tmp_path, flags):
+    facts = train(base, tmp_path, "--epochs", 3, *flags)
+    assert facts["validation"]["best"]["loss"] < facts["validation"]["zero_shot"]["loss"]
+
+
+def test_fp16_skips_overflowed_steps_without_moving_the_schedule(base, tmp_path):
+    run = make_run(base, tmp_path, "--precision", "fp16", "--scenario", "dual_lora")
+    optimizer, state = stage.make_optimizer(run), stage.State()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    before = run.towers.copy()
+    stage.update(run, state, optimizer, scaler, batch, 10)
+    assert (state.step, state.updates) == (1, 0) and scaler.get_scale() == 2.0**39
+    assert same(run.towers.copy(), before)
+    while state.updates < 3:
+        stage.update(run, state, optimizer, scaler, batch, 10)
+    assert run.towers.model.logit_scale.dtype == torch.float32 and not same(run.towers.copy(), before)
+
+
+def test_wandb_offline_gets_the_numbers(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(base, tmp_path, "--epochs", 1, "--wandb")
+    logged = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    for name in (b"validation/mrr", b"step/loss", b"step/logit_scale", b"step/gradient_norm", b"step/lora_lr"):
+        assert name in logged
+
+
+# -------------------------------------------------------------------------------------------------------- what it says
+
+
+def test_a_nan_stops_with_the_last_good_state(base, tmp_path, capsys, monkeypatch):
+    original = stage.accumulate
+
+    def accumulate(run, batch, step, *rest):
+        loss = original(run, batch, step, *rest)
+        return loss * math.nan if step == 2 else loss
+
+    monkeypatch.setattr(stage, "accumulate", accumulate)
+    assert stage.main(arguments(base, tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "step 3: loss nan" in said and "--lr" in said and said.count("\n") == 1
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["state"]["step"] == 2 and all(tensor.isfinite().all() for tensor in saved["weights"].values())
+    assert not (tmp_path / "train.json").exists()
+
+
+def damaged(base, tmp_path, count):
+    """A copy of the shards with `count` pictures of the first shard overwritten."""
+    import shutil
+
+    shutil.copytree(base / "shards", tmp_path / "shards")
+    path = tmp_path / "shards" / "train" / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    for sample in common.index_shard(path)[:count]:
+        offset, size = sample.members["jpg"]
+        data[offset : offset + size] = b"\0" * size
+    path.write_bytes(data)
+    shutil.copytree(base / "clip", tmp_path / "clip")
+    return tmp_path
+
+
+@pytest.mark.parametrize("scenario", ["dual_lora", "text_lora"])
+def test_corrupt_pictures_are_counted_named_and_left_out(base, tmp_path, capsys, scenario):
+    other = damaged(base, tmp_path / "some", 3)
+    facts = train(other, tmp_path / "run", "--scenario", scenario)
+    assert facts["counts"]["train"] == {"samples": 64, "unreadable": 3}
+    assert len(facts["unreadable"]) == 3 and "shard-000000.tar at byte" in facts["unreadable"][0]
+    assert "3 of 64 samples were unreadable" in capsys.readouterr().out
+    many = damaged(base, tmp_path / "many", 8)
+    assert stage.main(arguments(many, tmp_path / "run2", "--scenario", scenario)) == 1
+    assert "--max-failed" in capsys.readouterr().err
+
+
+def test_missing_cut_and_empty_shards_say_what_to_do(base, tmp_path, capsys):
+    other = damaged(base, tmp_path / "cut", 0)
+    path = other / "shards" / "train" / "shard-000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert stage.main(arguments(other, tmp_path / "run")) == 1
+    said = capsys.readouterr().err
+    assert "shard-000001.tar" in said and "2_prepare.py" in said
+    path.unlink()
+    assert stage.main(arguments(other, tmp_path / "run")) == 1
+    assert "missing shard" in capsys.readouterr().err
+    manifest = json.loads((other / "shards" / "manifest.json").read_text())
+    manifest["splits"]["validation"] = {"samples": 0, "shards": []}
+    (other / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    assert stage.main(arguments(other, tmp_path / "run")) == 1
+    assert "validation split is empty" in capsys.readouterr().err
+
+
+def test_bad_settings_say_what_to_do(base, tmp_path, capsys, monkeypatch):
+    for flags, code, says in (
+        (("--scenario", "duallora"), 2, "dual_lora"),
+        (("--micro-batch-size", "many"), 2, "a number, or auto"),
+        (("--epochs", "0"), 2, "--epochs"),
+        (("--device", "cuda:9"), 1, "--device cpu"),
+        (("--model", "ViT-B-99"), 1, "ViT-B-32"),
+        (("--shards", str(tmp_path / "none")), 1, "2_prepare.py"),
+    ):
+        try:
+            assert stage.main(arguments(base, tmp_path / "run", *flags)) == code
+        except SystemExit as error:
+            assert error.code == code
+        assert says in capsys.readouterr().err
+    train(base, tmp_path / "big", "--effective-batch-size", 1000, "--epochs", 1)
+    assert "only 64 samples" in capsys.readouterr().out
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stage, "accumulate", full)
+    assert stage.main(arguments(base, tmp_path / "full")) == 1
+    assert "--micro-batch-size" in capsys.readouterr().err
+
+
+def test_a_tower_without_linears_takes_linear_probe_only(base, tmp_path):
+    model = open_clip.model.CLIP(
+        16,
+        {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    ).eval()
+    clip = dataclasses.replace(ours.load_clip(str(base / "clip")), model=model, name="RN-tiny")
+    with pytest.raises(common.Fail, match=r"image tower of RN-tiny.*linear_probe"):
+        stage.Towers(clip, common.TrainingConfig(scenario="vision_lora"))
+
+
+@pytest.mark.parametrize("kind", ["timm", "siglip", "hf"])
+def test_other_architectures_train_and_come_back(base, tmp_path, kind):
+    import test_clip
+
+    torch.manual_seed(0)
+    model = test_clip.towers(kind, tmp_path).eval()
+    clip = dataclasses.replace(ours.load_clip(str(base / "clip")), model=model, name=kind)
+    clip.size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
+    clip.config = {"embed_dim": model.visual(torch.zeros(1, 3, clip.size, clip.size)).shape[1]}
+    if kind == "hf":
+        tokenizer = clip.tokenizer
+        clip.tokenizer = lambda captions: tokenizer(captions)[:, :32] % 100
+    run = make_run(base, tmp_path, "--scenario", "dual_lora")
+    run.clip, run.towers = clip, stage.Towers(clip, run.config)
+    for data in (run.train, run.validation):
+        data.clip = clip
+    names = set(run.towers.trained)
+    assert any("qkv" in name for name in names) == (kind in ("timm", "siglip"))
+    assert ("logit_bias" in names) == (kind == "siglip")
+    optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
+    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    losses = [stage.update(run, state, optimizer, scaler, batch, 30)["loss"] for _ in range(20)]
+    assert losses[-1] < losses[0]
