@@ -18,6 +18,7 @@ import functools
 import hmac
 import io
 import json
+import math
 import os
 import secrets
 import sqlite3
@@ -28,7 +29,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from arena_log import Log, Refused
-from arena_trials import Draw, Experiment, Items, note
+from arena_results import band, e_value, export, interval, p_value, percent, points, report, results, ticks
+from arena_trials import Draw, Experiment, Items, experiment_key, note
 from common import (
     DONE,
     USAGE,
@@ -42,6 +44,7 @@ from common import (
     images_folder,
     load_image,
     resolve_image,
+    write_whole,
 )
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -185,9 +188,6 @@ class Arena:
         if row["vote"] is not None or row["identical"] or place >= len(shown):
             raise Refused(404, "There is no such picture for you.")
         return self.pictures.jpeg(self.experiment.ids[shown[place]])
-
-    def vote_rows(self) -> list[dict[str, Any]]:
-        return statistics_rows(self.log, self.number, self.experiment.facts["models"])
 
 
 def create_app(setup: Setup):
@@ -355,25 +355,57 @@ def add_judge_pages(app, arena: Arena) -> None:
 
 
 def add_result_pages(app, arena: Arena) -> None:
-    """What a judge must not see before the end."""
+    """Results for the admin; with --reveal for everybody who is not in the middle of voting."""
+    from flask import Response, redirect, render_template, request, session
+    from itsdangerous import BadSignature, URLSafeSerializer
 
+    badge = URLSafeSerializer(app.secret_key, salt="admin")
+    app.jinja_env.filters |= {"percent": percent, "p_value": p_value, "e_value": e_value, "ticks": ticks}
+    app.jinja_env.filters["log10"] = math.log10
+    app.jinja_env.globals |= {"interval": interval, "points": points, "band": band}
+    app.jinja_env.globals["marks_of"] = lambda top: [(tick, tick, False) for tick in ticks(top)]
 
-def statistics_rows(log: Log, number: int, models: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """The log's rows as `stats.arena_statistics` takes them."""
-    names = {model["fingerprint"]: model["name"] for model in models}
-    order = [model["fingerprint"] for model in models]
-    rows = []
-    for vote in log.votes(number):
-        left, right = vote["left_model"], vote["right_model"]
-        facts = vote["facts"]
-        row = {name: vote[name] for name in ("judge", "query", "category", "choice", "time")}
-        row |= {"trial": vote["trial"], "left": names[left], "right": names[right]}
-        row |= {"base": names[min(left, right, key=order.index)], "revoked": bool(vote["revoked"])}
-        row |= {"identical": bool(vote["identical"]), "judges": facts["judges"]}
-        row["items"] = {names[left]: facts["left_pictures"], names[right]: facts["right_pictures"]}
-        row["attributes"] = {names[left]: facts["left_attributes"], names[right]: facts["right_attributes"]}
-        rows.append(row)
-    return rows
+    def is_admin() -> bool:
+        try:
+            return badge.loads(request.cookies.get("admin", "")) == "admin"
+        except BadSignature:
+            return False
+
+    def must_see() -> None:
+        """Raise Refused unless the admin asks, or --reveal is on and the judge has finished."""
+        if is_admin():
+            return
+        if not arena.settings.reveal:
+            raise Refused(403, "Results are for the admin: open the link that the server printed when it started.")
+        judge = session.get("judge")
+        if judge and arena.log.session(arena.number, judge):
+            raise Refused(403, "Results would color your next answers. Quit first; then you may look.")
+
+    def experiment() -> dict[str, Any]:
+        return next(row for row in arena.log.experiments() if row["id"] == arena.number)
+
+    @app.get("/results")
+    def show_results():
+        token = request.args.get("token")
+        if token is not None:
+            if not hmac.compare_digest(token.encode(), arena.keys["admin_token"].encode()):
+                raise Refused(403, "That is not the admin's token.")
+            response = redirect("/results", 303)  # the token does not stay in the address bar
+            response.set_cookie("admin", badge.dumps("admin"), httponly=True, samesite="Lax")
+            return response
+        must_see()
+        return render_template("results.html", found=results(arena.log, experiment()), search=arena.settings.reveal)
+
+    @app.get("/results.json")
+    def results_json():
+        must_see()
+        return results(arena.log, experiment())
+
+    @app.get("/votes.csv")
+    def votes_csv():
+        must_see()
+        named = {"Content-Disposition": "attachment; filename=votes.csv"}
+        return Response(export(arena.log, [experiment()], "csv"), mimetype="text/csv", headers=named)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -411,6 +443,20 @@ def serve(setup: Setup) -> int:
     return DONE
 
 
+def choose_experiments(log: Log, embeddings: list[str] | None, settings: ArenaConfig) -> list[dict[str, Any]]:
+    """The experiment of these embeddings and settings; every one of the database where none are given."""
+    experiments = log.experiments()
+    if not experiments:
+        raise Fail(f"{log.path}: holds no experiment yet; vote first")
+    if not embeddings:
+        return experiments
+    key = experiment_key([Items(path, Path(f"{log.path}.cache")) for path in embeddings], settings)
+    chosen = [experiment for experiment in experiments if experiment["key"] == key]
+    if not chosen:
+        raise Fail(f"{log.path}: no votes on these embeddings with this --query and --top-k; leave out --embeddings")
+    return chosen
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("serve", "stats", "votes"), help="what to do")
@@ -433,7 +479,22 @@ def main(argv: list[str] | None = None) -> int:
         if not args.embeddings or not args.images:
             raise Fail("serve needs --embeddings and --images", USAGE)
         return serve(Setup(tuple(args.embeddings), args.images, args.database, settings))
-    raise Fail("not there yet", USAGE)
+    if (args.format or "") == ("csv" if args.command == "stats" else "text"):
+        raise Fail(f"{args.command} has no --format {args.format}; see --help", USAGE)
+    log = Log(args.database, create=False)
+    experiments = choose_experiments(log, args.embeddings, settings)
+    if args.command == "votes":
+        text = export(log, experiments, args.format or "csv")
+    else:
+        found = [results(log, experiment) for experiment in experiments]
+        text = "\n".join(map(report, found))
+        if args.format == "json":
+            text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if args.output:
+        write_whole(args.output, text)
+    else:
+        sys.stdout.write(text)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -164,6 +164,12 @@ def read_models(files: list[Items]) -> list[Model]:
     return list(models.values())
 
 
+def experiment_key(files: list[Items], settings: ArenaConfig) -> str:
+    """The experiment's identity: votes are only ever counted together under one key."""
+    prints = sorted(model.fingerprint for model in read_models(files))
+    return digest([prints, files[0].digest, settings.query, settings.top_k])
+
+
 class Experiment:
     """Models, queries and each model's answers: all that a draw needs. Nothing in it depends on a vote.
 
@@ -172,7 +178,7 @@ class Experiment:
 
     def __init__(self, files: list[Items], settings: ArenaConfig):
         self.settings, self.items = settings, files[0]
-        self.models = read_models(files)
+        self.models, self.key = read_models(files), experiment_key(files, settings)
         self.queries = self._choose_queries()
         self.categories = [self.items.text("object_type", row) or "other" for row in self.queries]
         self.types: dict[str, list[int]] = {}
@@ -248,12 +254,6 @@ class Experiment:
                 )
                 banned[number].update(order[left:right].tolist())
         return [np.array(sorted(rows), np.int64) for rows in banned]
-
-    @property
-    def key(self) -> str:
-        """The experiment's identity: votes are only ever counted together under one key."""
-        prints = sorted(model.fingerprint for model in self.models)
-        return digest([prints, self.items.digest, self.settings.query, self.settings.top_k])
 
     @property
     def facts(self) -> dict[str, Any]:

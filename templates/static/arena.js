@@ -143,10 +143,9 @@ function refreshButtons() {
 }
 
 function showProgress(data) {
-  const own = data.votes === 1 ? "1 answer" : `${data.votes} answers`;
   const left = Math.max(0, NEEDED - data.decided);
   $("bar").value = Math.min(NEEDED, data.decided);
-  $("count").textContent = `${own} from you · ${left ? `${left} more needed from all` : "enough from all; more still helps"}`;
+  $("count").textContent = `${data.votes} by you · ${left ? `${left} to go` : "enough; more still helps"}`;
 }
 
 function listed(image) {
