@@ -110,6 +110,7 @@ class TrainingConfig:
     wise: bool = setting(False, "export the interpolation with the base weights that validates best (WiSE-FT)")
     probe: str | None = setting(None, "CSV with image_path,caption of general pictures: shows what was forgotten")
     max_failed: float = setting(0.05, "share of samples that may be unreadable")
+    limit: int | None = setting(None, "use only the first N samples of each split")
     seed: int = setting(42, "of order, captions, augmentation, dropout and LoRA's start")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int = setting(2, "threads that read and decode pictures; they need no /dev/shm")
@@ -530,7 +531,7 @@ def reject(row: Row, reason: str, detail: str = "") -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------------
 # Images: one loader for every stage
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG brings phones' MPO along
 MAX_PIXELS = 64_000_000  # 192 MB as RGB; a header that announces more is refused before anything is decoded
 
 
