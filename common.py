@@ -127,6 +127,15 @@ class EmbeddingConfig:
     """Stage 4."""
 
     batch_size: int = setting(128, "pictures encoded at once; lower it when memory runs out")
+    precision: str = setting(
+        "auto", "auto: bf16 where the processor computes in it, checked against fp32", ("auto", "fp32", "bf16")
+    )
+    max_failed: float = setting(0.05, "share of pictures that may be unreadable")
+    draws: int = setting(10_000, "resamples behind each interval of the report")
+    seed: int = setting(42, "of the resamples")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int | None = setting(None, "threads that read and decode pictures; by default one for each core")
+    cache_gb: float = setting(50.0, "disk for shards fetched from S3; what is over is read by ranges, a picture each")
 
 
 @dataclasses.dataclass(frozen=True)
