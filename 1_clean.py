@@ -82,6 +82,10 @@ class Missing(Exception):
     """The server does not know the object (404)."""
 
 
+class Refused(Fail):
+    """The server says that the request is wrong (400 and the like)."""
+
+
 class Quota(Exception):
     """The account may not spend more."""
 
@@ -581,7 +585,7 @@ class DataProcessor:
         return fresh
 
     def full(self, file: RequestFile, line: bytes, pilot: int) -> bool:
-        requests = pilot if file.pilot else self.settings.max_requests_per_file
+        requests = min(self.settings.max_requests_per_file, pilot if file.pilot else math.inf)
         return file.bytes + len(line) >= self.settings.max_batch_file_size or file.requests >= requests
 
     def add_file(self, file: RequestFile) -> None:
@@ -619,8 +623,8 @@ class DataProcessor:
         return f"{self.settings.model} {PROMPT_VERSION}"
 
     def needed(self, name: str) -> int:
-        """Requests of a file that the present rows need."""
-        sql = "SELECT COUNT(*) FROM items WHERE file = ? AND digest IN (SELECT digest FROM rows)"
+        """Requests of a file that the present rows still need."""
+        sql = "SELECT COUNT(*) FROM items WHERE file = ? AND status = 'queued' AND digest IN (SELECT digest FROM rows)"
         return self.one(sql, name)
 
     def put_back(self, name: str, batch: str | None = None, status: str = "") -> None:
@@ -638,6 +642,9 @@ class DataProcessor:
         self.db.execute("UPDATE files SET done = 1 WHERE name = ?", (name,))
         if batch:
             self.note_batch(batch, name, status, summary)
+
+    def requests_of(self, name: str) -> int:
+        return self.one("SELECT requests FROM files WHERE name = ?", name) or 0
 
     def is_pilot(self, name: str) -> bool:
         return bool(self.one("SELECT pilot FROM files WHERE name = ?", name))
@@ -674,9 +681,7 @@ class DataProcessor:
                 self.db.executemany(update, file.items)
 
         for key, name, offset, length, tokens, patches, reason in self.query(sql):  # offsets, not lines
-            with open(self.requests / name, "rb") as source:
-                source.seek(offset)
-                line = source.read(length)
+            line = read_at(self.requests / name, offset, length)
             if reason == "length":
                 line = with_more_room(line)
             taken = queue_tokens(file.tokens + tokens, file.patches + patches) if file else 0
@@ -689,6 +694,18 @@ class DataProcessor:
         if file:
             register()
         return count
+
+    def next_lines(self, count: int) -> dict[str, bytes]:
+        """Up to `count` request lines that wait for an answer, by digest."""
+        sql = (
+            "SELECT digest, file, offset, length, reason FROM items WHERE status IN ('queued', 'again')"
+            " AND digest IN (SELECT digest FROM rows) ORDER BY attempts, file, offset LIMIT ?"
+        )
+        lines = {}
+        for key, name, offset, length, reason in self.query(sql, count):
+            line = read_at(self.requests / name, offset, length)
+            lines[key] = with_more_room(line) if reason == "length" else line
+        return lines
 
     # -- results
     def store(self, key: str, outcome: Outcome, batch: str) -> None:
@@ -846,6 +863,11 @@ def queue_tokens(tokens: int, patches: int) -> int:
     return math.ceil(tokens + PATCH_FACTOR[1] * patches)
 
 
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    with common.open_read(path, offset) as handle:
+        return handle.read(length)
+
+
 def with_more_room(line: bytes) -> bytes:
     """The request with twice the tokens for its answer."""
     request = json.loads(line)
@@ -888,6 +910,7 @@ class BatchAPIClient:
                 raise Fail("OPENAI_API_KEY is not set; put it into .env, or OPENAI_BASE_URL for a server of your own")
             os.environ["OPENAI_API_KEY"] = "none"
         self.client = openai.OpenAI(max_retries=0, timeout=settings.timeout)
+        self.reached = False  # whether the server ever answered
 
     @property
     def url(self) -> str:
@@ -897,7 +920,9 @@ class BatchAPIClient:
         """Run one call. Raises Fail (a person must act), Quota, Missing or Later."""
         openai = self.openai
         try:
-            return function()
+            value = function()
+            self.reached = True
+            return value
         except openai.AuthenticationError:
             raise Fail(f"{self.url}: the key was refused (401); check OPENAI_API_KEY") from None
         except openai.PermissionDeniedError as error:
@@ -907,11 +932,12 @@ class BatchAPIClient:
         except openai.NotFoundError as error:
             raise Missing(scrub(error.message)) from None
         except openai.APIStatusError as error:
+            self.reached = True
             if error.code in QUOTA:
                 raise Quota(error.code) from None
             later = error.status_code in (408, 409, 429) or error.status_code >= 500
             if not later:
-                raise Fail(f"{what} was refused ({error.status_code}): {scrub(error.message)}") from None
+                raise Refused(f"{what} was refused ({error.status_code}): {scrub(error.message)}") from None
             doubtful = error.status_code == 408 or error.status_code >= 500
             raise Later(f"{what}: status {error.status_code}", retry_after(error.response.headers), doubtful) from None
         except openai.APIConnectionError as error:
@@ -1040,6 +1066,7 @@ class StateManager:
         return {
             "state": "Initial", "batches": batches, "completed_files": [],
             "uploads": {}, "intent": None, "doubt_since": time.time() if doubt else None, "queue_limit": None,
+            "refused_alone": 0, "refused_alone_file": None,
             "next_attempt": 0.0, "failures": 0, "stopped": None, "started": None, "refreshed": None,
         }  # fmt: skip
 
@@ -1079,7 +1106,7 @@ class Machine:
 
     # -- one step
     def step(self, submit: bool = True) -> bool:
-        """Do what can be done now; gives whether every row is settled. What time may heal is noted for the next call."""
+        """Do what can be done now; gives whether every row is settled. What time may heal waits for the next call."""
         wait = self.state["next_attempt"] - time.time()
         if wait > 0:
             say(f"the server asked for patience: nothing is tried for another {wait:.0f} s")
@@ -1092,7 +1119,7 @@ class Machine:
             if submit:
                 self.dispatch()
         except Later as later:
-            if later.unreachable and not self.state.live() and not self.state["intent"]:
+            if later.unreachable and not self.client.reached and not self.state.live() and not self.state["intent"]:
                 raise Fail(f"{later}; check OPENAI_BASE_URL and the network, then run again") from None
             self.postpone(later)
             return False
@@ -1205,11 +1232,11 @@ class Machine:
         summary = self.processor.collect(id, name, status, paths, rest)
         if summary["quota stop"]:
             self.stop("the account's quota is used up")
-        parsed, total = summary["ok"], self.processor.one("SELECT requests FROM files WHERE name = ?", name) or 0
+        parsed, total = summary["ok"], self.processor.requests_of(name)
         failures = ", ".join(f"{n} {why}" for why, n in summary.items() if n and why not in ("ok", "quota stop"))
         say(f"{name}: {status}, {parsed} of {total} parsed" + (f"; {failures}" if failures else ""))
         self.done(id, status)
-        if self.processor.one("SELECT pilot FROM files WHERE name = ?", name):
+        if self.processor.is_pilot(name):
             self.judge(parsed, total, summary)
 
     def done(self, id: str, status: str, file_done: bool = True) -> None:
@@ -1258,7 +1285,7 @@ class Machine:
         """Learn how many tokens may be in flight; the file goes back, its upload is used again, no attempt is lost."""
         self.processor.note_batch(id, name, "token_limit_exceeded", {})
         self.done(id, "failed", file_done=False)
-        others = [batch["input_file"] for batch in self.state.live().values()]
+        others = [batch["input_file"] for batch in self.state.live().values() if batch["status"] not in ENDED]
         ahead = self.processor.estimate(others)[1]
         own = self.processor.estimate([name])[1]
         stated = re.search(r"[Ll]imit:? ([\d,]+)", message)
@@ -1267,12 +1294,16 @@ class Machine:
         limit = None if limit == math.inf else limit
         self.state.set(queue_limit=limit)
         say(f"{name}: the queue is full ({message}); at most {limit or own} tokens in flight from now on")
-        if not others:  # too big for the queue by itself, or others of the account fill it
-            if limit and own > limit and self.processor.one("SELECT requests FROM files WHERE name = ?", name) > 1:
-                self.processor.put_back(name)
-                self.processor.regroup(max(1, int(limit * 0.9)))
-                return
-            raise Later("the queue is full with other work of the account", max(60.0, self.settings.poll_interval))
+        if others:
+            return
+        # Alone and yet refused: too big for the queue, or others of the account fill it. Wait once, then halve it.
+        alone = self.state["refused_alone"] + 1 if self.state["refused_alone_file"] == name else 1
+        self.state.set(refused_alone=alone, refused_alone_file=name)
+        if self.processor.requests_of(name) > 1 and (alone > 1 or (limit and own > limit)):
+            self.processor.put_back(name)
+            self.processor.regroup(max(1, min(int((limit or own) * 0.9), own // 2)))
+            return
+        raise Later("the queue is full with other work of the account", max(self.settings.poll_interval, 1.0))
 
     def regroup(self) -> None:
         """When all is in: rows that are to be asked again go into new request files."""
@@ -1298,8 +1329,8 @@ class Machine:
         live = self.state.live()
         while files := self.processor.unsent(self.state.sent()):
             name, _, requests, tokens, patches, pilot = files[0]
-            if self.processor.needed(name) < requests and not self.sent_before(name):
-                self.processor.put_back(name)  # rows went or changed since it was written
+            if self.processor.needed(name) < requests:
+                self.processor.put_back(name)  # rows went, changed or got their answer since it was written
                 self.regroup()
                 continue
             if len(live) >= self.settings.max_concurrent_batches:
@@ -1315,11 +1346,8 @@ class Machine:
             return files[0]
         return None
 
-    def sent_before(self, name: str) -> bool:
-        return any(batch["input_file"] == name for batch in self.state["batches"].values())
-
     def preflight(self) -> None:
-        """Once a call, before anything is spent: is the model there, and will it be for as long as the work may take?"""
+        """Once a call, before anything is spent: is the model there, and will it be while the work may take?"""
         if self.checked:
             return
         model = self.client.model()
@@ -1393,7 +1421,7 @@ class Machine:
 
         if self.state.live():
             raise Fail("batches of this workspace are in flight; collect them with `poll` before using --sync")
-        self.preflight()
+        self.patiently(self.preflight)
         total, parsed, answered = self.processor.counts()["pending"], 0, 0
         shown = time.monotonic()
         with (
@@ -1422,26 +1450,29 @@ class Machine:
     def ask(self, line: bytes) -> tuple[Outcome, dict]:
         """One request with its retries; the outcome and what is kept of the answer."""
         body = json.loads(line)["body"]
-        for attempt in itertools.count(1):
+        try:
+            answer = self.patiently(lambda: self.client.chat(body))
+            return read_answer(answer), {"response": {"status_code": 200, "body": answer}}
+        except Quota as quota:
+            return Outcome("quota", reason=str(quota)), {"error": {"code": str(quota)}}
+        except Refused as refused:
+            return Outcome("final", reason="request refused", detail=str(refused)), {"error": {"code": "refused"}}
+        except Later as later:
+            return Outcome("again", reason="server error", detail=str(later)), {"error": {"code": "server error"}}
+
+    def patiently(self, call: Callable[[], Any], tries: int = 6) -> Any:
+        """Repeat what time may heal; Later after the last try, Fail where there is no server at all."""
+        for attempt in range(tries):
             try:
-                answer = self.client.chat(body)
-                return read_answer(answer), {"response": {"status_code": 200, "body": answer}}
-            except Quota as quota:
-                return Outcome("quota", reason=str(quota)), {"error": {"code": str(quota)}}
-            except Fail as fail:
-                if "was refused" not in str(fail):
-                    raise
-                return Outcome("final", reason="request refused", detail=str(fail)), {"error": {"code": "refused"}}
+                return call()
             except Later as later:
-                if attempt >= 6 and later.unreachable:
-                    raise Fail(f"{later}; run again to go on") from None
-                if attempt >= 6:
-                    return Outcome("again", reason="server error", detail=str(later)), {
-                        "error": {"code": "server error"}
-                    }
-                delay = min(MAX_BACKOFF, self.settings.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                if later.unreachable and (attempt == tries - 1 or not self.client.reached):
+                    raise Fail(f"{later}; check OPENAI_BASE_URL and the network, then run again") from None
+                if attempt == tries - 1:
+                    raise
+                delay = min(MAX_BACKOFF, self.settings.backoff * 2**attempt) * random.uniform(0.5, 1)
                 time.sleep(max(delay, later.seconds or 0.0))
-        raise AssertionError
+        raise AssertionError("not reached")
 
 
 def describe(batch: Any, name: str) -> dict[str, Any]:
@@ -1475,7 +1506,7 @@ def show_status(processor: DataProcessor, state: StateManager, settings: Cleanin
     say(f"{state['state']}; {counts_line(counts)}")
     rows = [("file", "batch", "requests", "status", "done", "failed", "hours")]
     for id, batch in state["batches"].items():
-        requests = processor.one("SELECT requests FROM files WHERE name = ?", batch["input_file"]) or ""
+        requests = processor.requests_of(batch["input_file"])
         seen = batch.get("counts") or {}
         hours = f"{(time.time() - batch['created_at']) / 3600:.1f}" if batch.get("created_at") else ""
         status = batch["status"] if batch.get("collected") else f"{batch['status']} ..."

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ FAULTS = {
     "skip_statuses": "a batch goes from validating to completed at once",
     "shuffle": "results come in another order",
     "duplicate": "every result comes twice, and one for an unknown id",
-    "empty_ids": "file ids that are not there are empty strings, not null",
+    "null_ids": "what a batch does not have is null, not left out",
+    "empty_ids": "file ids that are not there are empty strings",
 }
 ANSWER_FAULTS = ("length", "empty", "refusal", "content_filter", "broken_json", "missing_field", "wrong_type",
                  "http_400", "http_500", "absent", "no_choices", "broken_line", "bad_line")  # fmt: skip
@@ -267,6 +269,7 @@ class StandIn:
         for fault in faults:
             self.set_fault(fault)
         self.calls: list[str] = []  # "METHOD path" of everything asked, for tests
+        self.watch: Callable[[str, str], None] | None = None  # called when a call is done but not answered yet
         self.server: ThreadingHTTPServer | None = None
 
     def set_fault(self, text: str) -> None:
@@ -376,7 +379,7 @@ class StandIn:
             return {"id": id, "object": "model", "created": 1754000000, "owned_by": "stand-in", "shutdown_date": date}
 
         if not rest:
-            return {"object": "list", "data": [model(id) for id in MODELS]}
+            return {"object": "list", "data": [model(id) for id in MODELS if "no_model" not in self.faults]}
         if "no_model" in self.faults or rest[0] not in MODELS:
             raise HttpError(
                 404, f"The model '{rest[0]}' does not exist or you do not have access to it.", "model_not_found"
@@ -438,9 +441,9 @@ class StandIn:
             return True
         return batch["_vanished"]
 
-    @staticmethod
-    def public(value: dict) -> dict:
-        return {name: item for name, item in value.items() if not name.startswith("_")}
+    def public(self, value: dict) -> dict:
+        nulls = "null_ids" in self.faults
+        return {name: item for name, item in value.items() if not name.startswith("_") and (nulls or item is not None)}
 
     # -- batches
     def create(self, body: dict) -> dict:
@@ -538,7 +541,7 @@ class StandIn:
             for number, line in enumerate(lines, 1):
                 try:
                     request = json.loads(line)
-                    bad = self.fault_for(request["body"], request["custom_id"]) == "bad_line"
+                    bad = self.fault_for(request["body"], request["custom_id"], spend=False) == "bad_line"
                 except (ValueError, KeyError, TypeError):
                     bad = True
                 if bad:
@@ -556,7 +559,7 @@ class StandIn:
         output, errors, paid = [], [], []
         quota = self.spend("quota_lines")
         for number, line in enumerate(lines):
-            request = json.loads(line)
+            request, fault = json.loads(line), None
             id, body = request["custom_id"], request["body"]
             result = {"id": self.new_id("batch_req_"), "custom_id": id, "response": None, "error": None}
             if number >= done:
@@ -566,14 +569,13 @@ class StandIn:
             if quota and number % 2:
                 status, answered = 429, error_body("You exceeded your current quota", "insufficient_quota")
             else:
-                status, answered = self.complete(body, id)
+                status, answered = self.complete(body, fault := self.fault_for(body, id))
             if answered == "absent":
                 paid.append((id, hashlib.sha256(line).hexdigest()))
                 continue
             text = json.dumps(result | {"response": {"status_code": status, "request_id": "req", "body": answered}})
             if status == 200:
                 paid.append((id, hashlib.sha256(line).hexdigest()))
-                fault = self.fault_for(body, id, spend=False)
                 output.append(text[: len(text) // 2] if fault == "broken_line" else text)
             else:
                 errors.append(text)
@@ -607,14 +609,13 @@ class StandIn:
                 ).fetchone()[0]
                 if tries >= int(self.faults[name][0]):
                     continue
-                if spend and fault != "bad_line":
+                if spend:
                     self.note(name, "", [(id, "")])
             return fault
         return None
 
-    def complete(self, body: dict, id: str) -> tuple[int, Any]:
+    def complete(self, body: dict, fault: str | None) -> tuple[int, Any]:
         """(HTTP status, body) of one chat completion."""
-        fault = self.fault_for(body, id)
         if fault == "absent":
             return 200, "absent"
         if fault in ("http_400", "http_500"):
@@ -663,7 +664,7 @@ class StandIn:
         if body["model"] not in MODELS:
             raise HttpError(404, f"The model '{body['model']}' does not exist", "model_not_found")
         id = hashlib.sha256(data).hexdigest()
-        status, answered = self.complete(body, id)
+        status, answered = self.complete(body, self.fault_for(body, id))
         if answered == "absent":
             raise Dropped
         if status == 200:
@@ -702,6 +703,8 @@ class StandIn:
                         self.wfile.write(data[: len(data) // 2])
                     self.close_connection = True
                     return
+                if standin.watch:
+                    standin.watch(self.command, path)
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

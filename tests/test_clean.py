@@ -1,0 +1,779 @@
+"""Stage 1 through the unmodified openai client against the stand-in, which injects every failure of the wire."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import csv
+import datetime
+import importlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+import common
+from openai_standin import StandIn, answer, error_body, tokens_of
+
+clean = importlib.import_module("1_clean")
+ROOT = Path(__file__).parents[1]
+KEY = "sk-test-0123456789abcdefghijklmnop"
+PAINT = {
+    "black": (20, 20, 20),
+    "red": (200, 20, 20),
+    "green": (30, 140, 40),
+    "blue": (30, 60, 190),
+    "orange": (240, 130, 0),
+}
+KINDS = ("chair", "sofa", "coffee table", "bed", "lamp", "bookcase", "wardrobe", "desk", "stool", "bench")
+
+
+def photo(color: str, mark: int = 0, size: int = 96) -> bytes:
+    """A colored square on white as a JPEG, different for each mark."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((size // 6, size // 6, size * 5 // 6, size * 5 // 6), PAINT[color])
+    for bit in range(12):
+        if mark >> bit & 1:
+            draw.point((bit * 7 + 3, 2), "black")
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+class Shop:
+    """A small catalogue, a workspace and the stand-in that answers for it."""
+
+    def __init__(self, folder: Path, server: StandIn, count: int = 12):
+        self.folder, self.server = folder, server
+        self.catalogue, self.output = folder / "catalogue.csv", folder / "cleaned.csv"
+        self.workspace = folder / "batch"
+        (folder / "images").mkdir(exist_ok=True)
+        self.rows = [self.product(i) for i in range(count)]
+        self.write()
+
+    def product(self, i: int) -> dict[str, str]:
+        color, kind = list(PAINT)[i % len(PAINT)], KINDS[i % len(KINDS)]
+        name = f"p{i}.jpg"
+        (self.folder / "images" / name).write_bytes(photo(color, i))
+        title = (
+            f"ACME Oak {kind.title()} number{'abcdefghij'[i // 10 % 10]}{'abcdefghij'[i % 10]} - $19.99 free shipping"
+        )
+        return {"id": f"{i:03d}", "name": title, "image_path": f"images/{name}", "price": str(i)}
+
+    def write(self) -> None:
+        with open(self.catalogue, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def arguments(self, command: str, *flags: str) -> list[str]:
+        fast = ["--poll-interval", "0", "--settle", "0", "--backoff", "0.001", "--workers", "1"]
+        places = ["--input", str(self.catalogue), "--workspace", str(self.workspace), "--output", str(self.output)]
+        return [command, *places, *fast, *flags]
+
+    def call(self, command: str = "run", *flags: str) -> int:
+        return clean.main(self.arguments(command, *flags))
+
+    def cleaned(self) -> list[dict[str, str]]:
+        with open(self.output, newline="") as handle:
+            return list(csv.DictReader(handle))
+
+    def rejects(self) -> dict[str, str]:
+        path = self.output.with_name("cleaned.csv.rejects.jsonl")
+        return {line["id"]: line["reason"] for line in map(json.loads, path.read_text().splitlines())}
+
+    def paid(self) -> collections.Counter:
+        return collections.Counter(key for _, key, _ in self.server.ledger("paid"))
+
+    def state(self) -> dict:
+        return json.loads((self.workspace / "state.json").read_text())
+
+    def check_answers(self) -> None:
+        """Every cleaned row has its own answer: the stand-in's is a function of title and picture."""
+        for row in self.cleaned():
+            data = (self.folder / row["image_path"]).read_bytes()
+            expected = answer(" ".join(row["name"].split()), clean.photo_jpeg(data, 512, 85)[0])
+            found = {name: row[name] for name in clean.FIELDS}
+            assert found == expected | {name: common.uniform(expected[name]) or "unknown" for name in clean.FIELDS[1:]}
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with StandIn(tmp_path / "standin") as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield Shop(tmp_path, server)
+
+
+def balanced(text: str) -> bool:
+    """Whether the counts line stands there and adds up."""
+    line = [line for line in text.splitlines() if line.startswith("input ")][-1]
+    total, cleaned, rejected, pending = (int(word) for word in line.split() if word.isdigit())
+    return total == cleaned + rejected + pending
+
+
+# -- the plain road
+
+
+def test_a_catalogue_is_cleaned_and_nothing_is_asked_twice(shop, capsys):
+    assert shop.call() == 0
+    assert "input 12 = cleaned 12 + rejected 0 + pending 0" in capsys.readouterr().out
+    rows = shop.cleaned()
+    assert [row["id"] for row in rows] == [row["id"] for row in shop.rows]
+    assert list(rows[0]) == ["id", "name", "image_path", "price", *clean.FIELDS]
+    assert rows[1]["color"] == "red" and rows[1]["object_type"] == "sofa" and rows[1]["material"] == "wood"
+    assert "ACME" not in rows[1]["clean_title"] and "$" not in rows[1]["clean_title"]
+    shop.check_answers()
+    first = shop.output.read_bytes()
+    assert shop.call() == 0 and shop.output.read_bytes() == first
+    assert set(shop.paid().values()) == {1} and len(shop.server.ledger("batch")) == 1
+    state = shop.state()
+    batch = next(iter(state["batches"].values()))
+    assert {"input_file", "status", "output_file_id", "local_output_path"} <= set(batch)
+    assert state["completed_files"] == [batch["input_file"]] and state["state"] == "Finalized"
+    assert Path(batch["local_output_path"]).exists()
+    sidecar = json.loads((shop.folder / "cleaned.csv.json").read_text())
+    assert sidecar["counts"]["cleaned"] == 12 and sidecar["settings"]["model"] == "gpt-5-nano"
+
+
+def test_increments_ask_for_what_is_new_only(shop):
+    shop.call()
+    shop.rows += [shop.product(i) for i in range(12, 15)]
+    shop.write()
+    assert shop.call() == 0 and len(shop.paid()) == 15
+    (shop.folder / "images/p3.jpg").write_bytes(photo("green", 99))
+    assert shop.call() == 0 and len(shop.paid()) == 16
+    shop.rows[4]["name"] = "Leather Bed"
+    shop.write()
+    assert shop.call() == 0 and len(shop.paid()) == 17
+    assert shop.call() == 0 and sum(shop.paid().values()) == 17
+    rows = shop.cleaned()
+    assert rows[3]["color"] == "green" and rows[4]["material"] == "leather"
+    shop.check_answers()
+
+
+def test_a_catalogue_that_changes_under_way(shop, capsys):
+    small = ("--max-requests-per-file", "4", "--pilot", "0")
+    shop.server.steps = 2
+    assert shop.call("poll", *small) == 75  # one of three files is in flight
+    shop.rows = [row | {"name": "Glass " + row["name"]} for row in shop.rows[:2]] + shop.rows[2:8]
+    shop.write()
+    while (code := shop.call("poll", *small)) == 75:
+        assert balanced(capsys.readouterr().out)
+    assert code == 0 and [row["id"] for row in shop.cleaned()] == [row["id"] for row in shop.rows]
+    assert len(shop.paid()) == 10  # 4 that were in flight, 4 more, 2 changed; the 4 dropped ones were never sent
+    shop.check_answers()
+
+
+def test_equal_products_are_asked_once(shop):
+    twin = shop.rows[2]
+    shop.rows += [twin | {"id": "twin"}]
+    shop.write()
+    assert shop.call() == 0 and len(shop.cleaned()) == 13 and sum(shop.paid().values()) == 12
+
+
+def test_workers_make_the_same_requests(shop, tmp_path):
+    shop.rows = [shop.product(i) for i in range(40)]
+    shop.write()
+    assert shop.call("prepare") == 0
+    alone = (shop.workspace / "requests/000001.jsonl").read_bytes()
+    shop.workspace = tmp_path / "other"
+    assert shop.call("prepare", "--workers", "2") == 0
+    assert (shop.workspace / "requests/000001.jsonl").read_bytes() == alone
+
+
+def test_requests_agree_with_the_published_description(shop):
+    folder = ROOT.parent / "shared/openai"
+    if not folder.exists():
+        pytest.skip("the API description is not here")
+    shop.server.set_fault("length@chair")
+    assert shop.call("run", "--max-requests-per-file", "5", "--max-failed", "1", "--pilot", "0") == 0
+    files = sorted(map(str, (shop.workspace / "requests").glob("*.jsonl")))
+    assert len(files) >= 4
+    ended = subprocess.run(
+        [sys.executable, folder / "check_wire.py", "requests", *files], capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and ", 0 faults" in ended.stdout, ended.stdout
+
+
+def test_the_standin_agrees_with_the_published_description(shop, monkeypatch):
+    folder = ROOT.parent / "shared/openai"
+    if not folder.exists():
+        pytest.skip("the API description is not here")
+    import httpx2
+    import jsonschema
+
+    spec = json.loads((folder / "openapi_batch.json").read_text())
+    seen = collections.Counter()
+    schemas = {
+        "/models/": "Model", "/files": "ListFilesResponse", "POST/files": "OpenAIFile", "/files/": "OpenAIFile",
+        "/batches": "ListBatchesResponse", "POST/batches": "Batch", "/batches/": "Batch",
+    }  # fmt: skip
+
+    def hold(name: str, value: object) -> None:
+        schema = {"$ref": f"#/components/schemas/{name}", "components": spec["components"]}
+        jsonschema.Draft202012Validator(schema).validate(value)
+        seen[name] += 1
+
+    true = StandIn.handle
+
+    def watched(self, method, path, *rest):
+        status, value = true(self, method, path, *rest)
+        path = path.removeprefix("/v1")
+        if isinstance(value, dict) and "/content" not in path and method != "DELETE":
+            post = "POST" if method == "POST" else ""
+            name = schemas.get(post + path) or schemas.get(path[: path.rindex("/") + 1]) or "Batch"
+            hold("CreateChatCompletionResponse" if "chat" in path else name, value)
+        return status, value
+
+    monkeypatch.setattr(StandIn, "handle", watched)
+    shop.server.steps = 4
+    shop.server.set_fault("expire:0.5:1")
+    assert shop.call() == 0
+    lines = [json.loads(line) for path in (shop.workspace / "raw").glob("*.output.jsonl") for line in open(path)]
+    for line in lines:
+        hold("CreateChatCompletionResponse", line["response"]["body"])
+    client = clean.BatchAPIClient(common.CleaningConfig()).client
+    client.files.list(), client.batches.list(), client.files.retrieve(client.files.list().data[0].id)
+    hold("ErrorResponse", error_body("m", "c"))
+    hold("ErrorResponse", httpx2.get(shop.server.url + "/models/none", headers={"Authorization": "Bearer xyz"}).json())
+    assert {"Model", "OpenAIFile", "Batch", "ListBatchesResponse", "ListFilesResponse"} <= set(seen)
+    gone = client.files.delete(client.files.list().data[0].id)
+    hold("DeleteFileResponse", gone.model_dump())
+
+
+# -- money: kills, lost answers, torn state
+
+
+def test_killed_25_times_in_every_phase_and_nothing_is_paid_twice(shop, tmp_path):
+    """kill -9 before, while and after the server answers a call, and at times counted from the start."""
+    flags = ("--max-requests-per-file", "3", "--max-concurrent-batches", "2", "--pilot", "3", "--max-failed", "1")
+    flags += ("--pilot-sound", "0.3")
+    faults = ("refusal@chair:1", "http_400@lamp", "length@bed:2")
+    shop.rows = [shop.product(i) for i in range(60)]
+    shop.write()
+    for fault in faults:
+        shop.server.set_fault(fault)
+    assert shop.call("run", *flags) == 0
+    rejects = shop.output.with_name("cleaned.csv.rejects.jsonl")
+    wanted, wanted_rejects, asked = shop.output.read_bytes(), rejects.read_bytes(), shop.paid()
+    assert len(shop.cleaned()) == 54 and len(shop.rejects()) == 6 and max(asked.values()) == 3
+    shop.output.unlink(), rejects.unlink()
+    shop.workspace = tmp_path / "again"
+
+    rng, killed = random.Random(25), collections.Counter()
+    with StandIn(tmp_path / "standin2", faults) as server:
+        shop.server = server
+        environment = os.environ | {"OPENAI_BASE_URL": server.url}
+
+        def start() -> subprocess.Popen:
+            workers = ("--workers", rng.choice(["1", "1", "2"]))
+            command = [sys.executable, str(ROOT / "1_clean.py"), *shop.arguments("run", *flags, *workers)]
+            return subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+
+        for number in range(25):
+            child, left, delay = start(), [rng.randint(1, 7)], rng.choice([0.0, rng.uniform(0, 0.02)])
+
+            def watch(method, path, child=child, left=left, delay=delay):
+                left[0] -= 1
+                if left[0] == 0:
+                    killed[f"{method} {path.split('/')[2]}"] += 1
+                    threading.Timer(delay, child.kill).start() if delay else child.kill()
+
+            server.watch = watch if number % 5 else None
+            if number % 5 == 0:
+                with_timer = threading.Timer(rng.uniform(0.1, 0.5), child.kill)
+                with_timer.start()
+            printed, _ = child.communicate(timeout=60)
+            assert child.returncode == -signal.SIGKILL, (number, killed, printed)
+        server.watch = None
+        ended = start()
+        printed, _ = ended.communicate(timeout=60)
+        assert ended.returncode == 0, printed
+        assert {"POST files", "POST batches", "GET batches", "GET files", "GET models"} <= set(killed), killed
+        assert shop.output.read_bytes() == wanted and rejects.read_bytes() == wanted_rejects
+        assert shop.paid() == asked
+        files = [name for _, name, _ in server.ledger("batch")]
+        assert len(set(files)) == len(files), "a batch was created twice"
+
+
+@pytest.mark.parametrize("fault", ["create_lost:2", "create_500:2"])
+def test_a_lost_create_answer_buys_nothing_twice(shop, fault, capsys):
+    shop.server.set_fault(fault)
+    assert shop.call("run", "--max-requests-per-file", "4", "--pilot", "0") == 0
+    assert "whose answer was lost" in capsys.readouterr().out
+    assert len(shop.server.ledger("batch")) == 3 and set(shop.paid().values()) == {1}
+
+
+def test_a_lost_batch_that_is_listed_late(shop, capsys):
+    shop.server.set_fault("create_lost:1")
+    shop.server.set_fault("list_late:1")
+    assert shop.call("poll", "--settle", "5") == 75
+    assert shop.call("poll", "--settle", "5") == 75  # still within its time: nothing is created again
+    state = shop.state()
+    assert len(shop.server.ledger("batch")) == 1
+    common.write_json(shop.workspace / "state.json", state | {"next_attempt": 0})
+    assert shop.call("run", "--settle", "5") == 0
+    assert len(shop.server.ledger("batch")) == 1 and set(shop.paid().values()) == {1}
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "gone", "other"])
+def test_a_torn_state_file(shop, damage, capsys):
+    flags = ("--max-requests-per-file", "4", "--pilot", "0", "--max-concurrent-batches", "2")
+    shop.server.steps = 2
+    assert shop.call("poll", *flags) == 75
+    path = shop.workspace / "state.json"
+    text = path.read_text()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_text({"torn": text[: len(text) // 2], "empty": "", "other": "[1]"}[damage])
+    assert shop.call("run", *flags) == 0
+    assert len(shop.server.ledger("batch")) == 3 and set(shop.paid().values()) == {1}
+    shop.check_answers()
+
+
+def test_a_lost_store_is_read_back_from_the_raw_results(shop):
+    shop.call()
+    first = shop.output.read_bytes()
+    for path in shop.workspace.glob("results.sqlite*"):
+        path.unlink()
+    assert shop.call() == 0 and shop.output.read_bytes() == first and sum(shop.paid().values()) == 12
+
+
+def test_two_pollers_at_once(shop, capsys):
+    command = [sys.executable, str(ROOT / "1_clean.py"), *shop.arguments("poll", "--max-requests-per-file", "4")]
+    for _ in range(4):
+        children = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+        ended = [child.communicate(timeout=60) for child in children]
+        codes = [child.returncode for child in children]
+        assert set(codes) <= {0, 75}, ended
+    while shop.call("poll") == 75:
+        pass
+    assert len(shop.cleaned()) == 12 and set(shop.paid().values()) == {1}
+    files = [name for _, name, _ in shop.server.ledger("batch")]
+    assert len(set(files)) == len(files)
+    capsys.readouterr()
+    with common.exclusive(shop.workspace / "lock") as mine:
+        assert mine and shop.call("poll") == 0
+    assert capsys.readouterr().out == f"another call is at work in {shop.workspace}; nothing to do here\n"
+
+
+# -- the wire's failures, each to its place
+
+THROUGH = {  # fault -> (batches created, most times that one row was paid for)
+    "rate_limit:2:0": (3, 1), "server_error:3": (3, 1), "upload_fails:2": (3, 1), "upload_lost:1": (3, 1),
+    "expire:0.5:1": (4, 1), "expire:0:1": (4, 1), "vanish:1": (4, 1), "hang:1": (4, 1), "output_missing:2": (3, 1),
+    "output_late:3": (3, 1), "download_cut:1": (3, 1), "skip_statuses": (3, 1), "shuffle": (3, 1), "duplicate": (3, 1),
+    "empty_ids": (3, 1), "null_ids": (3, 1), "fail_batch:server_trouble:1": (4, 1), "output_late:9": (4, 2),
+    "broken_line@chair:1": (4, 2), "absent@chair:1": (4, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", THROUGH)
+def test_a_failure_that_passes_loses_no_row(shop, fault, capsys):
+    batches, most = THROUGH[fault]
+    shop.server.set_fault(fault)
+    shop.server.steps = 3
+    assert shop.call("run", "--max-requests-per-file", "4", "--pilot", "0") == 0
+    printed = capsys.readouterr().out
+    assert "input 12 = cleaned 12 + rejected 0 + pending 0" in printed
+    assert len(shop.server.ledger("batch")) == batches and max(shop.paid().values()) == most, printed
+    shop.check_answers()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("length", "length"), ("empty", "empty answer"), ("refusal", "refusal"), ("content_filter", "content_filter"),
+        ("broken_json", "broken JSON"), ("missing_field", "missing field"), ("wrong_type", "wrong type"),
+        ("no_choices", "no answer"), ("absent", "no result"), ("http_500", "server error 500"),
+    ],
+)  # fmt: skip
+def test_a_failing_answer_is_asked_three_times_then_rejected_by_name(shop, fault, reason, capsys):
+    shop.server.set_fault(f"{fault}@lamp")
+    shop.server.set_fault(f"{fault}@desk:2")  # comes right at the third try
+    assert shop.call("run", "--pilot", "0", "--max-failed", "0.2") == 0
+    assert shop.rejects() == {"004": reason}
+    assert len(shop.cleaned()) == 11 and "cleaned 11 + rejected 1 + pending 0" in capsys.readouterr().out
+    assert len(shop.server.ledger("batch")) == 3
+    report = json.loads((shop.folder / "cleaned.csv.report.json").read_text())
+    assert report["rejected"] == {reason: {"rows": 1, "ids": ["004"]}} and report["failed_attempts"] == {reason: 5}
+    assert shop.call("run", "--max-failed", "0.2") == 0 and len(shop.server.ledger("batch")) == 3
+    assert shop.call("run") == 1 and "rejected" in capsys.readouterr().out  # more than --max-failed
+    del shop.server.faults[f"{fault}@lamp"]
+    assert shop.call("run", "--retry-failed") == 0 and not shop.rejects()
+
+
+def test_a_cut_off_answer_gets_more_room(shop):
+    shop.server.set_fault("length@lamp:2")
+    assert shop.call() == 0
+    rooms = [
+        json.loads(line)["body"]["max_completion_tokens"]
+        for path in sorted((shop.workspace / "requests").glob("*.jsonl"))
+        for line in open(path)
+        if "lamp" in line.lower().partition("title:")[2]
+    ]
+    assert rooms == [500, 1000, 2000]
+
+
+def test_requests_that_are_refused_are_not_repeated(shop):
+    shop.server.set_fault("http_400@lamp")
+    assert shop.call("run", "--max-failed", "0.2") == 0
+    assert shop.rejects() == {"004": "request refused: invalid_value"} and len(shop.server.ledger("batch")) == 1
+
+
+def test_one_bad_line_does_not_take_the_batch_with_it(shop, capsys):
+    shop.server.set_fault("bad_line@lamp")
+    assert shop.call("run", "--max-failed", "0.2", "--max-requests-per-file", "6") == 0
+    assert shop.rejects() == {"004": "request refused: invalid_json_line"}
+    assert len(shop.cleaned()) == 11 and set(shop.paid().values()) == {1}
+
+
+def test_a_batch_that_always_fails_ends_in_rejects(shop, capsys):
+    shop.server.set_fault("fail_batch:strange_error:9")
+    assert shop.call("run", "--pilot", "0") == 1
+    assert set(shop.rejects().values()) == {"batch failed: strange_error"} and len(shop.server.ledger("batch")) == 3
+    assert "rejected 12: batch failed: strange_error" in capsys.readouterr().out
+
+
+def test_ten_files_through_a_queue_of_two(shop, capsys):
+    shop.rows = [shop.product(i) for i in range(40)]
+    shop.write()
+    flags = ("--max-requests-per-file", "4", "--max-concurrent-batches", "10", "--pilot", "0")
+    assert shop.call("prepare", *flags) == 0
+    sizes = [sum(map(tokens_of, path.open("rb"))) for path in (shop.workspace / "requests").glob("*.jsonl")]
+    assert len(sizes) == 10
+    shop.server.set_fault(f"token_limit:{2 * max(sizes)}")
+    shop.server.steps = 2
+    assert shop.call("run", *flags) == 0
+    assert len(shop.cleaned()) == 40 and set(shop.paid().values()) == {1}
+    assert len(shop.server.ledger("upload")) == 10  # each file once: uploads are used again
+    store = clean.sqlite3.connect(shop.workspace / "results.sqlite")
+    assert store.execute("SELECT MAX(attempts), COUNT(*) FROM items").fetchone() == (0, 40)
+    refused = len(shop.server.ledger("batch")) - 10
+    assert 8 <= refused <= 10, "the limit was not learned"
+
+
+def test_a_file_that_is_too_big_for_the_queue_is_split(shop):
+    shop.server.set_fault("token_limit:5000")
+    assert shop.call("run", "--pilot", "0") == 0
+    assert len(shop.cleaned()) == 12 and set(shop.paid().values()) == {1} and len(shop.server.ledger("batch")) > 2
+
+
+@pytest.mark.parametrize("fault", ["quota:1", "quota_batch:1", "quota_lines:1"])
+def test_without_quota_it_stops_sending_and_collects(shop, fault, capsys):
+    flags = ("--max-requests-per-file", "4", "--pilot", "0", "--max-concurrent-batches", "2")
+    shop.server.steps = 2
+    assert shop.call("dispatch", *flags) == 75
+    shop.server.set_fault(fault)
+    while (code := shop.call("poll", *flags)) == 75:
+        pass
+    captured = capsys.readouterr()
+    assert code == 1 and "stopped" in captured.err and balanced(captured.out)
+    made = len(shop.server.ledger("batch"))
+    assert shop.call("poll", *flags) == 1 and len(shop.server.ledger("batch")) == made
+    assert shop.call("run", *flags) == 0 and set(shop.paid().values()) == {1}
+
+
+def test_waiting_survives_between_calls(shop, capsys):
+    shop.server.set_fault("rate_limit:1:3600")
+    assert shop.call("poll") == 75
+    assert 3590 < shop.state()["next_attempt"] - time.time() < 3610
+    calls = len(shop.server.calls)
+    assert shop.call("poll") == 75 and len(shop.server.calls) == calls
+    assert "patience" in capsys.readouterr().out
+    common.write_json(shop.workspace / "state.json", shop.state() | {"next_attempt": 0})
+    assert shop.call("run") == 0 and shop.state()["failures"] == 0
+
+
+def test_backoff_doubles_with_jitter_up_to_a_cap():
+    machine = clean.Machine.__new__(clean.Machine)
+    machine.settings = common.CleaningConfig(backoff=1)
+    machine.state = type("Noted", (dict,), {"set": lambda self, **values: self.update(values)})(failures=0)
+    delays = []
+    for _ in range(15):
+        machine.postpone(clean.Later("x"))
+        delays.append(machine.state["next_attempt"] - time.time())
+    assert all(2**i / 2 - 0.1 <= delay <= min(600, 2**i) for i, delay in enumerate(delays[:9]))
+    assert max(delays) <= 600 and len({round(delay, 3) for delay in delays[-4:]}) > 1
+    date = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90)).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    assert 85 < clean.retry_after({"retry-after": date}) <= 90 and clean.retry_after({"retry-after": "soon"}) is None
+
+
+# -- before money is spent
+
+
+def test_an_unsound_pilot_stops_the_rest(shop, capsys):
+    shop.rows = [shop.product(i) for i in range(30)]
+    shop.write()
+    shop.server.set_fault("broken_json@desk")
+    assert shop.call("run", "--pilot", "10") == 1
+    captured = capsys.readouterr()
+    assert "pilot" in captured.err and "9 of 10" in captured.err and len(captured.err.splitlines()) == 2
+    assert sum(shop.paid().values()) == 10 and balanced(captured.out)
+    assert shop.call("poll", "--pilot", "10") == 1 and sum(shop.paid().values()) == 10
+    shop.server.faults.clear()
+    assert shop.call("run", "--pilot", "10") == 0 and len(shop.cleaned()) == 30
+    assert sum(shop.paid().values()) == 31  # the one that failed, once more
+
+
+def test_cost_is_told_before_and_after_and_limited(shop, capsys):
+    assert shop.call("run", "--max-cost", "0.0001") == 1
+    captured = capsys.readouterr()
+    assert "--max-cost" in captured.err and "1 files, 12 requests" in captured.out and not shop.server.ledger("upload")
+    assert shop.call("run", "--max-cost", "0.01") == 0
+    report = json.loads((shop.folder / "cleaned.csv.report.json").read_text())
+    lines = [json.loads(line) for path in (shop.workspace / "raw").glob("*.output.jsonl") for line in open(path)]
+    usage = [line["response"]["body"]["usage"] for line in lines]
+    prompt, output = (sum(u[name] for u in usage) for name in ("prompt_tokens", "completion_tokens"))
+    assert report["cost"]["prompt_tokens"] == prompt
+    assert report["cost"]["usd"] == pytest.approx((prompt * 0.025 + output * 0.2) / 1e6, abs=1e-6)
+    assert shop.call("prepare", "--model", "my-model", "--max-cost", "1") == 0
+    assert shop.call("run", "--model", "qwen2.5-vl", "--max-cost", "1") == 1
+    assert "--price-input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("unauthorized", "OPENAI_API_KEY"), ("forbidden", "403"), ("no_model", "gpt-5-nano"),
+        ("shutdown:2020-01-01", "was shut down on 2020-01-01"),
+    ],
+)  # fmt: skip
+def test_preflight_ends_in_one_line(shop, fault, words, capsys):
+    shop.server.set_fault(fault)
+    assert shop.call() == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("prepare:")]
+    assert len(error) == 1 and words in error[0] and not shop.server.ledger("upload")
+
+
+def test_a_near_shutdown_is_told(shop, capsys):
+    soon = (datetime.date.today() + datetime.timedelta(days=5)).isoformat()
+    shop.server.set_fault(f"shutdown:{soon}")
+    assert shop.call() == 0 and f"shuts down on {soon}" in capsys.readouterr().out
+
+
+def test_an_unreachable_endpoint_is_one_line(shop, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert shop.call() == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "http://127.0.0.1:9/v1" in error and "refused" in error and "OPENAI_BASE_URL" in error
+    monkeypatch.delenv("OPENAI_BASE_URL"), monkeypatch.delenv("OPENAI_API_KEY")
+    assert shop.call() == 1 and "OPENAI_API_KEY is not set" in capsys.readouterr().err
+
+
+def test_a_lost_network_under_way_is_waited_out(shop, monkeypatch, capsys):
+    shop.server.steps = 3
+    assert shop.call("poll") == 75
+    url = os.environ["OPENAI_BASE_URL"]
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    assert shop.call("poll") == 75 and "refused" in capsys.readouterr().out
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    assert shop.call("run") == 0
+
+
+def test_request_parameters_follow_the_model():
+    def chosen(model: str) -> dict:
+        return clean.parameters(common.CleaningConfig(model=model))
+
+    assert chosen("gpt-5-nano") == {"max_completion_tokens": 500, "reasoning_effort": "minimal"}
+    assert chosen("gpt-5-nano-2025-08-07")["reasoning_effort"] == "minimal"
+    assert chosen("gpt-5.4-nano")["reasoning_effort"] == "none"
+    assert "reasoning_effort" not in chosen("gpt-4.1-nano")
+    assert chosen("Qwen/Qwen2.5-VL-7B-Instruct") == {"max_tokens": 500, "temperature": 0}
+
+
+# -- without the Batch API
+
+
+def test_sync_asks_the_same_one_by_one(shop, capsys):
+    shop.server.set_fault("refusal@desk:1")
+    shop.server.set_fault("wrong_type@lamp")
+    shop.server.set_fault("server_error:3")
+    assert shop.call("run", "--sync", "--max-failed", "0.2", "--pilot", "0") == 0
+    assert shop.rejects() == {"004": "wrong type"} and len(shop.cleaned()) == 11
+    assert not shop.server.ledger("batch") and sum(shop.paid().values()) == 12 + 1 + 2
+    shop.check_answers()
+    assert shop.call("run", "--sync", "--max-failed", "0.2") == 0 and sum(shop.paid().values()) == 15
+    assert "input 12 = cleaned 11 + rejected 1 + pending 0" in capsys.readouterr().out
+
+
+def test_sync_and_batch_share_the_store(shop):
+    assert shop.call("run", "--sync", "--limit", "5") == 0 and len(shop.cleaned()) == 5
+    assert shop.call("run") == 0 and sum(shop.paid().values()) == 12
+
+
+# -- pictures and rows
+
+
+def test_bad_rows_are_rejected_with_their_reason_and_not_sent(shop, capsys):
+    images = shop.folder / "images"
+    (images / "empty.jpg").write_bytes(b"")
+    (images / "page.jpg").write_bytes(b"<html>not found</html>")
+    (images / "cut.jpg").write_bytes(photo("red", 7, 400)[:900])
+    bad = [("", "p0.jpg", "missing id"), ("000", "p0.jpg", "duplicate id"), ("a", "gone.jpg", "missing file"),
+           ("b", "empty.jpg", "empty file"), ("c", "page.jpg", "not an image"), ("d", "cut.jpg", "truncated image"),
+           ("e", "../../x.jpg", "outside the images folder"), ("f", "", "missing image_path")]  # fmt: skip
+    for id, name, _ in bad:
+        path = f"images/{name}" if name else ""
+        shop.rows.insert(3, {"id": id, "name": "Chair", "image_path": path, "price": ""})
+    shop.write()
+    assert shop.call("run", "--max-failed", "0.5") == 0
+    lines = [json.loads(line) for line in (shop.folder / "cleaned.csv.rejects.jsonl").read_text().splitlines()]
+    assert sorted((line["id"], line["reason"]) for line in lines if line["id"] != "000") == sorted(
+        (id, reason) for id, _, reason in bad if id != "000"
+    )
+    assert "input 20 = cleaned 12 + rejected 8 + pending 0" in capsys.readouterr().out
+    assert sum(shop.paid().values()) == 12
+
+
+def test_any_id_keeps_its_own_answer(shop):
+    ids = ["a.b.c", "a/b", "Öl–中", "007", "7", " spaced ", "x" * 300, "=1+1", "a,b", 'q"q', "new\nline", "🪑"]
+    shop.rows = [row | {"id": id} for row, id in zip(shop.rows, ids, strict=True)]
+    shop.write()
+    shop.server.set_fault("shuffle"), shop.server.set_fault("duplicate")
+    assert shop.call() == 0
+    assert [row["id"] for row in shop.cleaned()] == ids
+    shop.check_answers()
+
+
+def formats() -> dict[str, bytes]:
+    """One picture in several shapes, 300 x 200 with its left half red."""
+    image = Image.new("RGB", (300, 200), "white")
+    image.paste((220, 20, 20), (0, 0, 150, 200))
+    made = {}
+    for name, options in {
+        "plain": {}, "progressive": {"progressive": True}, "rotated": {"exif": turned()}, "heavy": {"quality": 100},
+    }.items():  # fmt: skip
+        buffer = io.BytesIO()
+        picture = Image.effect_noise((300, 200), 90).convert("RGB") if name == "heavy" else image
+        picture.save(buffer, "JPEG", **options)
+        made[name] = buffer.getvalue()
+    for name, mode in (("grey", "L"), ("cmyk", "CMYK")):
+        buffer = io.BytesIO()
+        image.convert(mode).save(buffer, "JPEG")
+        made[name] = buffer.getvalue()
+    return made
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.mark.parametrize("name", formats())
+def test_a_photo_is_sent_as_it_is_only_where_that_is_right(name):
+    data = formats()[name]
+    ready = clean.plain_jpeg(data, 512)
+    assert bool(ready) == (name in ("plain", "progressive"))
+    jpeg, width, height = clean.photo_jpeg(data, 512, 85)
+    shown, true = Image.open(io.BytesIO(jpeg)), common.load_image(data)
+    assert shown.size == true.size == (width, height) and shown.format == "JPEG"
+    difference = sum(
+        abs(a - b)
+        for a, b in zip(shown.convert("RGB").resize((8, 8)).tobytes(), true.resize((8, 8)).tobytes(), strict=False)
+    )
+    assert difference / 192 < 4
+    for cut in (10, 200, len(data) // 2, len(data) - 1):
+        assert clean.plain_jpeg(data[:cut], 512) is None
+    assert clean.plain_jpeg(data, 200) is None and max(clean.photo_jpeg(data, 100, 85)[1:]) == 100
+
+
+def test_metadata_is_not_sent():
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 200), "green").save(buffer, "JPEG", exif=exif, comment=b"private")
+    jpeg, *_ = clean.plain_jpeg(buffer.getvalue(), 512)
+    assert b"taken at home" not in jpeg and b"private" not in jpeg
+    assert Image.open(io.BytesIO(jpeg)).convert("RGB").tobytes() == Image.open(buffer).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"a"', '{"clean_title": 1}', "x" * 99])
+def test_no_answer_body_raises(content):
+    bodies = [None, [], {}, {"choices": None}, {"choices": [{}]}, {"choices": [{"message": 3}]}]
+    bodies += [{"choices": [{"finish_reason": "stop", "message": {"content": content}}], "usage": "x"}]
+    for body in bodies:
+        outcome = clean.read_answer(body)
+        assert outcome.kind == "again" and outcome.reason
+        assert clean.read_result({"response": {"status_code": 200, "body": body}}).reason == outcome.reason
+    assert clean.read_result({}).reason == "no result" and clean.read_result({"response": 3, "error": "x"}).reason
+
+
+# -- secrets, status, scale
+
+
+def test_neither_key_nor_image_reaches_log_state_or_error(shop, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOG", "debug")
+    images = [base64.b64encode((shop.folder / row["image_path"]).read_bytes())[200:260] for row in shop.rows]
+    shop.server.set_fault("echo")
+    for fault in ("server_error:2", "rate_limit:2:0", "http_400@lamp"):
+        shop.server.set_fault(fault)
+    shop.call("run", "--sync", "--max-failed", "1")
+    shop.call("run", "--max-failed", "1")
+    for fault in ("unauthorized", "forbidden"):
+        shop.server.set_fault(fault)
+        shop.rows[0]["name"] += fault
+        shop.write()
+        shop.call(), shop.call("run", "--sync"), shop.call("status")
+        del shop.server.faults[fault]
+    captured = capsys.readouterr()
+    held = [captured.out.encode(), captured.err.encode()]
+    held += [path.read_bytes() for path in shop.workspace.iterdir() if path.is_file()]
+    held += [path.read_bytes() for path in shop.folder.glob("cleaned.csv*")]
+    for text in held:
+        assert KEY.encode() not in text and not any(image in text for image in images)
+
+
+def test_status_is_a_table(shop, capsys):
+    assert shop.call("status") == 1 and "nothing prepared" in capsys.readouterr().err
+    shop.server.steps = 3
+    flags = ("--max-requests-per-file", "4", "--pilot", "0")
+    shop.call("poll", *flags), shop.call("poll", *flags)
+    capsys.readouterr()
+    assert shop.call("status", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "In Progress; input 12 = cleaned 0 + rejected 0 + pending 12" in printed
+    assert printed.count("waiting") == 2 and "in_progress" in printed and "expected end" in printed and "$" in printed
+    shop.call("run", *flags), capsys.readouterr()
+    assert shop.call("status") == 0 and "Finalized; input 12 = cleaned 12" in capsys.readouterr().out
+
+
+def test_finalize_waits_for_the_last_row(shop, capsys):
+    shop.server.steps = 2
+    assert shop.call("dispatch") == 75 and shop.call("finalize") == 75 and not shop.output.exists()
+    while shop.call("poll") == 75:
+        pass
+    assert shop.call("finalize") == 0 and len(shop.cleaned()) == 12
+
+
+def test_bad_use_is_one_line(shop, capsys):
+    shop.catalogue.write_text("id,title\n1,a\n")
+    assert shop.call() == 2 and "no column name, image_path" in capsys.readouterr().err
+    shop.catalogue.write_text("id,name,image_path\n")
+    assert shop.call() == 1 and "no rows" in capsys.readouterr().err
+    shop.catalogue.unlink()
+    assert shop.call() == 2 and "no such CSV" in capsys.readouterr().err
+
+
+def test_the_wrapper_starts_the_standin_and_hands_on_the_exit_code(shop):
+    command = [sys.executable, str(ROOT / "tests/openai_standin.py"), "--state", str(shop.folder / "other")]
+    command += ["--fault", "http_400@lamp", "--", sys.executable, str(ROOT / "1_clean.py"), *shop.arguments("run")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "rejected 1: request refused" in ended.stdout
+    assert len(shop.cleaned()) == 11 and not shop.server.calls
