@@ -844,3 +844,16 @@ def _search_block(queries, block, first: int, error, same, best, found) -> None:
     place = np.arange(len(row)) - np.searchsorted(row, row)  # rank within the query
     kept = place < k
     best[row[kept], place[kept]], found[row[kept], place[kept]] = score[kept], index[kept]
+
+
+def model_place(name: str, embeddings: str | Path) -> tuple[str, str | None]:
+    """(model, pretrained) for clip.load_clip, from a model's name in the metadata of master.parquet.
+
+    A folder is relative to where the Parquet file lies, so that the data can be moved; else to the working directory.
+    """
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        beside = Path(embeddings).parent / folder
+        return f"local-dir:{beside if beside.is_dir() else folder}", None
+    model, _, pretrained = name.partition("/")
+    return model, pretrained or None
