@@ -180,7 +180,7 @@ class Items:
         self.image, self.text = np.empty(total, "S32"), np.empty(total, "S32")
         self.shard, self.offset, self.size = np.empty(total, np.int32), np.empty(total, np.int64), np.empty(total, int)
         first = 0
-        for number, (_, entry) in enumerate(self.entries):
+        for number in range(len(self.entries)):
             table = self.table(number, ["image_digest", "text_digest", "offset", "size"])
             part = slice(first, first + table.num_rows)
             self.shard[part], self.offset[part], self.size[part] = number, table["offset"], table["size"]
@@ -198,18 +198,19 @@ class Items:
         except (OSError, ValueError) as error:
             raise Fail(f"{path}: damaged ({str(error)[:100]}); remove it and run again") from None
 
-    def column(self, name: str) -> list[str]:
-        """One column over all shards."""
-        return [value for number in range(len(self.entries)) for value in self.table(number, [name])[name].to_pylist()]
+    def fields(self, rows: np.ndarray, names: Iterable[str]) -> dict[str, list[str]]:
+        """Columns of some rows, which are in ascending order."""
+        found: dict[str, list[str]] = {name: [] for name in names}
+        for number in np.unique(self.shard[rows]):
+            inside = rows[self.shard[rows] == number] - int(np.searchsorted(self.shard, number))
+            table = self.table(int(number), list(found)).take(inside)
+            for name, values in found.items():
+                values += table[name].to_pylist()
+        return found
 
     def prompts(self, rows: np.ndarray) -> list[str]:
         """The prompts of some rows, which are in ascending order."""
-        found: list[str] = []
-        for number in np.unique(self.shard[rows]):
-            first = int(np.searchsorted(self.shard, number))
-            inside = rows[self.shard[rows] == number] - first
-            found += self.table(int(number), ["prompt"])["prompt"].take(inside).to_pylist()
-        return found
+        return self.fields(rows, ["prompt"])["prompt"]
 
     def name(self, row: int) -> str:
         """Shard and place of a row, for messages."""
@@ -292,10 +293,10 @@ class Store:
 
     def add(self, digests: np.ndarray, vectors: np.ndarray) -> None:
         """Write one part. The name comes from the digests, so that no two processes want the same one."""
-        with common.whole_file(self.folder / f"{common.digest(digests.tobytes())[:24]}.npy") as temporary:
-            with open(temporary, "wb") as handle:
-                np.save(handle, digests.astype("S32"))
-                np.save(handle, vectors.astype(np.float32, copy=False))
+        name = f"{common.digest(digests.tobytes())[:24]}.npy"
+        with common.whole_file(self.folder / name) as temporary, open(temporary, "wb") as handle:
+            np.save(handle, digests.astype("S32"))
+            np.save(handle, vectors.astype(np.float32, copy=False))
 
     def get(self, digests: np.ndarray) -> np.ndarray:
         """float32 [n, D] of digests that are all there."""

@@ -1,0 +1,433 @@
+"""Stage 4: the vectors of every item under the base and the fine-tuned model, and the proof of which finds better.
+
+Reads   --shards: a folder or s3://bucket/prefix from 2_prepare.py; the base model; --finetuned: a run of 3_train.py
+Writes  --output: master.parquet, one row an item; beside it report.json, report.html, and vectors/, where each vector
+        is kept by picture and model: what is there is not computed again
+
+    python 4_embed.py --shards data/shards --model ViT-B-32 --pretrained openai \\
+        --finetuned data/runs/dual_lora/model --output data/embeddings/master.parquet
+    torchrun --nproc-per-node 8 4_embed.py ...              the same, on eight GPUs
+    python 4_embed.py report --shards data/shards --model local-dir:tests/small_clip \\
+        --run data/runs/zero_shot --run data/runs/dual_lora --output data/report       any number of runs
+    python 4_embed.py search "grey fabric sofa" [--image photo.jpg]                    seconds on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+from common import DONE, EmbeddingConfig, Fail
+
+DESCRIBED = ("image_id", "split", "image_path", "title", "prompt", *common.ATTRIBUTES)
+COLUMNS = (*DESCRIBED, "group", "image_digest", "text_digest")  # the vectors follow
+REPEATED = ("split", *common.ATTRIBUTES)  # columns of few values
+ROWS = 1024  # in a row group, at most
+COMMANDS = ("embed", "report", "search")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs of stage 3
+
+
+@dataclasses.dataclass
+class Run:
+    """One model to be judged: a run of 3_train.py, a folder with a model alone, or the base."""
+
+    name: str
+    model: str  # as load_clip takes it
+    pretrained: str | None
+    folder: Path | None  # where metrics.jsonl is
+    base_fingerprint: str | None = None  # of the model it was trained from
+
+
+def read_run(folder: str, args: argparse.Namespace) -> Run:
+    """A run by its folder or by the model folder in it. Raises Fail where there is none."""
+    path = Path(folder.removeprefix("local-dir:"))
+    place = path if (path / "train.json").is_file() else path.parent
+    if not (place / "train.json").is_file():
+        if (path / "open_clip_config.json").is_file():
+            return Run(path.name, f"local-dir:{path}", None, None)
+        raise Fail(f"{path}: no finished run there (no train.json); train it with 3_train.py, or check the path")
+    facts = common.read_json(place / "train.json", "run")
+    name = facts.get("scenario") or place.name
+    base = facts.get("inputs", {}).get("base_fingerprint")
+    if facts.get("model_dir") is None:
+        return Run(name, args.model, args.pretrained, place, base)
+    return Run(name, f"local-dir:{place / facts['model_dir']}", None, place, base)
+
+
+def load(run: Run, base: Any, device: str) -> Any:
+    """The run's CLIP; says so where it comes from another base than the one it is compared with."""
+    from clip import load_clip
+
+    clip = load_clip(run.model, run.pretrained, device)
+    if base and run.base_fingerprint and run.base_fingerprint != base.fingerprint:
+        print(f"NOTE: {run.name} was not trained from {base.name}, with which it is compared here", flush=True)
+    return clip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# master.parquet
+
+
+def without_vector(items, encoders) -> list[int]:
+    """Rows whose picture could not be encoded."""
+    import numpy as np
+
+    return [int(row) for row in np.flatnonzero(~np.all([e.image.has(items.image) for e in encoders], axis=0))]
+
+
+def write_rejects(path: str, items, bad: list[int], max_failed: float) -> None:
+    """Name the rows that are left out; Fail where they are too many."""
+    import numpy as np
+
+    from clip import decode_jpeg
+    from common import BadImage
+
+    lines = []
+    for row in bad:
+        fields = {
+            name: values[0] for name, values in items.fields(np.array([row]), ("id", "image_path", "title")).items()
+        }
+        try:
+            data = items.jpegs([row])[0]
+            error = data if isinstance(data, BadImage) else BadImage("not encoded")
+            decode_jpeg(data if isinstance(data, bytes) else b"", 32)
+        except BadImage as found:
+            error = found if isinstance(data, bytes) else error
+        line = {"id": fields["id"], "row": row, "reason": error.reason, "detail": error.detail}
+        lines.append(json.dumps(line | {"image_path": fields["image_path"], "name": fields["title"]}) + "\n")
+    if lines or Path(path).is_file():
+        common.write_whole(path, "".join(lines))
+    if len(bad) > max_failed * len(items):
+        raise Fail(
+            f"{len(bad)} of {len(items)} pictures are unreadable, named in {path}; make the shards again, "
+            "or raise --max-failed"
+        )
+
+
+def write_master(output: Path, items, encoders: dict[str, Any], bad: list[int], facts: dict[str, str]) -> bool:
+    """Write master.parquet, row group by row group, unless it is there with these facts. Says whether it wrote."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+        there = pq.read_schema(output).metadata or {}
+        if all(there.get(k.encode()) == v.encode() for k, v in facts.items()):
+            return False
+    width = {kind: _width(encoder, items) for kind, encoder in encoders.items()}
+    vectors = [(f"{kind}_{text}embedding", kind, text) for text in ("", "text_") for kind in ("base", "finetuned")]
+    fields = [pa.field(name, pa.string()) for name in COLUMNS]
+    fields += [pa.field(name, pa.list_(pa.float32(), width[kind])) for name, kind, _ in vectors]
+    schema = pa.schema(fields, metadata=facts)
+    dropped = set(bad)
+    with (
+        common.whole_file(output) as temporary,
+        pq.ParquetWriter(
+            temporary,
+            schema,
+            compression={f"{n}.list.element" if n not in COLUMNS else n: "zstd" if n in COLUMNS else "none"
+                         for n in schema.names},
+            use_dictionary=list(REPEATED),
+            write_statistics=list(COLUMNS),
+        ) as writer,
+    ):  # fmt: skip
+        for rows, columns in common.progress(_row_groups(items, dropped), "writing", None, "row group"):
+            for name, kind, text in vectors:
+                store = getattr(encoders[kind], "text" if text else "image")
+                matrix = store.get((items.text if text else items.image)[rows])
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), width[kind])
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROWS)
+    return True
+
+
+def _width(encoder, items) -> int:
+    return encoder.text.get(items.text[:1]).shape[1]
+
+
+def _row_groups(items, dropped: set[int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(rows, their columns without vectors), shard by shard."""
+    import numpy as np
+
+    first = 0
+    for number, (split, _) in enumerate(items.entries):
+        table = items.table(number)
+        table = table.append_column("split", [[split] * table.num_rows])
+        for start in range(0, table.num_rows, ROWS):
+            piece = table.slice(start, ROWS)
+            rows = np.arange(first + start, first + start + piece.num_rows)
+            kept = np.array([row not in dropped for row in rows])
+            if kept.any():
+                piece = piece.filter(kept)
+                columns = {name: piece["id" if name == "image_id" else name].combine_chunks() for name in COLUMNS}
+                yield rows[kept], columns
+        first += table.num_rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The two commands that compute
+
+
+def open_items(args: argparse.Namespace, config: EmbeddingConfig, folder: Path, splits: tuple[str, ...], ranks):
+    """The rows of the shards, indexed."""
+    from vectors import Items
+
+    items = Items(args.shards, folder, splits, ranks, config.cache_gb * 1e9)
+    if not any(split == "test" for split, _ in items.entries):
+        raise Fail(f"{args.shards}: the test split is empty, nothing can be compared; give 2_prepare.py more rows")
+    return items
+
+
+@contextlib.contextmanager
+def alone(folder: Path, ranks) -> Iterator[None]:
+    """Keep a second command out of the folder of vectors."""
+    if ranks.rank:
+        yield
+        return
+    with common.exclusive(folder / ".lock") as free:
+        if not free:
+            raise Fail(f"{folder}: another 4_embed.py is working there; wait until it has ended")
+        yield
+
+
+def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
+    """Vectors of all items under both models, master.parquet, and the report of the two."""
+    from vectors import Ranks, compute, device_of, open_encoder
+
+    start = time.monotonic()
+    ranks = Ranks()
+    output = Path(args.output)
+    run = read_run(args.finetuned, args)
+    if run.model == args.model:
+        raise Fail(f"{args.finetuned}: that run is the base model itself; choose a --finetuned that was trained")
+    folder = Path(args.vectors) if args.vectors else output.parent / "vectors"
+    with alone(folder, ranks):
+        device = device_of(config.device, ranks)
+        base = Run("zero_shot", args.model, args.pretrained, None)
+        clips = [load(base, None, device)]
+        clips.append(load(run, clips[0], device))
+        check_widths(*clips)
+        items = open_items(args, config, folder, common.SPLITS, ranks)
+        encoders = [open_encoder(clip, items, config, ranks) for clip in clips]
+        made = compute(items, encoders, config, ranks)
+        if ranks.rank:
+            return DONE
+        bad = without_vector(items, encoders)
+        write_rejects(f"{output}.rejects.jsonl", items, bad, config.max_failed)
+        facts = master_facts(items, encoders, run, args, output)
+        wrote = write_master(output, items, dict(zip(("base", "finetuned"), encoders, strict=True)), bad, facts)
+        items.forget_copies()
+        counts = {"input": len(items), "written": len(items) - len(bad), "rejected": len(bad), "computed": made}
+        if wrote or not Path(f"{output}.json").is_file():
+            common.write_sidecar(
+                f"{output}.json", config, counts, {"shards": args.shards} | facts, time.monotonic() - start,
+                versions=common.versions("torch", "open_clip_torch", "pyarrow", "numpy"),
+            )  # fmt: skip
+        print(f"{output}: input {len(items)} = written {counts['written']} + rejected {len(bad)}", flush=True)
+        print("computed: {image} pictures, {text} prompts; the rest was there".format(**made), flush=True)
+        vectors = [judged_vectors(items, encoder, bad) for encoder in encoders]
+        make_report(items, bad, vectors[0], [(run, vectors[1])], config, output.parent)
+    return DONE
+
+
+def check_widths(base, finetuned) -> None:
+    """Fail where the two models do not share one space's width."""
+    import torch
+
+    widths = []
+    for clip in (base, finetuned):
+        with torch.no_grad():
+            widths.append(clip.model.encode_text(clip.tokenizer(["a"]).to(clip.device)).shape[1])
+    if widths[0] != widths[1]:
+        raise Fail(
+            f"{finetuned.name}: makes vectors of width {widths[1]}, the base {base.name} of {widths[0]}; "
+            "give the --model that it was fine-tuned from"
+        )
+
+
+def master_facts(items, encoders, run: Run, args: argparse.Namespace, output: Path) -> dict[str, str]:
+    """master.parquet's metadata. No path of this machine is among it, so that the same work gives the same bytes."""
+    folder = os.path.relpath(Path(run.model.removeprefix("local-dir:")).resolve(), output.parent.resolve())
+    base = args.model if "local-dir:" in args.model else f"{args.model}/{args.pretrained}"
+    made_from = [common.digest([entry["sha256"] for _, entry in items.entries]), *(e.key for e in encoders), COLUMNS]
+    return {
+        "base_model": base,
+        "finetuned_model": f"local-dir:{folder}",
+        "base_fingerprint": encoders[0].clip.fingerprint,
+        "finetuned_fingerprint": encoders[1].clip.fingerprint,
+        "scenario": run.name,
+        "precision": "/".join(encoder.precision for encoder in encoders),
+        "inputs": common.digest(made_from),
+    }
+
+
+def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
+    """Compare any number of runs with the base on the test split; models are loaded one after another."""
+    from vectors import Ranks, compute, device_of, open_encoder
+
+    ranks = Ranks()
+    output = Path(args.output)
+    folder = Path(args.vectors) if args.vectors else output.parent / "embeddings" / "vectors"
+    runs = [read_run(path, args) for path in args.run]
+    with alone(folder, ranks):
+        device = device_of(config.device, ranks)
+        items = open_items(args, config, folder, ("test",), ranks)
+        encoders = []
+        base = Run("zero_shot", args.model, args.pretrained, None)
+        for run in (base, *(run for run in runs if run.model != args.model)):
+            clip = load(run, encoders[0][1].clip if encoders else None, device)
+            encoder = open_encoder(clip, items, config, ranks)
+            compute(items, [encoder], config, ranks)
+            clip.model = None  # one model in memory at a time
+            encoders.append((run, encoder))
+        if ranks.rank:
+            return DONE
+        bad = without_vector(items, [encoder for _, encoder in encoders])
+        output.mkdir(parents=True, exist_ok=True)
+        write_rejects(str(output / "rejects.jsonl"), items, bad, config.max_failed)
+        judged = [(run, judged_vectors(items, encoder, bad)) for run, encoder in encoders]
+        make_report(items, bad, judged[0][1], judged[1:], config, output)
+        items.forget_copies()
+    return DONE
+
+
+def judged_rows(items, bad: list[int]):
+    """int64 [N]: the rows of the test split that have vectors."""
+    import numpy as np
+
+    tested = np.array([split == "test" for split, _ in items.entries])[items.shard]
+    tested[bad] = False
+    return np.flatnonzero(tested)
+
+
+@dataclasses.dataclass
+class Vectors:
+    """A model's vectors of the test split, float32 [N, D]."""
+
+    images: Any
+    texts: Any
+    fingerprint: str
+    precision: str
+
+
+def judged_vectors(items, encoder, bad: list[int]) -> Vectors:
+    """What a store holds for the test split."""
+    rows = judged_rows(items, bad)
+    images, texts = encoder.image.get(items.image[rows]), encoder.text.get(items.text[rows])
+    return Vectors(images, texts, encoder.clip.fingerprint, encoder.precision)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def make_report(items, bad, base: Vectors, others: list[tuple[Run, Vectors]], config, folder: Path) -> None:
+    """Judge every run against the base; write report.json and report.html, print the table and what it says."""
+    import retrieval
+
+    rows = judged_rows(items, bad)
+    columns = items.fields(rows, ("id", "title", "prompt", "group", *common.ATTRIBUTES))
+    judged = retrieval.Judged.of(columns)
+    clusters = judged.clusters()
+    before = retrieval.judge(base.images, base.texts, judged)
+    scores = [retrieval.judge(vectors.images, vectors.texts, judged) for _, vectors in others]
+    compared = retrieval.compare(before, scores, clusters, config.draws, config.seed)
+    titles = retrieval.unique_names(run.name for run, _ in others)
+    facts: dict[str, Any] = {
+        "split": "test",
+        "items": len(judged),
+        "independent": int(clusters.max()) + 1,
+        "shards": common.digest([entry["sha256"] for split, entry in items.entries if split == "test"]),
+        "settings": {"draws": config.draws, "seed": config.seed, "nearest": retrieval.NEAREST},
+        "headline": retrieval.HEADLINE,
+        "base": {
+            "name": "zero_shot",
+            "fingerprint": base.fingerprint,
+            "precision": base.precision,
+            "metrics": {name: retrieval.mean(before[name]) for name in retrieval.METRICS},
+            "by_type": retrieval.by_type(before, columns["object_type"]),
+        },
+        "runs": [
+            {
+                "name": title,
+                "fingerprint": vectors.fingerprint,
+                "precision": vectors.precision,
+                "verdict": retrieval.verdict(title, metrics[retrieval.HEADLINE]),
+                "metrics": metrics,
+                "by_type": retrieval.by_type(score, columns["object_type"]),
+            }
+            for title, (_, vectors), metrics, score in zip(titles, others, compared, scores, strict=True)
+        ],
+    }
+    if others:
+        best = max(range(len(others)), key=lambda i: compared[i][retrieval.HEADLINE]["value"])
+        facts["moved"] = {"run": titles[best]} | {
+            kind: [
+                {name: columns[name][i] for name in ("id", "title", "prompt")}
+                | {"zero_shot_rank": int(before["text_to_image_rank"][i])}
+                | {"rank": int(scores[best]["text_to_image_rank"][i])}
+                for i in chosen
+            ]
+            for kind, chosen in zip(("gained", "lost"), retrieval.moved(before, scores[best]), strict=True)
+        }
+    common.write_json(folder / "report.json", facts)
+    print(f"\ntest split: {len(judged)} items, {facts['independent']} of them independent of each other\n")
+    print(retrieval.table(titles, facts["base"]["metrics"], compared))
+    print()
+    for run in facts["runs"]:
+        print(run["verdict"])
+    print(f"report: {folder / 'report.html'}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; `embed` is meant where no command is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,report,search}")
+    shards = argparse.ArgumentParser(add_help=False)
+    shards.add_argument("--shards", required=True, help="folder or s3://bucket/prefix made by 2_prepare.py")
+    shards.add_argument("--model", required=True, help="base model: open_clip name, or local-dir:FOLDER")
+    shards.add_argument("--pretrained", help="open_clip tag (openai), weights file, or local-dir:FOLDER")
+    shards.add_argument("--vectors", help="folder in which vectors are kept (default: beside the output)")
+    common.add_flags(shards, EmbeddingConfig)
+
+    one = commands.add_parser("embed", parents=[shards], help="vectors of all items under two models, and the report")
+    one.add_argument("--finetuned", required=True, help="run of 3_train.py, or the model folder in it")
+    one.add_argument("--output", required=True, help="such as data/embeddings/master.parquet")
+    many = commands.add_parser("report", parents=[shards], help="compare any number of runs on the test split")
+    many.add_argument("--run", action="append", required=True, help="folder of a run; may be given several times")
+    many.add_argument("--output", required=True, help="folder of report.json and report.html")
+    parser.epilog = f"Without a command, embed is meant:\n\n{one.format_help()}"
+    return parser
+
+
+@common.entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+        argv = ["embed", *argv]
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    config = common.from_flags(EmbeddingConfig, args)
+    if config.batch_size < 1:
+        parser.error(f"--batch-size {config.batch_size}: must be at least 1")
+    if config.draws < 100:
+        parser.error(f"--draws {config.draws}: must be at least 100")
+    return {"embed": embed, "report": report}[args.command](args, config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
