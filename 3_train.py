@@ -120,8 +120,8 @@ class Towers:
         from clip import split_attention, take_projections
 
         vision, text, projections = SCENARIOS[config.scenario]
-        self.clip, self.model, self.config = clip, clip.model.requires_grad_(False), config
-        split_attention(self.model)
+        self.clip, self.model, self.config = clip, split_attention(clip.model), config
+        self.model.requires_grad_(False)
         self.projections = take_projections(self.model)
         self.adapted = {"image": vision, "text": text}
         self.peft = None
@@ -820,7 +820,10 @@ def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dic
     manifest = common.load_manifest(shards)
     with world.first_on_this_machine():
         room = config.cache_gb * 1e9
-        splits = [Samples(shards, manifest, s, output / "cache" / "shards", room) for s in ("train", "validation")]
+        splits = [
+            Samples(shards, manifest, s, output / "cache" / "shards", room, config.limit)
+            for s in ("train", "validation")
+        ]
     for samples in splits:
         samples.check(config.max_failed)
     clip = load_clip(config.model, config.pretrained, world.device)
