@@ -69,7 +69,11 @@ class CleaningConfig:
 class PrepConfig:
     """Stage 2."""
 
-    seed: int = setting(42, "seed of the split and of the prompt templates")
+    image_size: int = setting(224, "pixels a side of the letterboxed JPEGs")
+    quality: int = setting(95, "JPEG quality in the shards")
+    seed: int = setting(42, "of the split, the order and the prompt templates")
+    mini_shards: int = setting(5, "train shards that mini_train holds again")
+    max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1")
 
 
 @dataclasses.dataclass(frozen=True)
