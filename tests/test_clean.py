@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import csv
 import datetime
 import importlib
@@ -760,6 +761,41 @@ def test_finalize_waits_for_the_last_row(shop, capsys):
     while shop.call("poll") == 75:
         pass
     assert shop.call("finalize") == 0 and len(shop.cleaned()) == 12
+
+
+def test_memory_stays_flat_however_many_rows(tmp_path):
+    """Peak memory of the parent and of each worker: 20,000 rows against 2,000."""
+    (tmp_path / "p.jpg").write_bytes(photo("red", 1, 32))
+
+    def peaks(count: int) -> list[int]:
+        catalogue, workspace = tmp_path / f"{count}.csv", tmp_path / f"batch{count}"
+        catalogue.write_text("id,name,image_path\n" + "".join(f"{i},Chair {i},p.jpg\n" for i in range(count)))
+        command = [sys.executable, ROOT / "1_clean.py", "prepare", "--input", catalogue, "--workspace", workspace]
+        child = subprocess.Popen([*map(str, command), "--workers", "2"], stdout=subprocess.DEVNULL)
+        highest: dict[int, int] = {}
+        while child.poll() is None:
+            for pid in [child.pid, *descendants(child.pid)]:
+                with contextlib.suppress(OSError, StopIteration):
+                    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                    highest[pid] = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+            time.sleep(0.05)
+        assert child.returncode == 0
+        parent = highest.pop(child.pid)
+        return [parent, *sorted(highest.values())[-2:]]
+
+    small, large = peaks(2_000), peaks(20_000)
+    assert len(small) == len(large) == 3
+    assert all(b <= 1.1 * a for a, b in zip(small, large, strict=True)), (small, large)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
 def test_bad_use_is_one_line(shop, capsys):
