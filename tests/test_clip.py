@@ -8,13 +8,13 @@ import pickle
 
 import open_clip
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 import clip as ours
+import tiny
 from common import BadImage, Fail
 
 
