@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import DONE, EmbeddingConfig, Fail
+from common import DONE, USAGE, EmbeddingConfig, Fail
 
 DESCRIBED = ("image_id", "split", "image_path", "title", "prompt", *common.ATTRIBUTES)
 COLUMNS = (*DESCRIBED, "group", "image_digest", "text_digest")  # the vectors follow
@@ -333,6 +333,7 @@ def judged_vectors(items, encoder, bad: list[int]) -> Vectors:
 def make_report(items, bad, base: Vectors, others: list[tuple[Run, Vectors]], config, folder: Path) -> None:
     """Judge every run against the base; write report.json and report.html, print the table and what it says."""
     import retrieval
+    from report_page import write_page
 
     rows = judged_rows(items, bad)
     columns = items.fields(rows, ("id", "title", "prompt", "group", *common.ATTRIBUTES))
@@ -368,17 +369,18 @@ def make_report(items, bad, base: Vectors, others: list[tuple[Run, Vectors]], co
             for title, (_, vectors), metrics, score in zip(titles, others, compared, scores, strict=True)
         ],
     }
+    page: dict[str, Any] = {}
     if others:
         best = max(range(len(others)), key=lambda i: compared[i][retrieval.HEADLINE]["value"])
         facts["moved"] = {"run": titles[best]} | {
-            kind: [
-                {name: columns[name][i] for name in ("id", "title", "prompt")}
-                | {"zero_shot_rank": int(before["text_to_image_rank"][i])}
-                | {"rank": int(scores[best]["text_to_image_rank"][i])}
-                for i in chosen
-            ]
+            kind: [moved_query(i, columns, before, scores[best]) for i in chosen]
             for kind, chosen in zip(("gained", "lost"), retrieval.moved(before, scores[best]), strict=True)
         }
+        page = show_moved(facts["moved"], items, rows, judged, (base, others[best][1]), columns["title"])
+    curves = {
+        title: run.folder and run.folder / "metrics.jsonl" for title, (run, _) in zip(titles, others, strict=True)
+    }
+    write_page(folder / "report.html", facts, curves, page)
     common.write_json(folder / "report.json", facts)
     print(f"\ntest split: {len(judged)} items, {facts['independent']} of them independent of each other\n")
     print(retrieval.table(titles, facts["base"]["metrics"], compared))
@@ -386,6 +388,108 @@ def make_report(items, bad, base: Vectors, others: list[tuple[Run, Vectors]], co
     for run in facts["runs"]:
         print(run["verdict"])
     print(f"report: {folder / 'report.html'}", flush=True)
+
+
+def moved_query(i: int, columns: dict[str, list[str]], before: dict, after: dict) -> dict[str, Any]:
+    """One query whose answer moved, for report.json."""
+    ranks = {"zero_shot_rank": int(before["text_to_image_rank"][i]), "rank": int(after["text_to_image_rank"][i])}
+    return {"item": i} | {name: columns[name][i] for name in ("id", "title", "prompt")} | ranks
+
+
+def show_moved(moved: dict[str, Any], items, rows, judged, models: tuple[Vectors, Vectors], titles: list[str]) -> dict:
+    """The queries that moved with the pictures that both models find, for report.html."""
+    import functools
+
+    from common import BadImage
+    from report_page import moved_queries, thumbnail
+    from retrieval import NEAREST
+
+    @functools.cache
+    def picture(i: int) -> str:
+        data = items.jpegs([int(rows[i])])[0]
+        return "" if isinstance(data, BadImage) else thumbnail(data)
+
+    asked = [query["item"] for kind in ("gained", "lost") for query in moved[kind]]
+    found = [common.top_k(model.texts[asked], model.images, NEAREST)[1].tolist() for model in models]
+    results = {i: pair for i, *pair in zip(asked, *found, strict=True)}
+    shown = {kind: moved_queries(moved[kind], results, judged, picture, titles) for kind in ("gained", "lost")}
+    return {"run": moved["run"]} | shown
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Search
+
+
+def search(args: argparse.Namespace) -> int:
+    """Print the items nearest to words, to a picture, or to both together."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not args.words and not args.image:
+        raise Fail("search for what? give words, or --image FILE", USAGE)
+    try:
+        file = pq.ParquetFile(args.embeddings)
+    except FileNotFoundError:
+        raise Fail(f"{args.embeddings}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Fail(f"{args.embeddings}: not a readable Parquet file ({error}); run 4_embed.py again") from None
+    facts = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
+    column = f"{args.using}_embedding"
+    if column not in file.schema_arrow.names or f"{args.using}_model" not in facts:
+        raise Fail(f"{args.embeddings}: no {column} with its model in it; make it with 4_embed.py")
+    query = query_vector(args, facts)
+    width = file.schema_arrow.field(column).type.list_size
+    if query.shape[1] != width:
+        raise Fail(f"{args.embeddings}: vectors of width {width}, the query's has {query.shape[1]}")
+    chunks = (
+        batch.column(0).flatten().to_numpy().reshape(-1, width)
+        for batch in file.iter_batches(common.SEARCH_VECTORS, columns=[column])
+    )
+    scores, rows = common.top_k(query, chunks, args.top_k)
+    found = [(score, row) for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True) if row >= 0]
+    ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+    lines = []
+    for place, (score, row) in enumerate(found, 1):
+        group = int(np.searchsorted(ends, row, side="right"))
+        item = file.read_row_group(group, columns=["image_id", "title", "image_path"])
+        item = item.slice(row - (ends[group] - file.metadata.row_group(group).num_rows), 1).to_pylist()[0]
+        lines.append((str(place), f"{score:.3f}", item["image_id"], item["title"], item["image_path"]))
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return DONE
+
+
+def query_vector(args: argparse.Namespace, facts: dict[str, str]):
+    """float32 [1, D] of words, of a picture, or of both: the middle between the two."""
+    import torch
+    import torch.nn.functional as F
+    from PIL import ImageOps
+
+    from clip import encode_image, encode_text, load_clip
+    from common import BadImage, load_image, model_place
+
+    named = (args.model, args.pretrained) if args.model else model_place(facts[f"{args.using}_model"], args.embeddings)
+    parts = []
+    try:
+        picture = load_image(Path(args.image)) if args.image else None
+    except BadImage as error:
+        raise Fail(f"{args.image}: {error}", USAGE) from None
+    clip = load_clip(*named)
+    if clip.fingerprint != facts[f"{args.using}_fingerprint"]:
+        raise Fail(
+            f"{clip.name}: not the model that made the vectors of {args.embeddings}; run 4_embed.py again, "
+            "or say where that model is with --model"
+        )
+    if args.words:
+        parts.append(encode_text(clip, [args.words]))
+    if picture is not None:
+        import numpy as np
+
+        square = ImageOps.pad(picture, (clip.size, clip.size), color="white")
+        parts.append(encode_image(clip, torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]))
+    return F.normalize(torch.stack(parts).mean(dim=0), dim=-1).numpy()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -409,6 +513,14 @@ def build_parser() -> argparse.ArgumentParser:
     many = commands.add_parser("report", parents=[shards], help="compare any number of runs on the test split")
     many.add_argument("--run", action="append", required=True, help="folder of a run; may be given several times")
     many.add_argument("--output", required=True, help="folder of report.json and report.html")
+    find = commands.add_parser("search", help="the items nearest to words or to a picture")
+    find.add_argument("words", nargs="?", help='such as "grey fabric sofa"')
+    find.add_argument("--image", help="a picture to search with; with words: for what lies between the two")
+    find.add_argument("--embeddings", default="data/embeddings/master.parquet", help="made by 4_embed.py")
+    find.add_argument("--using", choices=("finetuned", "base"), default="finetuned", help="which model searches")
+    find.add_argument("--top-k", type=int, default=10, help="results shown (default 10)")
+    find.add_argument("--model", help="where that model is (default: where master.parquet says)")
+    find.add_argument("--pretrained", help="its tag or weights file")
     parser.epilog = f"Without a command, embed is meant:\n\n{one.format_help()}"
     return parser
 
@@ -421,6 +533,10 @@ def main(argv: list[str] | None = None) -> int:
         argv = ["embed", *argv]
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.command == "search":
+        if args.top_k < 1:
+            parser.error(f"--top-k {args.top_k}: must be at least 1")
+        return search(args)
     config = common.from_flags(EmbeddingConfig, args)
     if config.batch_size < 1:
         parser.error(f"--batch-size {config.batch_size}: must be at least 1")
