@@ -14,6 +14,7 @@ votes   every vote, as CSV or with --format json
 from __future__ import annotations
 
 import argparse
+import base64
 import functools
 import hmac
 import io
@@ -23,6 +24,7 @@ import os
 import secrets
 import sqlite3
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from common import (
     images_folder,
     load_image,
     resolve_image,
+    top_k,
     write_whole,
 )
 
@@ -69,6 +72,19 @@ HEADERS = {
 # Pictures
 
 
+def letterbox(image, side: int):
+    """An RGB picture scaled into the middle of a white square."""
+    from PIL import Image
+
+    width, height = image.size
+    scale = side / max(width, height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new("RGB", (side, side), "white")
+    resized = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    canvas.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return canvas
+
+
 class Pictures:
     """Photos as the browser gets them: letterboxed to one size, encoded anew, so that no byte tells a file's origin."""
 
@@ -90,16 +106,8 @@ class Pictures:
 
     def encode(self, image) -> bytes:
         """A picture of any size as a square JPEG on white, without metadata."""
-        from PIL import Image
-
-        width, height = image.size
-        scale = self.side / max(width, height)
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        canvas = Image.new("RGB", (self.side, self.side), "white")
-        resized = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
-        canvas.paste(resized, ((self.side - size[0]) // 2, (self.side - size[1]) // 2))
         buffer = io.BytesIO()
-        canvas.save(buffer, "JPEG", quality=85)
+        letterbox(image, self.side).save(buffer, "JPEG", quality=85)
         return buffer.getvalue()
 
     @functools.cached_property
@@ -112,6 +120,59 @@ class Pictures:
         ImageDraw.Draw(image).rectangle(box, outline=(168, 168, 166), width=max(2, self.side // 120))
         ImageDraw.Draw(image).line((*box[:2], *box[2:]), fill=(168, 168, 166), width=max(2, self.side // 120))
         return self.encode(image)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Search, for --reveal
+
+
+class Finder:
+    """Searches all items with each model; the models are loaded by the first search."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.lock, self.loaded = experiment, threading.Lock(), None
+
+    def models(self) -> list:
+        """(model, CLIP) of each model. Raises Fail where the weights are not those that made the vectors."""
+        from clip import load_clip
+
+        with self.lock:
+            if self.loaded is None:
+                loaded = []
+                for model in self.experiment.models:
+                    name = model.items.facts.get(f"{model.kind}_model", "")
+                    tower, _, tag = name.partition("/")
+                    folder = name.startswith("local-dir:") or Path(name).is_dir()
+                    clip = load_clip(name) if folder else load_clip(tower, tag)
+                    if clip.fingerprint != model.fingerprint:
+                        raise Fail(f"{name}: not the model that made the vectors any more; run 4_embed.py again")
+                    loaded.append((model, clip))
+                self.loaded = loaded
+        return self.loaded
+
+    def __call__(self, words: str = "", picture=None, k: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
+        """(model's name, its hits best first) for words or an RGB picture."""
+        import numpy as np
+        import torch
+
+        from clip import encode_image, encode_text
+
+        found = []
+        for model, clip in self.models():
+            with self.lock:
+                if picture is None:
+                    query = encode_text(clip, [words])
+                else:
+                    pixels = torch.from_numpy(np.array(letterbox(picture, clip.size))).permute(2, 0, 1)
+                    query = encode_image(clip, pixels[None])
+            scores, rows = top_k(query.cpu().numpy(), model.items.vectors(f"{model.kind}_embedding"), k)
+            hits = [
+                {"row": row, "score": score} | {name: model.items.text(name, row) for name in ("title", "object_type")}
+                for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+                if row >= 0
+            ]
+            found.append((model.name, hits))
+        return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -171,14 +232,14 @@ class Arena:
         try:
             row = self.log.trial(self.number, judge, after, functools.partial(self.draw, judge))
         except sqlite3.Error:
-            self.draw.recount()  # it may have counted what was not committed
+            self.draw.stale = True  # it has counted what was not committed
             raise
         last = self.log.last_vote(self.number, judge)
         counts = self.log.own_counts(self.number, judge)
         answer = {"trial": row["token"] if row else None, "undo": last["token"] if last else None}
         answer |= {"votes": sum(counts.values()), "decided": self.log.decided(self.number)}
         if row and self.settings.query == "text":
-            answer["words"] = self.experiment.items.text("prompt", self.experiment.ids[row["query"]])
+            answer["words"] = self.experiment.items.text("prompt", self.experiment.row(row["query"]))
         return answer
 
     def picture(self, judge: str, token: str, place: int) -> bytes:
@@ -187,7 +248,7 @@ class Arena:
         shown = [row["query"], *json.loads(row["left_items"]), *json.loads(row["right_items"])]
         if row["vote"] is not None or row["identical"] or place >= len(shown):
             raise Refused(404, "There is no such picture for you.")
-        return self.pictures.jpeg(self.experiment.ids[shown[place]])
+        return self.pictures.jpeg(self.experiment.row(shown[place]))
 
 
 def create_app(setup: Setup):
@@ -210,10 +271,13 @@ def create_app(setup: Setup):
         PERMANENT_SESSION_LIFETIME=90 * 86_400,
     )
     app.extensions["arena"] = arena
+    app.url_map.merge_slashes = False
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     guard(app)
     add_judge_pages(app, arena)
     add_result_pages(app, arena)
+    if arena.settings.reveal:
+        add_search_page(app, arena)
     return app
 
 
@@ -238,7 +302,7 @@ def trusted_hosts(settings: ArenaConfig) -> list[str]:
 def guard(app) -> None:
     """What holds for every request: same-origin posts only, the headers, and errors in a person's words."""
     from flask import jsonify, render_template, request
-    from werkzeug.exceptions import HTTPException
+    from werkzeug.exceptions import HTTPException, SecurityError
 
     @app.before_request
     def same_origin():
@@ -258,10 +322,11 @@ def guard(app) -> None:
     def answer(status: int, message: str):
         if request.path.startswith(("/trial", "/vote", "/undo", "/picture")):
             return jsonify(error=message), status
-        try:
-            return render_template("message.html", status=status, message=message), status
-        except HTTPException:  # a request for an untrusted host cannot even build links
-            return message, status
+        return render_template("message.html", status=status, message=message), status
+
+    @app.errorhandler(SecurityError)
+    def unknown_host(error):
+        return "The server is not known by that name; --trusted-host would make it known.\n", 400
 
     @app.errorhandler(HTTPException)
     def http_error(error):
@@ -271,12 +336,41 @@ def guard(app) -> None:
     def refused(error):
         return answer(error.status, str(error))
 
+    @app.errorhandler(Fail)
+    def failed(error):
+        note(str(error))
+        return answer(500, str(error))
+
     @app.errorhandler(sqlite3.Error)
     def not_saved(error):
         """Nothing was committed, so nothing is acknowledged; the page keeps the vote and tries again."""
         note(f"database: {error}; requests are answered with 503 until this is mended")
         body, status = answer(503, "The vote could not be saved just now. Nothing is lost; it is tried again.")
         return body, status, {"Retry-After": "2"}
+
+
+def admin_badge(app):
+    """Signs and reads the admin's cookie."""
+    from itsdangerous import URLSafeSerializer
+
+    return URLSafeSerializer(app.secret_key, salt="admin")
+
+
+def must_see(app, arena: Arena) -> None:
+    """Raise Refused unless the admin asks, or --reveal is on and the judge of this request has finished."""
+    from flask import request, session
+    from itsdangerous import BadSignature
+
+    try:
+        if admin_badge(app).loads(request.cookies.get("admin", "")) == "admin":
+            return
+    except BadSignature:
+        pass
+    if not arena.settings.reveal:
+        raise Refused(403, "Results are for the admin: open the link that the server printed when it started.")
+    judge = session.get("judge")
+    if judge and arena.log.session(arena.number, judge):
+        raise Refused(403, "Results would color your next answers. Quit first; then you may look.")
 
 
 def add_judge_pages(app, arena: Arena) -> None:
@@ -356,30 +450,12 @@ def add_judge_pages(app, arena: Arena) -> None:
 
 def add_result_pages(app, arena: Arena) -> None:
     """Results for the admin; with --reveal for everybody who is not in the middle of voting."""
-    from flask import Response, redirect, render_template, request, session
-    from itsdangerous import BadSignature, URLSafeSerializer
+    from flask import Response, redirect, render_template, request
 
-    badge = URLSafeSerializer(app.secret_key, salt="admin")
     app.jinja_env.filters |= {"percent": percent, "p_value": p_value, "e_value": e_value, "ticks": ticks}
     app.jinja_env.filters["log10"] = math.log10
     app.jinja_env.globals |= {"interval": interval, "points": points, "band": band}
     app.jinja_env.globals["marks_of"] = lambda top: [(tick, tick, False) for tick in ticks(top)]
-
-    def is_admin() -> bool:
-        try:
-            return badge.loads(request.cookies.get("admin", "")) == "admin"
-        except BadSignature:
-            return False
-
-    def must_see() -> None:
-        """Raise Refused unless the admin asks, or --reveal is on and the judge has finished."""
-        if is_admin():
-            return
-        if not arena.settings.reveal:
-            raise Refused(403, "Results are for the admin: open the link that the server printed when it started.")
-        judge = session.get("judge")
-        if judge and arena.log.session(arena.number, judge):
-            raise Refused(403, "Results would color your next answers. Quit first; then you may look.")
 
     def experiment() -> dict[str, Any]:
         return next(row for row in arena.log.experiments() if row["id"] == arena.number)
@@ -391,21 +467,56 @@ def add_result_pages(app, arena: Arena) -> None:
             if not hmac.compare_digest(token.encode(), arena.keys["admin_token"].encode()):
                 raise Refused(403, "That is not the admin's token.")
             response = redirect("/results", 303)  # the token does not stay in the address bar
-            response.set_cookie("admin", badge.dumps("admin"), httponly=True, samesite="Lax")
+            response.set_cookie("admin", admin_badge(app).dumps("admin"), httponly=True, samesite="Lax")
             return response
-        must_see()
+        must_see(app, arena)
         return render_template("results.html", found=results(arena.log, experiment()), search=arena.settings.reveal)
 
     @app.get("/results.json")
     def results_json():
-        must_see()
+        must_see(app, arena)
         return results(arena.log, experiment())
 
     @app.get("/votes.csv")
     def votes_csv():
-        must_see()
+        must_see(app, arena)
         named = {"Content-Disposition": "attachment; filename=votes.csv"}
         return Response(export(arena.log, [experiment()], "csv"), mimetype="text/csv", headers=named)
+
+
+def add_search_page(app, arena: Arena) -> None:
+    """Type words or give a picture, and see every model's answers with its name on them."""
+    from flask import Response, render_template, request
+
+    finder = Finder(arena.experiment)
+
+    def page(found: list, words: str = "", asked: bytes = b""):
+        shown = {"words": words, "asked": base64.b64encode(asked).decode(), "size": arena.settings.picture_size}
+        return render_template("search.html", found=found, items=f"{len(arena.experiment.items):,}", **shown)
+
+    @app.get("/search")
+    def search():
+        must_see(app, arena)
+        words = " ".join(request.args.get("q", "").split())[:200]
+        return page(finder(words) if words else [], words)
+
+    @app.post("/search")
+    def search_picture():
+        must_see(app, arena)
+        request.max_content_length = UPLOAD_LIMIT
+        given = request.files.get("picture")
+        try:
+            picture = load_image(given.read() if given else b"", arena.settings.picture_size)
+        except BadImage as error:
+            raise Refused(400, f"That picture cannot be used: {error}.") from None
+        return page(finder(picture=picture), asked=arena.pictures.encode(picture))
+
+    @app.get("/item/<int:row>")
+    def item(row: int):
+        must_see(app, arena)
+        if row >= len(arena.experiment.items):
+            raise Refused(404, "There is no such item.")
+        return Response(arena.pictures.jpeg(row), mimetype="image/jpeg")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -202,7 +202,8 @@ class Log:
     def history(self, experiment: int, judge: str) -> list[sqlite3.Row]:
         """The judge's trials without reissues, in order; `voted` says whether a vote stands at that place."""
         return self.connection.execute(
-            "SELECT t.*, EXISTS (SELECT 1 FROM trials s JOIN votes v ON v.trial = s.id WHERE s.experiment = "
+            "SELECT id, place, query, category, left_model, right_model, repeat_of, "
+            "EXISTS (SELECT 1 FROM trials s JOIN votes v ON v.trial = s.id WHERE s.experiment = "
             f"t.experiment AND s.judge = t.judge AND s.place = t.place AND {STANDING}) AS voted "
             "FROM trials t WHERE experiment = ? AND judge = ? AND reissue_of IS NULL AND NOT identical ORDER BY place",
             (experiment, judge),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from arena_log import Log
-from common import ATTRIBUTES, USAGE, ArenaConfig, Fail, digest, file_digest, whole_file
+from common import ATTRIBUTES, USAGE, ArenaConfig, Fail, digest, file_digest, top_k, whole_file
 
 COLUMNS = ("image_id", "split", "image_path", "title", "prompt", *ATTRIBUTES, "group", "image_digest")
 SHARED_JUDGES = 3  # a shared query is shown to so many
@@ -55,7 +55,7 @@ class Items:
         missing = [name for name in (*COLUMNS, "base_embedding") if name not in self.file.schema_arrow.names]
         if missing:
             raise Fail(f"{path}: no column {', '.join(missing)}; make it with 4_embed.py")
-        self.table = self.file.read(columns=list(COLUMNS))
+        self.table = self.file.read(columns=list(COLUMNS)).combine_chunks()
         self.facts = {k.decode(): v.decode() for k, v in (self.file.schema_arrow.metadata or {}).items()}
 
     def __len__(self) -> int:
@@ -75,9 +75,22 @@ class Items:
     def folder(self) -> Path:
         return self.cache / file_digest(self.path)[:16]
 
-    def codes(self, column: str):
-        """int32 [N]: equal numbers for equal values."""
-        return self.table.column(column).combine_chunks().dictionary_encode().indices.to_numpy()
+    @functools.cached_property
+    def labels(self):
+        """int64 [N]: equal for items of one duplicate group, and for items whose pictures are the same bytes."""
+        import numpy as np
+
+        columns = [self.table.column(name).combine_chunks().dictionary_encode() for name in ("group", "image_digest")]
+        codes = [column.indices.to_numpy() for column in columns]
+        labels = codes[0].astype(np.int64)
+        while True:  # the smallest label spreads until nothing moves: once, unless a picture stands in two groups
+            before = labels
+            for code in codes:
+                smallest = np.full(code.max() + 1, len(labels))
+                np.minimum.at(smallest, code, labels)
+                labels = smallest[code]
+            if (labels == before).all():
+                return labels
 
     def vectors(self, column: str):
         """float32 [N, D], memory-mapped."""
@@ -100,36 +113,6 @@ class Items:
                     start += batch.num_rows
                 mapped.flush()
         return np.load(target, mmap_mode="r")
-
-
-def nearest(queries, vectors, excluded, k: int):
-    """int64 [Q, k]: rows of `vectors` with the highest dot product, best first, equal scores by row number.
-
-    excluded: list of Q arrays of row numbers that may not be among the answers. Memory is linear in Q and one block.
-    """
-    import numpy as np
-
-    n = len(vectors)
-    best_scores = np.full((len(queries), k), -np.inf, np.float32)
-    best_rows = np.full((len(queries), k), n, np.int64)
-    owners = np.repeat(np.arange(len(queries)), [len(rows) for rows in excluded])
-    banned = np.concatenate([*excluded, np.empty(0, np.int64)]).astype(np.int64)
-    step = max(k, min(n, 64_000_000 // max(1, len(queries))))
-    for start in range(0, n, step):
-        block = np.asarray(vectors[start : start + step])
-        scores = queries @ block.T  # (Q, B)
-        inside = (banned >= start) & (banned < start + len(block))
-        scores[owners[inside], banned[inside] - start] = -np.inf
-        keep = min(k, len(block))
-        rows = np.argpartition(-scores, keep - 1, axis=1)[:, :keep]
-        rows.sort(axis=1)
-        both = np.concatenate([best_scores, np.take_along_axis(scores, rows, 1)], axis=1)
-        numbers = np.concatenate([best_rows, rows + start], axis=1)
-        order = np.argsort(-both, axis=1, kind="stable")[:, :k]
-        best_scores, best_rows = np.take_along_axis(both, order, 1), np.take_along_axis(numbers, order, 1)
-    if not np.isfinite(best_scores).all():
-        raise Fail(f"fewer than {k} items are left besides a query's own duplicates; give more rows or a lower --top-k")
-    return best_rows
 
 
 @dataclass(frozen=True)
@@ -164,10 +147,29 @@ def read_models(files: list[Items]) -> list[Model]:
     return list(models.values())
 
 
+def choose_queries(items: Items, settings: ArenaConfig) -> list[int]:
+    """Row numbers: one query a duplicate group of the test split; at most settings.queries, object types in turn."""
+    import numpy as np
+
+    rows = np.flatnonzero(np.asarray(items.table.column("split").to_pylist()) == "test")
+    if not len(rows):
+        raise Fail(f"{items.path}: no row of the test split; there is nothing to ask about")
+    _, first = np.unique(items.labels[rows], return_index=True)
+    rows = rows[np.sort(first)].tolist()
+    random.Random(f"{settings.seed} queries").shuffle(rows)
+    seen: Counter[str] = Counter()
+    turns = {}
+    for row in rows:
+        category = items.text("object_type", row)
+        turns[row] = seen[category]
+        seen[category] += 1
+    return sorted(sorted(rows, key=turns.get)[: settings.queries])
+
+
 def experiment_key(files: list[Items], settings: ArenaConfig) -> str:
     """The experiment's identity: votes are only ever counted together under one key."""
     prints = sorted(model.fingerprint for model in read_models(files))
-    return digest([prints, files[0].digest, settings.query, settings.top_k])
+    return digest([prints, files[0].digest, choose_queries(files[0], settings), settings.query, settings.top_k])
 
 
 class Experiment:
@@ -179,7 +181,7 @@ class Experiment:
     def __init__(self, files: list[Items], settings: ArenaConfig):
         self.settings, self.items = settings, files[0]
         self.models, self.key = read_models(files), experiment_key(files, settings)
-        self.queries = self._choose_queries()
+        self.queries = choose_queries(self.items, settings)
         self.categories = [self.items.text("object_type", row) or "other" for row in self.queries]
         self.types: dict[str, list[int]] = {}
         for number, category in enumerate(self.categories):
@@ -189,28 +191,8 @@ class Experiment:
         self.shared = set(chance.sample(range(len(self.queries)), round(settings.shared * len(self.queries))))
         self.lists = self._find_answers()
         self.digests: dict[int, str] = {}
-        self.ids = {self.items.text("image_id", row): int(row) for row in {*self.queries, *self.lists.ravel().tolist()}}
+        self.rows = {self.items.text("image_id", row): row for row in {*self.queries, *self.lists.ravel().tolist()}}
         self.numbers = {self.items.text("image_id", row): number for number, row in enumerate(self.queries)}
-
-    def _choose_queries(self) -> list[int]:
-        """Row numbers: one query a duplicate group of the test split; at most settings.queries, types in turn."""
-        import numpy as np
-
-        rows = np.flatnonzero(np.asarray(self.items.table.column("split").to_pylist()) == "test")
-        if not len(rows):
-            raise Fail(f"{self.items.path}: no row of the test split; there is nothing to ask about")
-        groups = self.items.codes("group")
-        _, first = np.unique(groups[rows], return_index=True)
-        rows = rows[np.sort(first)].tolist()
-        chance = random.Random(f"{self.settings.seed} queries")
-        chance.shuffle(rows)
-        seen: Counter[str] = Counter()
-        ranked = []
-        for row in rows:
-            category = self.items.text("object_type", row)
-            ranked.append((seen[category], row))
-            seen[category] += 1
-        return sorted(row for _, row in sorted(ranked, key=lambda pair: pair[0])[: self.settings.queries])
 
     def _find_answers(self):
         """Every model's answers to every query, computed once and kept beside the database."""
@@ -219,18 +201,21 @@ class Experiment:
         k, kind = self.settings.top_k, self.settings.query
         if k < 1:
             raise Fail(f"--top-k {k}: must be at least 1", USAGE)
-        excluded = None
+        labels = self.items.labels
         answers = []
         for model in self.models:
             name = digest([model.fingerprint, self.items.digest, self.queries, k, kind])[:16]
             target = model.items.folder / f"answers-{name}.npy"
             if not target.is_file():
-                excluded = excluded or self._own_groups()
                 start = time.monotonic()
                 gallery = model.items.vectors(f"{model.kind}_embedding")
                 column = f"{model.kind}_{'text_' if kind == 'text' else ''}embedding"
                 asked = np.asarray(model.items.vectors(column)[self.queries])
-                found = nearest(asked, gallery, excluded, k)
+                _, found = top_k(asked, gallery, k, (labels[self.queries], labels))
+                if (found < 0).any():
+                    raise Fail(
+                        f"fewer than {k} items besides a query's own duplicates; lower --top-k or give more rows"
+                    )
                 with whole_file(target) as temporary, open(temporary, "wb") as handle:
                     np.save(handle, found)
                 seconds = time.monotonic() - start
@@ -238,29 +223,20 @@ class Experiment:
             answers.append(np.load(target))
         return np.stack(answers)
 
-    def _own_groups(self) -> list:
-        """For each query the rows that may not answer it: its duplicate group, and pictures of the same bytes."""
-        import numpy as np
-
-        banned: list[set] = [set() for _ in self.queries]
-        for column in ("group", "image_digest"):
-            codes = self.items.codes(column)
-            order = np.argsort(codes, kind="stable")
-            ordered = codes[order]
-            for number, row in enumerate(self.queries):
-                left, right = (
-                    np.searchsorted(ordered, codes[row], "left"),
-                    np.searchsorted(ordered, codes[row], "right"),
-                )
-                banned[number].update(order[left:right].tolist())
-        return [np.array(sorted(rows), np.int64) for rows in banned]
-
     @property
     def facts(self) -> dict[str, Any]:
         """What is written down of the experiment in the log."""
         models = [{"name": model.name, "fingerprint": model.fingerprint} for model in self.models]
         facts = {"models": models, "query": self.settings.query, "top_k": self.settings.top_k}
         return facts | {"queries": len(self.queries), "items": len(self.items), "categories": len(self.types)}
+
+    def row(self, image_id: str) -> int:
+        """Row number of an item; those of today's answers are at hand, others (of an older trial) are looked for."""
+        import pyarrow.compute
+
+        if image_id not in self.rows:
+            self.rows[image_id] = pyarrow.compute.index(self.items.table.column("image_id"), image_id).as_py()
+        return self.rows[image_id]
 
     def pictures(self, model: int, number: int) -> list[str]:
         """Digests of a model's answers to a query: two items with the same picture look the same to a judge."""
@@ -307,16 +283,17 @@ class Draw:
         models = experiment.models
         self.prints = {(i, j): frozenset((models[i].fingerprint, models[j].fingerprint)) for i, j in experiment.pairs}
         self.order = functools.lru_cache(256)(self._order)
-        self.recount()
+        self.stale = True  # set again after a commit that failed: the counts hold what the log does not
 
-    def recount(self) -> None:
-        """Count anew from the log: at the start, and after a commit that failed."""
+    def _recount(self) -> None:
+        """Count anew from the log."""
         self.by_type: Counter[str] = Counter()
         self.by_query: Counter[int] = Counter()
         self.by_pair: Counter[frozenset] = Counter()
         self.identical: set[tuple[int, frozenset]] = set()
         for row in self.log.draws(self.number):
             self._count(row["query"], row["category"], row["left_model"], row["right_model"], row)
+        self.stale = False
 
     def _count(self, query: str, category: str, left: str, right: str, row) -> None:
         """Take one drawn trial into the counts."""
@@ -338,7 +315,12 @@ class Draw:
         return ranks, set(chance.sample(range(count), round(experiment.settings.repeated * count)))
 
     def __call__(self, judge: str, history: list) -> list[dict[str, Any]]:
-        """Columns of the trials to write down: identical pairs passed over, then at most one to show."""
+        """Columns of the trials to write down: identical pairs passed over, then at most one to show.
+
+        Called with the log's write lock held.
+        """
+        if self.stale:
+            self._recount()
         drawn: list[dict[str, Any]] = []
         while not drawn or drawn[-1]["identical"]:
             columns = self._next(judge, history)
@@ -354,7 +336,7 @@ class Draw:
         again = self._due(history, twice)
         if again and history[-1]["place"] - again[0]["place"] >= REPEAT_LATEST:
             return self._repeat(again[0])
-        seen = {experiment.numbers[row["query"]] for row in history}
+        seen = {experiment.numbers.get(row["query"]) for row in history}
         own = Counter(row["category"] for row in history)
 
         def turn(category: str) -> tuple:
@@ -386,7 +368,7 @@ class Draw:
         return [
             row
             for row in history
-            if self.experiment.numbers[row["query"]] in twice
+            if self.experiment.numbers.get(row["query"]) in twice
             and row["voted"]
             and row["id"] not in repeated
             and not row["repeat_of"]

@@ -12,6 +12,7 @@ let current = null; // {trial, images, words} now on the page
 let ahead = null; // promise of the next one
 let undoable = null; // token of the vote that undo takes back
 let busy = true; // loading, or a vote is on its way
+let lastWords = ""; // what became of the vote before: stays in the status line, so that nobody misses it
 const unseen = new Set(); // pictures of the rows that have not been on screen yet
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ function store(name, value) {
 // Talking to the server
 
 function say(text) {
-  $("status").textContent = text;
+  if ($("status").textContent !== text) $("status").textContent = text;
 }
 
 /** Show what is wrong, and wait: longer each time, or until "Try now" is pressed. */
@@ -136,10 +137,7 @@ function refreshButtons() {
     button.setAttribute("aria-disabled", String(!ready));
   }
   $("undo").setAttribute("aria-disabled", String(busy || !undoable));
-  if (current && !busy && unseen.size === 0 && $("status").dataset.waits) {
-    delete $("status").dataset.waits;
-    say("Both rows seen. Which one fits better?");
-  }
+  if (current && !busy && unseen.size === 0) say(`${lastWords}Which row fits better?`);
 }
 
 function showProgress(data) {
@@ -179,7 +177,7 @@ function show(trial, message) {
     unseen.add(item);
     watcher.observe(item);
   }
-  $("status").dataset.waits = "yes";
+  lastWords = message;
   say(`${message}Look at both rows.`);
   window.scrollTo(0, 0);
   if (!$("keys").open) $("question").focus({ preventScroll: true });
@@ -215,7 +213,6 @@ async function vote(choice) {
   if (busy || !current) return;
   if (unseen.size && choice !== "N") {
     say("Scroll until you have seen both rows; then answer.");
-    $("status").dataset.waits = "yes";
     return;
   }
   busy = true;

@@ -1,0 +1,1163 @@
+"""Stage 5: the application, its log, what it draws, what it gives away, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import arena_log
+import arena_results
+import arena_trials
+import arena_world as world
+import common
+from arena_world import KEYS, KINDS, Judge, make_world, shown, write_master
+from stats import binomial_test
+
+arena = importlib.import_module("5_arena")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory):
+    """160 items with pictures; 40 of them are queries."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def app(catalogue, tmp_path):
+    return arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite"))
+
+
+@pytest.fixture
+def place(app):
+    return app.extensions["arena"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Voting
+
+
+def test_a_vote_goes_through_and_is_written_with_all_that_was_shown(app, place):
+    judge = Judge(app, "Ada")
+    trial = judge.trial()
+    assert set(trial) == {"trial", "undo", "votes", "decided"} and re.fullmatch("[0-9a-f]{32}", trial["trial"])
+    row = shown(place.log, trial["trial"])
+    assert row["judge"] == judge.id and {row["left_model"], row["right_model"]} == {"b" * 64, "f" * 64}
+    assert len(row["left_items"]) == len(row["right_items"]) == 4 and row["place"] == 1
+    assert row["query"] not in row["left_items"] + row["right_items"]
+    assert judge.vote("A", trial["trial"]) == {"trial": trial["trial"], "choice": "A", "number": 1}
+    after = judge.trial()
+    assert after["trial"] != trial["trial"] and after["undo"] == trial["trial"]
+    assert (after["votes"], after["decided"]) == (1, 1)
+    judge.vote("T"), judge.vote("N"), judge.vote("B")
+    after = judge.trial()
+    assert (after["votes"], after["decided"]) == (4, 2)  # neither a tie nor an abstention decides anything
+    votes = place.log.votes(place.number)
+    assert [vote["choice"] for vote in votes] == ["A", "T", "N", "B"] and votes[0]["judge_name"] == "Ada"
+
+
+def test_answers_are_the_nearest_items_outside_the_querys_group(catalogue, place):
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(catalogue[0])
+    experiment = place.experiment
+    for model, column in enumerate(("base_embedding", "finetuned_embedding")):
+        vectors = np.stack(table.column(column).to_pylist())
+        for number in range(0, len(experiment.queries), 7):
+            query = experiment.queries[number]
+            scores = vectors @ vectors[query]
+            scores[query] = -9
+            assert experiment.lists[model, number].tolist() == np.argsort(-scores)[:4].tolist()
+
+
+def test_duplicates_of_the_query_are_never_answers_and_a_group_asks_once(tmp_path):
+    count = 80
+    groups = [f"g{i // 4 * 4}" for i in range(count)]  # four items a group, of which one is in the test split
+    groups[4] = groups[0]  # and one group with two test items
+    digests = [f"{i:064d}" for i in range(count)]
+    digests[41] = digests[8]  # the same bytes under another group's name
+    vectors = world.random_vectors(count)
+    for name in vectors:  # group members are each other's nearest neighbours
+        vectors[name] = world.unit(np.repeat(vectors[name][::4], 4, axis=0) + 0.01 * vectors[name])
+        vectors[name][41] = vectors[name][8]
+    master = write_master(tmp_path / "m.parquet", vectors, group=groups, image_digest=digests)
+    (tmp_path / "i").mkdir()
+    experiment = arena.Arena(world.setup(master, tmp_path / "i", tmp_path / "a.sqlite")).experiment
+    assert len(experiment.queries) == len({groups[query] for query in experiment.queries}) == 18
+    for number, query in enumerate(experiment.queries):
+        answers = experiment.lists[:, number].ravel()
+        assert not {groups[i] for i in answers} & {groups[query]}
+        assert not {digests[i] for i in answers} & {digests[query]}
+    merged = next(i for i, query in enumerate(experiment.queries) if query in (8, 40))
+    assert not {groups[i] for i in experiment.lists[:, merged].ravel()} & {groups[8], groups[41]}
+
+
+def test_the_same_trial_over_reload_and_tabs_and_one_ahead(app):
+    judge = Judge(app)
+    first = judge.trial()["trial"]
+    assert {judge.trial()["trial"] for _ in range(3)} == {first}
+    ahead = judge.trial(after=first)["trial"]
+    assert ahead != first and judge.trial(after=first)["trial"] == ahead and judge.trial()["trial"] == first
+    assert judge.post("/trial", after=ahead).status_code == 409  # not two ahead
+    judge.vote("T", first)
+    assert judge.trial()["trial"] == ahead
+
+
+def test_the_same_vote_twice_is_one_another_choice_is_refused(app, place):
+    judge = Judge(app)
+    token = judge.trial()["trial"]
+    first = judge.post("/vote", trial=token, choice="B")
+    judge.vote("A")
+    again = judge.post("/vote", trial=token, choice="B")
+    assert again.status_code == 200 and again.data == first.data
+    for other in "ATN":
+        assert judge.post("/vote", trial=token, choice=other).status_code == 409
+    assert [vote["choice"] for vote in place.log.votes(place.number)] == ["B", "A"]
+
+
+def test_undo_appends_and_asks_again_with_the_same_sides(app, place):
+    judge = Judge(app)
+    tokens = []
+    for choice in "ABT":
+        tokens.append(judge.trial()["trial"])
+        judge.vote(choice)
+    waiting = judge.trial()["trial"]
+    again = judge.post("/undo", trial=tokens[2]).json
+    assert again["trial"] not in {*tokens, waiting} and again["undo"] == tokens[1] and again["votes"] == 2
+    assert judge.post("/undo", trial=tokens[2]).json["trial"] == again["trial"]  # asked twice, done once
+    old, new = shown(place.log, tokens[2]), shown(place.log, again["trial"])
+    for column in ("query", "left_model", "right_model", "left_items", "right_items", "place"):
+        assert old[column] == new[column]
+    assert judge.post("/undo", trial=tokens[0]).status_code == 409  # only the newest
+    assert judge.post("/vote", trial=tokens[2], choice="T").status_code == 409  # it was taken back
+    judge.post("/undo", trial=tokens[1])  # two in a row: the earlier one comes first again
+    assert shown(place.log, judge.trial()["trial"])["place"] == 2
+    judge.vote("A")
+    assert judge.trial()["trial"] == again["trial"]
+    judge.vote("N")
+    assert judge.trial()["trial"] == waiting
+    log = place.log.votes(place.number)
+    assert [(vote["choice"], bool(vote["revoked"])) for vote in log] == [
+        ("A", False), ("B", True), ("T", True), ("A", False), ("N", False),
+    ]  # fmt: skip
+    found = arena_results.results(place.log, place.log.experiments()[0])
+    assert found["votes"] == {
+        "rows": 5, "counted": 2, "judges": 1, "excluded": {"undone": 2, "identical": 0, "abstained": 1, "repeat": 0},
+    }  # fmt: skip
+
+
+def test_undo_ends_with_the_session_and_quitting_thanks_with_the_own_count(app):
+    judge, other = Judge(app), Judge(app)
+    other.vote("A")
+    token = judge.trial()["trial"]
+    judge.vote("A"), judge.vote("T"), judge.vote("N")
+    waiting = judge.trial()["trial"]
+    response = judge.client.post("/quit", headers=judge.origin)
+    assert response.status_code == 303 and response.location == "/thanks"
+    page = judge.get("/thanks").text
+    assert re.search(r'id="own-count">3<', page) and "Thank you" in page
+    assert judge.post("/trial", after=None).status_code == 403
+    assert judge.post("/vote", trial=waiting, choice="A").status_code == 403
+    assert "Welcome back" in judge.get("/").text
+    judge.client.post("/start", headers=judge.origin)
+    assert judge.trial()["undo"] is None and judge.trial()["trial"] == waiting
+    assert judge.post("/undo", trial=token).status_code == 409
+
+
+def test_the_log_refuses_changes(app, place):
+    judge = Judge(app)
+    token = judge.trial()["trial"]
+    judge.vote("A")
+    judge.post("/undo", trial=token)
+    for table, verb in itertools.product(
+        ("trials", "votes", "revocations"), ("UPDATE {} SET time = ''", "DELETE FROM {}")
+    ):
+        with pytest.raises(sqlite3.IntegrityError, match="insert-only"):
+            place.log.connection.execute(verb.format(table))
+    with pytest.raises(sqlite3.IntegrityError):
+        place.log.connection.execute("INSERT INTO votes (trial, session, choice, time) VALUES (2, 1, 'X', '')")
+
+
+def test_nothing_left_to_judge_says_so(tmp_path):
+    master, images = make_world(tmp_path, count=24, pictures=False)
+    judge = Judge(arena.create_app(world.setup(master, images, tmp_path / "a.sqlite", repeated=0.0)))
+    for _ in range(6):
+        judge.vote("T")
+    assert judge.trial()["trial"] is None and judge.trial()["votes"] == 6
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def simulate(place, judges: int, draws: int, seed: int = 1) -> list[dict]:
+    """People come in any order and vote at random; returns the trials as drawn."""
+    chance = random.Random(seed)
+    people = [place.log.start(place.number, None) for _ in range(judges)]
+    drawn = []
+    for _ in range(draws):
+        who = chance.choice(people)
+        token = place.trial(who)["trial"]
+        place.log.vote(place.number, who, token, chance.choice("ABTN"))
+        drawn.append(shown(place.log, token))
+    return drawn
+
+
+def unlogged(place):
+    """No fsync: drawing is what is tested here."""
+    place.log.connection.execute("PRAGMA synchronous = OFF")
+    return place
+
+
+@pytest.mark.parametrize("judges", [1, 7])
+def test_a_thousand_draws_are_fair_balanced_and_without_unplanned_repeats(tmp_path, judges):
+    master, images = make_world(tmp_path, count=4 * 1100, pictures=False)
+    place = unlogged(arena.Arena(world.setup(master, images, tmp_path / "a.sqlite")))
+    assert len(place.experiment.queries) == 1100
+    drawn = simulate(place, judges, 1000)
+    by_judge: dict[str, list] = {}
+    for row in drawn:
+        by_judge.setdefault(row["judge"], []).append(row)
+    repeats = 0
+    for rows in by_judge.values():
+        first = {}
+        for row in rows:
+            if row["repeat_of"]:
+                old = first[row["query"]]
+                assert old["id"] == row["repeat_of"] and row["place"] - old["place"] >= arena_trials.REPEAT_AFTER
+                assert (old["left_model"], old["left_items"]) == (row["right_model"], row["right_items"])
+                repeats += 1
+            else:
+                assert row["query"] not in first
+                first[row["query"]] = row
+    assert 20 <= repeats <= 60  # 5% of 1,000 less those still to come
+    counts = Counter(row["category"] for row in drawn)
+    assert set(counts) == set(KINDS) and max(counts.values()) - min(counts.values()) <= 1
+    # A fair coin fails p > 0.001 once in a thousand runs; both halves of the draws at once, once in a million.
+    left = [row["left_model"] == "f" * 64 for row in drawn if not row["repeat_of"]]
+    halves = left[::2], left[1::2]
+    assert max(binomial_test(sum(half), len(half)) for half in halves) > 0.001
+    seen = Counter(row["query"] for row in drawn if not row["repeat_of"])
+    shared = {place.experiment.items.text("image_id", place.experiment.queries[i]) for i in place.experiment.shared}
+    assert len(shared) == 220
+    if judges > 1:
+        full = [query for query in seen if query in shared and seen[query] == 3]
+        assert len(full) >= 0.8 * len([query for query in seen if query in shared])
+        assert max(seen.values()) == 3 and {seen[query] for query in set(seen) - shared} == {1}
+    # The log alone gives the same counts: a restart goes on where it was.
+    again = arena_trials.Draw(place.experiment, place.log, place.number)
+    again._recount()
+    assert (again.by_type, again.by_query, again.by_pair) == (
+        place.draw.by_type,
+        place.draw.by_query,
+        place.draw.by_pair,
+    )
+
+
+def test_drawing_does_not_depend_on_how_people_vote(tmp_path, monkeypatch):
+    master, images = make_world(tmp_path, pictures=False)
+    orders = []
+    for name, choices in (("a", "A"), ("b", "BTN")):
+        place = unlogged(arena.Arena(world.setup(master, images, tmp_path / f"{name}.sqlite")))
+        numbers = iter(range(99))
+        monkeypatch.setattr(arena_log.secrets, "token_hex", lambda n, numbers=numbers: f"{next(numbers):032x}")
+        judge = place.log.start(place.number, None)
+        queries = []
+        for number in range(30):
+            token = place.trial(judge)["trial"]
+            place.log.vote(place.number, judge, token, choices[number % len(choices)])
+            queries.append(shown(place.log, token)["query"])
+        orders.append(queries)
+    assert orders[0] == orders[1]
+
+
+def test_identical_rows_are_counted_but_not_shown_and_another_order_is_flagged(tmp_path):
+    vectors = world.random_vectors(120)
+    vectors["finetuned_embedding"] = vectors["base_embedding"].copy()
+    for i in range(4, 120, 8):  # every other query: the fine-tuned model turns its picture's row around
+        query = vectors["base_embedding"][i]
+        vectors["finetuned_embedding"][i] = world.unit((query + 0.35 * np.roll(query, 1))[None])[0]
+    master = write_master(tmp_path / "m.parquet", vectors)
+    (tmp_path / "i").mkdir()
+    place = unlogged(arena.Arena(world.setup(master, tmp_path / "i", tmp_path / "a.sqlite", repeated=0.0)))
+    lists = place.experiment.lists
+    same = (lists[0] == lists[1]).all(axis=1)
+    assert 5 < same.sum() < 25
+    judges = [place.log.start(place.number, None) for _ in range(2)]
+    drawn = []
+    for judge in judges:
+        while token := place.trial(judge)["trial"]:
+            place.log.vote(place.number, judge, token, "A")
+            drawn.append(shown(place.log, token))
+    assert len(drawn) == 2 * (~same).sum()
+    for row in drawn:
+        assert row["left_items"] != row["right_items"]
+        assert row["facts"]["same_set"] == (set(row["left_items"]) == set(row["right_items"]))
+    found = arena_results.results(place.log, place.log.experiments()[0])
+    assert found["pairs"][0]["identical"] == {"queries": same.sum(), "share": pytest.approx(same.mean())}
+    assert found["votes"]["excluded"]["identical"] == same.sum()  # once, not once a judge
+    exported = json.loads(arena_results.export(place.log, place.log.experiments(), "json"))
+    assert sum(row["identical"] for row in exported) == same.sum()
+
+
+def test_other_models_items_or_queries_are_another_experiment(tmp_path, catalogue, capsys):
+    database = tmp_path / "a.sqlite"
+    master, images = catalogue
+    other = make_world(tmp_path / "o", pictures=False, facts={"finetuned_fingerprint": "9" * 64})[0]
+    numbers = []
+    for path, settings in (
+        (master, {}),
+        (other, {}),
+        (master, {"query": "text"}),
+        (master, {"top_k": 5}),
+        (master, {}),
+    ):
+        place = arena.Arena(world.setup(path, images, database, **settings))
+        judge = place.log.start(place.number, None)
+        place.log.vote(place.number, judge, place.trial(judge)["trial"], "A")
+        numbers.append(place.number)
+    assert numbers == [1, 2, 3, 4, 1]
+    assert arena.main(["stats", "--database", str(database), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["votes"]["counted"] for one in found] == [2, 1, 1, 1]
+    command = ["stats", "--database", str(database), "--embeddings", str(other), "--format", "json"]
+    assert arena.main(command) == 0
+    assert [one["experiment"]["id"] for one in json.loads(capsys.readouterr().out)] == [2]
+    assert arena.main([*command, "--top-k", "7"]) == 1
+    assert "no votes on these embeddings" in capsys.readouterr().err
+
+
+def test_text_queries_show_the_prompt_and_search_with_its_vector(catalogue, tmp_path):
+    app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", query="text"))
+    place, judge = app.extensions["arena"], Judge(app)
+    trial = judge.trial()
+    row = shown(place.log, trial["trial"])
+    assert trial["words"] == row["query"].replace("id-", "prompt ") and row["query"] not in row["left_items"]
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(catalogue[0])
+    number = int(row["query"][3:])
+    asked = np.array(table.column("base_text_embedding")[number].as_py())
+    scores = np.stack(table.column("base_embedding").to_pylist()) @ asked
+    scores[number] = -9
+    side = "left" if row["left_model"] == "b" * 64 else "right"
+    assert row[f"{side}_items"] == [f"id-{i}" for i in np.argsort(-scores)[:4]]
+    assert "Searched for" in judge.get("/").text
+
+
+def test_several_models_meet_in_pairs_and_are_ranked(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    vectors = world.random_vectors(160)
+    masters = []
+    for number, scenario in enumerate(("linear_probe", "vision_lora", "dual_lora")):
+        own = vectors | {"finetuned_embedding": world.random_vectors(160, seed=number + 5)["finetuned_embedding"]}
+        facts = {"scenario": scenario, "finetuned_fingerprint": str(number) * 64}
+        masters.append(write_master(tmp_path / f"{scenario}.parquet", own, facts=facts))
+    place = unlogged(arena.Arena(world.setup(masters, images, tmp_path / "a.sqlite")))
+    names = [model.name for model in place.experiment.models]
+    assert names == ["secret-base-model", "linear_probe", "vision_lora", "dual_lora"]
+    chance = random.Random(5)
+    strength = {"b" * 64: 0, "0" * 64: 1, "1" * 64: 2, "2" * 64: 3}
+    for _ in range(8):
+        judge = place.log.start(place.number, None)
+        for _ in range(36):
+            token = place.trial(judge)["trial"]
+            row = shown(place.log, token)
+            better = strength[row["left_model"]] - strength[row["right_model"]]
+            choice = "A" if chance.random() < 1 / (1 + np.exp(-1.3 * better)) else "B"
+            place.log.vote(place.number, judge, token, choice)
+    votes = [vote for vote in place.log.votes(place.number) if not vote["repeat_of"]]
+    pairs = Counter(frozenset((vote["left_model"], vote["right_model"])) for vote in votes)
+    assert len(pairs) == 6 and max(pairs.values()) - min(pairs.values()) <= 1
+    found = arena_results.results(place.log, place.log.experiments()[0])
+    assert [row["model"] for row in found["ranking"]] == names[::-1] and len(found["pairs"]) == 6
+    assert {(pair["challenger"], pair["base"]) for pair in found["pairs"]} == {
+        (b, a) for a, b in itertools.combinations(names, 2)
+    }
+    assert "dual_lora: strength" in arena_results.report(found)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Blindness
+
+SECRETS = re.compile(
+    r"secret|base|fine.?tuned|lora|model|bbbb|ffff|id-\d|p/\d|\.jpg|parquet|embedding|title \d|prompt \d|score"
+    r"|left|right"
+)
+
+
+def everything(judge: Judge, token: str) -> list[tuple[str, bytes]]:
+    """All bodies and headers that a showing sends to the browser, the page's own files left out."""
+    sent = []
+    for response in (judge.post("/trial", after=None), *(judge.get(f"/picture/{token}/{place}") for place in range(9))):
+        headers = sorted((k, v) for k, v in response.headers if k != "Date")
+        sent.append((repr((response.status_code, headers)), response.data))
+    return sent
+
+
+def test_nothing_sent_names_a_model_an_item_or_a_side(app, place):
+    judge = Judge(app, "Ada")
+    page = judge.get("/")
+    texts = [page.text, repr(list(page.headers))]
+    for _ in range(5):
+        trial = judge.trial()
+        for headers, body in everything(judge, trial["trial"]):
+            texts.append(headers)
+            texts.append(body.decode("latin-1") if not body.startswith(b"\xff\xd8") else "")
+            if body.startswith(b"\xff\xd8"):
+                image = Image.open(io.BytesIO(body))
+                assert image.size == (64, 64) and not image.getexif()
+                assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+                assert b"secret" not in body
+        texts.append(json.dumps(judge.vote("A")))
+    for text in texts:
+        assert not SECRETS.search(text.lower().replace("base-uri", "")), text
+    for name in ("arena.js", "arena.css"):
+        text = judge.get(f"/static/{name}").text.lower()
+        assert not re.search(r"fine.?tuned|lora|secret", text)
+    assert judge.get("/picture/" + "0" * 32 + "/0").status_code == 404
+
+
+def test_the_cookie_holds_the_judge_and_nothing_else(app):
+    client = app.test_client()
+    response = client.post("/start", data={"name": "Eve"}, headers={"Origin": "http://localhost"})
+    cookie = response.headers["Set-Cookie"]
+    assert cookie.startswith("judge=") and "HttpOnly" in cookie and "SameSite=Lax" in cookie
+    value = cookie.split(";")[0].removeprefix("judge=").split(".")[0]
+    decoded = json.loads(base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)))
+    assert set(decoded) == {"judge", "_permanent"} and re.fullmatch("[0-9a-f]{32}", decoded["judge"])
+    client.get("/")
+    assert client.post("/trial", json={"after": None}, headers={"Origin": "http://localhost"}).status_code == 200
+    forged = cookie.split(";")[0].replace(value, base64.urlsafe_b64encode(b'{"judge":"x"}').decode().rstrip("="))
+    stranger = app.test_client()
+    headers = {"Origin": "http://localhost", "Cookie": forged}
+    assert stranger.post("/trial", json={"after": None}, headers=headers).status_code == 403
+
+
+def exchanged(place, token: str) -> str:
+    """Write the same trial again with its sides exchanged, for the same judge; returns the new token."""
+    row = dict(place.log.connection.execute("SELECT * FROM trials WHERE token = ?", (token,)).fetchone())
+    del row["id"], row["token"], row["time"]
+    for one, two in (("left_model", "right_model"), ("left_items", "right_items")):
+        row[one], row[two] = row[two], row[one]
+    with place.log.writing() as db:
+        return place.log._insert(db, row | {"place": 10_000})["token"]
+
+
+def test_two_hundred_trials_exchanged_differ_only_in_the_order_of_their_rows(app, place):
+    place.log.connection.execute("PRAGMA synchronous = OFF")
+    judges = []
+    for number in range(200):
+        if number % 40 == 0:
+            judges.append(Judge(app))
+        judge = judges[-1]
+        trial = judge.trial()
+        token = trial["trial"]
+        swapped = exchanged(place, token)
+        one = everything(judge, token)
+        judge.vote("T", token)
+        pictures = [judge.get(f"/picture/{swapped}/{place_}") for place_ in range(9)]
+        two = [(repr((p.status_code, sorted((k, v) for k, v in p.headers if k != "Date"))), p.data) for p in pictures]
+        assert one[1] == two[0]  # the query
+        assert one[2:6] == two[5:9] and one[6:10] == two[1:5]
+        # The body that describes the trial is the same but for the token.
+        judge.vote("T", swapped)
+    rows = place.log.votes(place.number)
+    assert len(rows) == 400
+
+
+def test_the_trials_description_is_the_same_whichever_model_is_left(app, place):
+    """Bodies with the token struck out: one text for every first trial, whatever stands on the left."""
+    bodies: dict[str, set] = {"b" * 64: set(), "f" * 64: set()}
+    place.log.connection.execute("PRAGMA synchronous = OFF")
+    for _ in range(40):
+        judge = Judge(app)
+        response = judge.post("/trial", after=None)
+        token = response.json["trial"]
+        headers = repr(sorted((k, v) for k, v in response.headers if k != "Date"))
+        bodies[shown(place.log, token)["left_model"]].add((headers, response.text.replace(token, "TOKEN")))
+    assert len(bodies["b" * 64]) == len(bodies["f" * 64]) == 1 and bodies["b" * 64] == bodies["f" * 64]
+
+
+def test_a_classifier_on_everything_sent_is_no_better_than_a_coin(tmp_path):
+    """Random disjoint lists, so that only a leak could tell the models apart; it learns on 600 showings."""
+    count = 1200
+    rng = np.random.default_rng(3)
+    paths = [f"p/{i % 60}.jpg" for i in range(count)]
+    master, images = make_world(tmp_path, count=count, pictures=False, image_path=paths)
+    for number in range(60):
+        world.draw_picture(images / f"p/{number}.jpg", number, size=(40 + number, 50))
+    app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite", picture_size=32))
+    place = unlogged(app.extensions["arena"])
+    for number, query in enumerate(place.experiment.queries):  # answers dealt at random, no item on both sides
+        dealt = rng.permutation(np.setdiff1d(np.arange(count), [query]))[:8]
+        place.experiment.lists[:, number] = dealt.reshape(2, 4)
+    for row in range(count):  # every picture is in the cache: what is left to measure is the code's own path
+        place.pictures.jpeg(row)
+    X, y = sent_features(app, 2600)
+    right = told_apart(X, y)
+    if not 0.471 <= right <= 0.529:  # 2.6 standard errors: a coin leaves this band once in a hundred runs
+        X, y = sent_features(app, 2600)
+        right = told_apart(X, y)
+    assert 0.471 <= right <= 0.529, right
+
+
+def sent_features(app, showings: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each showing: counts of bytes, the token, sizes, headers, sums of pixels' bytes, time; and who stood left."""
+    features, left = [], []
+    place = app.extensions["arena"]
+    for number in range(showings):
+        if number % 200 == 0:
+            judge = Judge(app)
+        trial = judge.post("/trial", after=None)
+        token = trial.json["trial"]
+        started = time.perf_counter()
+        pictures = [judge.get(f"/picture/{token}/{p}") for p in (1, 5)]
+        seconds = time.perf_counter() - started
+        text = trial.data + repr(sorted((k, v) for k, v in trial.headers if k != "Date")).encode()
+        letters = np.bincount(np.frombuffer(text, np.uint8), minlength=256)[32:128]
+        named = [int(token[i : i + 4], 16) / 65536 for i in range(0, 32, 4)]
+        sizes = [len(p.data) for p in pictures] + [len(repr(list(p.headers))) for p in pictures]
+        sums = [sum(p.data) % 251 for p in pictures]
+        features.append([*letters, *named, *sizes, *sums, seconds * 1e4, len(trial.data)])
+        left.append(shown(place.log, token)["left_model"] == "f" * 64)
+        place.log.vote(place.number, judge.id, token, "ABTN"[number % 4])
+    return np.array(features, float), np.array(left, float) * 2 - 1
+
+
+def told_apart(X: np.ndarray, y: np.ndarray, learn: int = 600) -> float:
+    """Accuracy on what was held out of ridge regression on the features and their roots."""
+    X = (X - X[:learn].mean(axis=0)) / (X[:learn].std(axis=0) + 1e-9)
+    X = np.concatenate([X, np.sign(X) * np.sqrt(abs(X))], axis=1)
+    weights = np.linalg.solve(X[:learn].T @ X[:learn] + 100 * np.eye(X.shape[1]), X[:learn].T @ y[:learn])
+    return float(((X[learn:] @ weights > 0) == (y[learn:] > 0)).mean())
+
+
+def test_the_classifier_would_find_a_leak():
+    rng = np.random.default_rng(0)
+    y = np.sign(rng.normal(size=2600))
+    X = rng.normal(size=(2600, 20))
+    X[:, 7] += 0.3 * y  # a tenth of a picture's size would do more
+    assert told_apart(X, y) > 0.55
+
+
+def test_missing_pictures_look_the_same_everywhere_and_are_named_in_the_log(tmp_path, capsys):
+    count = 160
+    paths = [f"p/{i}.jpg" for i in range(count)]
+    paths[8:12] = ["../../etc/passwd", "/etc/passwd", "p/\0.jpg", "p/" + "x" * 300]
+    master, images = make_world(tmp_path, count=count, image_path=paths)
+    for number in range(0, count, 2):
+        (images / f"p/{number}.jpg").unlink(missing_ok=True)
+    (images / "p/1.jpg").write_bytes(b"<html>")
+    app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite"))
+    place, judge = app.extensions["arena"], Judge(app)
+    blank = place.pictures.placeholder
+    for row in (0, 1, 2, 8, 9, 10, 11):
+        assert place.pictures.jpeg(row) == blank
+    assert place.pictures.jpeg(3) != blank
+    said = capsys.readouterr().err
+    for name in (
+        "'id-0': missing file",
+        "'id-1': not an image",
+        "'id-8': outside",
+        "'id-9': outside",
+        "'id-10': missing",
+    ):
+        assert name in said
+    lengths = {False: set(), True: set()}
+    for _ in range(30):
+        trial = judge.trial()
+        row = shown(place.log, trial["trial"])
+        for side, items in ((0, row["left_items"]), (4, row["right_items"])):
+            for rank, item in enumerate(items):
+                response = judge.get(f"/picture/{trial['trial']}/{1 + side + rank}")
+                if int(item[3:]) % 2 == 0:
+                    assert response.data == blank
+                    lengths[bool(side)].add(repr([h for h in response.headers if h[0] != "Date"]))
+        judge.vote("T")
+    assert lengths[False] == lengths[True] and len(lengths[True]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Strangers
+
+
+def test_cross_site_posts_are_refused(app):
+    judge = Judge(app)
+    token = judge.trial()["trial"]
+    for origin in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {}, {"Origin": "http://127.0.0.1:9999"}):
+        for path in ("/vote", "/trial", "/undo", "/start", "/quit"):
+            headers = {"Host": judge.host} | origin
+            assert judge.client.post(path, json={"trial": token, "choice": "A"}, headers=headers).status_code == 403
+    assert judge.trial()["votes"] == 0 and judge.trial()["trial"] == token
+    assert judge.get("/").headers.get("Access-Control-Allow-Origin") is None
+
+
+def test_a_wrong_host_is_refused(app):
+    for host in ("evil.example", "127.0.0.1.evil.example:8000", "[::2]:80", "a b", "127.0.0.1:99999"):
+        for path in ("/", "/results", "/static/arena.js"):
+            response = app.test_client().get(path, headers={"Host": host})
+            assert response.status_code == 400, (host, path)
+            assert "evil" not in response.text
+    for host in ("127.0.0.1:8000", "localhost:8000", "localhost"):
+        assert app.test_client().get("/", headers={"Host": host}).status_code == 200
+
+
+def test_forged_old_and_other_judges_tokens_are_refused(app):
+    one, two = Judge(app), Judge(app)
+    mine = one.trial()["trial"]
+    for token in (mine, "0" * 32, mine[:-1], mine + "0", "", "' OR 1=1 --", "../" * 9):
+        assert two.post("/vote", trial=token, choice="A").status_code == 404
+        assert two.post("/undo", trial=token).status_code == 404
+    assert two.get(f"/picture/{mine}/0").status_code == 404
+    assert one.get(f"/picture/{mine}/8").status_code == 200
+    for place_ in ("9", "-1", "x", "1.0", "99999999999999999999"):
+        assert one.get(f"/picture/{mine}/{place_}").status_code == 404
+    one.vote("A", mine)
+    assert one.get(f"/picture/{mine}/0").status_code == 404  # judged: there is nothing more to see
+    nobody = app.test_client()
+    for path in ("/trial", "/vote", "/undo"):
+        answer = nobody.post(path, json={"trial": mine, "choice": "A"}, headers={"Origin": "http://localhost"})
+        assert answer.status_code == 403
+    assert nobody.get(f"/picture/{mine}/0").status_code == 403
+
+
+def test_wrong_bodies_methods_and_sizes_are_refused(app, place):
+    judge = Judge(app)
+    token = judge.trial()["trial"]
+    choices = ("X", "a", None, ["A"], 5, "")
+    for body in (*({"trial": token, "choice": c} for c in choices), {"trial": 5, "choice": "A"}, {}, [], "A", None, 7):
+        status = judge.client.post("/vote", json=body, headers=judge.origin).status_code
+        assert status in (400, 404, 415), (body, status)
+    assert (
+        judge.client.post("/vote", data="{", content_type="application/json", headers=judge.origin).status_code == 400
+    )
+    assert judge.client.post("/vote", data={"trial": token, "choice": "A"}, headers=judge.origin).status_code == 415
+    big = {"trial": token, "choice": "A", "more": "x" * 10_000}
+    assert judge.client.post("/vote", json=big, headers=judge.origin).status_code == 413
+    assert judge.client.post("/start", data={"name": "x" * 10_000}, headers=judge.origin).status_code == 413
+    for path, methods in (("/vote", "GET PUT DELETE PATCH"), ("/trial", "GET"), ("/quit", "GET"), ("/", "POST")):
+        for method in methods.split():
+            assert judge.client.open(path, method=method, headers=judge.origin).status_code == 405
+    for path in ("../5_arena.py", "%2e%2e/base.html", "..%2f..%2f.env", "/etc/passwd", "..\\base.html"):
+        assert judge.get(f"/static/{path}").status_code == 404
+    assert not place.log.votes(place.number)
+
+
+def test_every_page_has_the_headers(app):
+    judge = Judge(app)
+    token = judge.trial()["trial"]
+    for path in ("/", "/thanks", "/nothing", f"/picture/{token}/0", "/static/arena.css", "/results"):
+        headers = judge.get(path).headers
+        assert headers["Cache-Control"] == "no-store" and headers["X-Content-Type-Options"] == "nosniff"
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    for page in (ROOT / "templates").glob("*.html"):
+        if page.name != "report.html":
+            assert not re.search(r"\son[a-z]+=|\sstyle=|<style|<script(?! type=\"module\" src=)", page.read_text()), (
+                page
+            )
+
+
+def test_script_in_names_and_titles_stays_text(tmp_path):
+    nasty = "<script>alert(1)</script>\"'><img src=x onerror=y> \u202egnp.exe"
+    master, images = make_world(
+        tmp_path,
+        pictures=False,
+        title=[nasty] * 160,
+        prompt=[nasty] * 160,
+        object_type=[nasty] * 160,
+        style=[nasty] * 160,
+    )
+    app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite", query="text"))
+    judge = Judge(app, nasty[:60])
+    assert judge.trial()["words"] == nasty  # JSON, which the page's script puts in as text
+    assert judge.post("/trial", after=None).content_type == "application/json"
+    for choice in "ABTNAB":
+        judge.vote(choice)
+    admin = app.test_client()
+    assert admin.get(f"/results?token={KEYS['admin_token']}").status_code == 303
+    pages = [admin.get("/results").text, judge.get("/").text, judge.get("/thanks").text]
+    judge.client.post("/quit", headers=judge.origin)
+    pages.append(judge.get("/").text)
+    for page in pages:
+        assert "<script>alert" not in page and "onerror=y>" not in page and "<img src=x" not in page
+    assert "&lt;script&gt;" in pages[0] and "<bdi>" in pages[0] and "<bdi>" in pages[3]
+
+
+def test_a_name_cannot_be_a_spreadsheets_formula(app, place):
+    for name in ("=1+1", "+A1", "-2", "@x", "plain"):
+        Judge(app, name).vote("A")
+    text = arena_results.export(place.log, place.log.experiments(), "csv")
+    import csv
+
+    names = [row["judge_name"] for row in csv.DictReader(io.StringIO(text))]
+    assert names == ["'=1+1", "'+A1", "'-2", "'@x", "plain"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Who may see what
+
+
+def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(catalogue, tmp_path):
+    app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite"))
+    judge = Judge(app)
+    judge.vote("A")
+    for path in ("/results", "/results.json", "/votes.csv"):
+        assert judge.get(path).status_code == 403
+        assert "dual_lora" not in judge.get(path).text
+    assert judge.get("/results?token=wrong").status_code == 403
+    assert judge.get("/search").status_code == 404
+    admin = app.test_client()
+    response = admin.get(f"/results?token={KEYS['admin_token']}")
+    assert response.status_code == 303 and response.location == "/results"
+    assert "HttpOnly" in response.headers["Set-Cookie"] and KEYS["admin_token"] not in response.headers["Set-Cookie"]
+    page = admin.get("/results").text
+    assert "dual_lora" in page and "Wilson" in page and "<svg" in page
+    assert admin.get("/results.json").json["votes"]["counted"] == 1
+    assert admin.get("/votes.csv").text.count("\n") == 2
+    open_app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
+    judge = Judge(open_app)
+    judge.vote("B")
+    for path in ("/results", "/search", "/item/3"):
+        assert judge.get(path).status_code == 403  # in the middle of voting
+    assert "/results" not in judge.get("/thanks").text
+    judge.client.post("/quit", headers=judge.origin)
+    assert 'href="/results"' in judge.get("/thanks").text
+    assert (
+        judge.get("/results").status_code == judge.get("/search").status_code == judge.get("/item/3").status_code == 200
+    )
+    assert judge.get("/item/999").status_code == 404
+
+
+def test_another_host_asks_for_the_judges_token(catalogue, tmp_path, monkeypatch):
+    app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", host="10.1.2.3", trusted_host="shop.example"))
+    headers = {"Origin": "http://10.1.2.3", "Host": "10.1.2.3"}
+    for token in ("", "wrong", KEYS["admin_token"], "é"):
+        assert app.test_client().post("/start", data={"token": token}, headers=headers).status_code == 403
+    page = app.test_client().get(f"/?token={KEYS['judge_token']}", headers={"Host": "shop.example"}).text
+    assert f'value="{KEYS["judge_token"]}"' in page
+    Judge(app, host="shop.example").vote("A")
+    assert app.test_client().get("/", headers={"Host": "else.example"}).status_code == 400
+    monkeypatch.setenv("ARENA_JUDGE_TOKEN", "from-the-environment")
+    keys = arena.read_keys(tmp_path / "k.sqlite")
+    assert keys["judge_token"] == "from-the-environment" and len(keys["admin_token"]) >= 24
+    assert arena.read_keys(tmp_path / "k.sqlite") == keys
+    file = tmp_path / "k.sqlite.keys.json"
+    assert file.stat().st_mode & 0o077 == 0 and "environment" not in file.read_text()
+
+
+def test_the_search_page_answers_with_both_models(tmp_path):
+    import torch
+
+    import clip as clips
+    from tiny import make_clip
+
+    folders = [make_clip(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    loaded = [clips.load_clip(f"local-dir:{folder}") for folder in folders]
+    images = tmp_path / "images"
+    pictures = [arena.load_image(world.draw_picture(images / f"p/{i}.jpg", i)) for i in range(24)]
+    vectors = {}
+    for kind, model in zip(("base", "finetuned"), loaded, strict=True):
+        pixels = torch.stack(
+            [torch.from_numpy(np.array(arena.letterbox(p, model.size))).permute(2, 0, 1) for p in pictures]
+        )
+        vectors[f"{kind}_embedding"] = clips.encode_image(model, pixels).numpy()
+    facts = {"base_model": str(folders[0]), "finetuned_model": str(folders[1])}
+    facts |= {"base_fingerprint": loaded[0].fingerprint, "finetuned_fingerprint": loaded[1].fingerprint}
+    master = write_master(tmp_path / "m.parquet", vectors, facts=facts)
+    app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite", reveal=True))
+    client = app.test_client()
+    assert client.get("/search").status_code == 200
+    page = client.get("/search?q=red+chair").text
+    asked = clips.encode_text(loaded[0], ["red chair"]).numpy()
+    best = int(np.argmax(vectors["base_embedding"] @ asked[0]))
+    hits = re.findall(r'src="/item/(\d+)"', page)
+    assert len(hits) == 16 and int(hits[0]) == best and "dual_lora" in page
+    assert client.get(f"/item/{best}").data == app.extensions["arena"].pictures.jpeg(best)
+    upload = {"picture": ((images / "p/7.jpg").open("rb"), "x.jpg")}
+    page = client.post("/search", data=upload, headers={"Origin": "http://localhost"}).text
+    hits = re.findall(r'src="/item/(\d+)"', page)
+    assert hits[0] == hits[8] == "7" and "data:image/jpeg;base64," in page
+    for body in (b"", b"no picture", b"\xff\xd8\xff broken"):
+        upload = {"picture": (io.BytesIO(body), "x.jpg")}
+        assert client.post("/search", data=upload, headers={"Origin": "http://localhost"}).status_code == 400
+    upload = {"picture": (io.BytesIO(b"x" * (arena.UPLOAD_LIMIT + 1)), "x.jpg")}
+    assert client.post("/search", data=upload, headers={"Origin": "http://localhost"}).status_code == 413
+    changed = write_master(tmp_path / "n.parquet", vectors, facts=facts | {"base_fingerprint": "0" * 64})
+    app = arena.create_app(world.setup(changed, images, tmp_path / "b.sqlite", reveal=True))
+    response = app.test_client().get("/search?q=chair")
+    assert response.status_code == 500 and "run 4_embed.py again" in response.text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def test_stats_and_votes_are_recomputed_from_the_log(app, place, tmp_path, capsys):
+    chance = random.Random(2)
+    judges = [Judge(app, f"J{i}") for i in range(3)]
+    tally = Counter()
+    for judge in judges:
+        seen = set()
+        for _ in range(30):
+            token = judge.trial()["trial"]
+            row = shown(place.log, token)
+            choice = chance.choice("AABTN")
+            judge.vote(choice, token)
+            if choice in "AB" and row["query"] not in seen:
+                won = row["left_model"] if choice == "A" else row["right_model"]
+                tally["wins" if won == "f" * 64 else "losses"] += 1
+            if choice != "N":
+                seen.add(row["query"])
+    database = str(tmp_path / "a.sqlite")
+    assert arena.main(["stats", "--database", database, "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]
+    pair = found["pairs"][0]
+    assert (pair["challenger"], pair["base"]) == ("dual_lora", "secret-base-model")
+    assert {name: pair["counts"][name] for name in ("wins", "losses")} == dict(tally)
+    assert sum(found["votes"]["excluded"].values()) + found["votes"]["counted"] == found["votes"]["rows"] == 90
+    assert pair["position"]["share_a"] > 0.5 and pair["series"]["e"]["queries"][-1] == pair["anytime"]["closed"]
+    assert arena.main(["stats", "--database", database]) == 0
+    text = capsys.readouterr().out
+    assert f"{tally['wins']} wins, {tally['losses']} losses" in text and "confidence sequence" in text
+    assert arena.main(["votes", "--database", database, "--output", str(tmp_path / "v.csv")]) == 0
+    import csv
+
+    rows = list(csv.DictReader((tmp_path / "v.csv").open()))
+    assert len(rows) == 90 and {row["judge_name"] for row in rows} == {"J0", "J1", "J2"}
+    assert Counter(row["choice"] for row in rows) == Counter(v["choice"] for v in place.log.votes(place.number))
+    for row in rows:
+        assert row["preferred"] == {"A": row["left_model"], "B": row["right_model"], "T": "tie", "N": ""}[row["choice"]]
+    assert arena.main(["votes", "--database", database, "--format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 90
+    assert arena.main(["stats", "--database", database, "--format", "csv"]) == 2
+
+
+def test_unknown_labels_are_not_counted_silently(app, place):
+    Judge(app).vote("A")
+    db = place.log.connection
+    db.execute("PRAGMA ignore_check_constraints = ON")
+    db.execute("DROP TRIGGER votes_update")
+    db.execute("UPDATE votes SET choice = 'Z'")
+    with pytest.raises(common.Fail, match="unknown choice Z"):
+        arena_results.results(place.log, place.log.experiments()[0])
+
+
+@pytest.mark.parametrize("votes", [0, 1, 5])
+def test_the_results_page_stands_with_few_votes(app, votes):
+    judge = Judge(app)
+    for number in range(votes):
+        judge.vote("ATNBA"[number])
+    admin = app.test_client()
+    admin.get(f"/results?token={KEYS['admin_token']}")
+    page = admin.get("/results")
+    assert page.status_code == 200 and ("No votes yet" in page.text) == (votes == 0)
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.text.lower())
+
+
+def test_plots_keep_to_their_box():
+    box, size = (0, 10, -1, 1), (100, 50)
+    assert arena_results.points([0, 5, 10], [-1, 0, 9], box, size) == "0.0,50.0 50.0,25.0 100.0,0.0"
+    assert arena_results.band([0, 10], [-1, -1], [1, 1], box, size) == "0.0,50.0 100.0,50.0 100.0,0.0 0.0,0.0"
+    for top in (0, 1, 3, 7, 99, 100, 12345):
+        marks = arena_results.ticks(top)
+        assert marks[0] == 0 and marks[-1] <= top and len(marks) <= 9
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def test_every_connection_has_its_pragmas(app, place):
+    names, seen = ("journal_mode", "synchronous", "busy_timeout", "foreign_keys"), []
+
+    def look():
+        db = place.log.connection
+        seen.append([db.execute(f"PRAGMA {name}").fetchone()[0] for name in names])
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    look()
+    assert seen == [["wal", 2, 10_000, 1]] * 4  # synchronous 2 is FULL: a commit is on the disk
+
+
+def test_a_hundred_parallel_posts_of_one_vote_make_one_row(app, place):
+    judge = Judge(app)
+    token = judge.trial()["trial"]
+    cookie = judge.client.get_cookie("judge", domain="127.0.0.1").value
+
+    def post(_):
+        client = app.test_client()
+        client.set_cookie("judge", cookie, domain="127.0.0.1")
+        return client.post("/vote", json={"trial": token, "choice": "A"}, headers=judge.origin)
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(post, range(100)))
+    assert {answer.status_code for answer in answers} == {200} and len({answer.data for answer in answers}) == 1
+    assert len(place.log.votes(place.number)) == 1
+
+
+def test_a_hundred_parallel_first_visits_draw_one_trial(app, place):
+    judge = Judge(app)
+    with ThreadPoolExecutor(20) as pool:
+        tokens = {trial["trial"] for trial in pool.map(lambda _: place.trial(judge.id), range(100))}
+    assert len(tokens) == 1
+
+
+def test_a_full_disk_answers_503_and_acknowledges_nothing(app, place, capsys):
+    judge = Judge(app)
+    judge.vote("A")
+    token = judge.trial()["trial"]
+    db = place.log.connection
+    pages = db.execute("PRAGMA page_count").fetchone()[0]
+    db.execute(f"PRAGMA max_page_count = {pages}")  # SQLite itself reports SQLITE_FULL from here on
+    answers = []
+    for _ in range(300):  # what is left in the last pages is used up first
+        trial = judge.post("/trial", after=None)
+        if trial.status_code == 503:
+            break
+        token = trial.json["trial"]
+        answers.append(judge.post("/vote", trial=token, choice="A"))
+        if answers[-1].status_code == 503:
+            break
+    refused = trial if trial.status_code == 503 else answers.pop()
+    assert refused.status_code == 503 and "tried again" in refused.json["error"] and refused.headers["Retry-After"]
+    assert "full" in capsys.readouterr().err
+    acknowledged = 1 + len([answer for answer in answers if answer.status_code == 200])
+    assert len(place.log.votes(place.number)) == acknowledged
+    db.execute("PRAGMA max_page_count = 1000000")
+    judge.vote("A")
+    assert len(place.log.votes(place.number)) == acknowledged + 1
+    again = arena_trials.Draw(place.experiment, place.log, place.number)
+    again._recount()
+    assert again.by_query == place.draw.by_query
+
+
+def test_a_locked_database_answers_503(app, place, tmp_path, monkeypatch):
+    judge = Judge(app)
+    token = judge.trial()["trial"]
+    place.log.connection.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(tmp_path / "a.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert judge.post("/vote", trial=token, choice="A").status_code == 503
+    other.execute("ROLLBACK")
+    assert judge.vote("A", token)["number"] == 1
+
+
+def read_line(process: subprocess.Popen, start: str, seconds: float = 30) -> str:
+    """The first line of standard output that begins so."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        line = process.stdout.readline()
+        if line.startswith(start):
+            return line
+        assert line or process.poll() is None, process.stderr.read()
+    raise AssertionError(f"no line {start!r}")
+
+
+def serve(master: Path, images: Path, database: Path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """Start the server as people do; returns the process and its address."""
+    command = [sys.executable, str(ROOT / "5_arena.py"), "serve", "--embeddings", str(master), "--images", str(images)]
+    command += ["--database", str(database), "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return process, read_line(process, "Vote at").split()[-1].rstrip("/")
+
+
+class Caller:
+    """A judge over real HTTP."""
+
+    def __init__(self, home: str, cookie: str = ""):
+        self.home, self.cookie = home, cookie
+        if not cookie:
+            opener = urllib.request.build_opener(NoRedirect)
+            request = urllib.request.Request(home + "/start", b"name=x", {"Origin": home})
+            try:
+                opener.open(request, timeout=10)
+            except urllib.error.HTTPError as answer:
+                assert answer.code == 303
+                self.cookie = answer.headers["Set-Cookie"].split(";")[0]
+
+    def post(self, path: str, **body) -> dict:
+        headers = {"Origin": self.home, "Content-Type": "application/json", "Cookie": self.cookie}
+        request = urllib.request.Request(self.home + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
+def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_once(tmp_path):
+    master, images = make_world(tmp_path, count=4 * 600, pictures=False)
+    database = tmp_path / "a.sqlite"
+    acknowledged: dict[str, str] = {}
+    doubtful: dict[str, tuple[str, str]] = {}  # sent, but never answered: token -> (choice, cookie)
+    chance = random.Random(20)
+    cookies: list[str] = []
+    for round_ in range(21):
+        process, home = serve(master, images, database)
+        for token, (choice, cookie) in list(doubtful.items()):  # replay what was in doubt
+            answer = Caller(home, cookie).post("/vote", trial=token, choice=choice)
+            assert answer["choice"] == choice
+            acknowledged[token] = choice
+            del doubtful[token]
+        if not cookies:
+            cookies = [Caller(home).cookie for _ in range(20)]
+        if round_ == 20:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            break
+        goal = len(acknowledged) + chance.randint(1, 25)
+        enough = threading.Event()
+
+        def people(cookie: str, home=home, goal=goal, enough=enough, seed=round_) -> None:
+            own, caller = random.Random(f"{cookie} {seed}"), Caller(home, cookie)
+            while not enough.is_set():
+                token = None
+                try:
+                    token = caller.post("/trial", after=None)["trial"]
+                    choice = own.choice("ABTN")
+                    doubtful[token] = (choice, cookie)
+                    caller.post("/vote", trial=token, choice=choice)
+                except OSError:
+                    return
+                acknowledged[token] = doubtful.pop(token)[0]
+                if len(acknowledged) >= goal:
+                    enough.set()
+
+        threads = [threading.Thread(target=people, args=(cookie,)) for cookie in cookies]
+        for thread in threads:
+            thread.start()
+        assert enough.wait(30)
+        process.send_signal(signal.SIGKILL)  # while the others are in the middle of theirs
+        process.wait(10)
+        for thread in threads:
+            thread.join(15)
+    log = arena_log.Log(database, create=False)
+    votes = log.votes(1)
+    assert Counter(vote["token"] for vote in votes) == Counter(acknowledged.keys())
+    assert {vote["token"]: vote["choice"] for vote in votes} == acknowledged
+    assert log.connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    assert len(acknowledged) >= 100
+
+
+def test_serve_speaks_plainly(catalogue, tmp_path, capsys):
+    master, images = catalogue
+    process, home = serve(master, images, tmp_path / "a.sqlite")
+    try:
+        answer = urllib.request.urlopen(home + "/", timeout=10)
+        assert answer.headers.get("Server") in (None, "") and "Blind search test" in answer.read().decode()
+        port = home.rpartition(":")[2]
+        common_flags = ["--embeddings", str(master), "--images", str(images)]
+        assert arena.main(["serve", *common_flags, "--database", str(tmp_path / "a.sqlite")]) == 1
+        assert "another arena serves it" in capsys.readouterr().err
+        assert arena.main(["serve", *common_flags, "--database", str(tmp_path / "b.sqlite"), "--port", port]) == 1
+        assert "choose another --host or --port" in capsys.readouterr().err
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert "stopped" in process.stderr.read()
+
+
+def test_bad_use_gets_one_line(tmp_path, catalogue, capsys):
+    master, images = catalogue
+    vectors = world.random_vectors(24)
+    paths = {
+        "same": write_master(tmp_path / "same.parquet", vectors, facts={"finetuned_fingerprint": "b" * 64}),
+        "untested": write_master(tmp_path / "untested.parquet", vectors, split=["train"] * 24),
+        "few": write_master(tmp_path / "few.parquet", vectors, group=["g"] * 22 + ["h", "i"]),
+        "other": write_master(tmp_path / "other.parquet", vectors),
+    }
+    broken = vectors | {"finetuned_embedding": vectors["finetuned_embedding"].copy()}
+    broken["finetuned_embedding"][5, 3] = np.nan
+    paths["nan"] = write_master(tmp_path / "nan.parquet", broken)
+    paths["narrow"] = write_master(tmp_path / "narrow.parquet", {"base_embedding": vectors["base_embedding"]})
+    (tmp_path / "text").write_text("no parquet")
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"a": [1]}), tmp_path / "columns.parquet")
+    cases = [
+        ([], "needs --embeddings and --images", 2),
+        (["--embeddings", "nowhere.parquet", "--images", str(images)], "run 4_embed.py first", 2),
+        (["--embeddings", str(tmp_path / "text"), "--images", str(images)], "not a readable Parquet file", 1),
+        (["--embeddings", str(tmp_path / "columns.parquet"), "--images", str(images)], "no column image_id", 1),
+        (["--embeddings", str(master), "--images", str(tmp_path / "none")], "no such images folder", 2),
+        (["--embeddings", str(master), "--images", str(images), "--top-k", "0"], "--top-k 0", 2),
+        (["--embeddings", str(paths["same"]), "--images", str(images)], "both models are the same", 1),
+        (["--embeddings", str(paths["untested"]), "--images", str(images)], "no row of the test split", 1),
+        (["--embeddings", str(paths["few"]), "--images", str(images)], "fewer than 4 items", 1),
+        (["--embeddings", str(paths["nan"]), "--images", str(images)], "not finite", 1),
+        (["--embeddings", str(paths["narrow"]), "--images", str(images)], "no column finetuned_embedding", 1),
+        (
+            ["--embeddings", str(master), "--embeddings", str(paths["other"]), "--images", str(images)],
+            "different items",
+            1,
+        ),
+    ]
+    for number, (flags, expected, code) in enumerate(cases):
+        assert arena.main(["serve", *flags, "--database", str(tmp_path / f"{number}.sqlite")]) == code, flags
+        said = capsys.readouterr().err
+        assert expected in said and "Traceback" not in said, said
+    (tmp_path / "junk.sqlite").write_bytes(b"not a database at all" * 100)
+    flags = ["--embeddings", str(master), "--images", str(images), "--database", str(tmp_path / "junk.sqlite")]
+    assert arena.main(["serve", *flags]) == 1 and "cannot be used" in capsys.readouterr().err
+    assert arena.main(["stats", "--database", str(tmp_path / "no.sqlite")]) == 1
+    assert "no such database" in capsys.readouterr().err
+    assert not (tmp_path / "no.sqlite").exists()
+
+
+def test_vectors_stay_on_disk_and_answers_are_kept(tmp_path, monkeypatch):
+    master, images = make_world(tmp_path, pictures=False)
+    place = arena.Arena(world.setup(master, images, tmp_path / "a.sqlite"))
+    assert isinstance(place.experiment.models[0].items.vectors("base_embedding"), np.memmap)
+    monkeypatch.setattr(arena_trials, "top_k", lambda *_: pytest.fail("searched again"))
+    again = arena.Arena(world.setup(master, images, tmp_path / "a.sqlite"))
+    assert (again.experiment.lists == place.experiment.lists).all()
+    monkeypatch.undo()
+    make_world(tmp_path, pictures=False, seed=9)  # other vectors in the same place: nothing stale is used
+    changed = arena.Arena(world.setup(master, images, tmp_path / "a.sqlite"))
+    assert (changed.experiment.lists != place.experiment.lists).any()
+    assert os.listdir(tmp_path / "a.sqlite.cache")
+
+
+def test_trials_of_answers_that_have_changed_can_still_be_shown(tmp_path):
+    master, images = make_world(tmp_path)
+    judge = Judge(arena.create_app(world.setup(master, images, tmp_path / "a.sqlite")))
+    cookie = judge.client.get_cookie("judge", domain="127.0.0.1")
+    trial = judge.trial()["trial"]
+    before = [judge.get(f"/picture/{trial}/{place}").data for place in range(9)]
+    world.write_master(tmp_path / "master.parquet", world.random_vectors(160, seed=4))
+    app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite"))
+    judge.client = app.test_client()
+    judge.client.set_cookie("judge", cookie.value, domain="127.0.0.1")
+    assert judge.trial()["trial"] == trial
+    assert [judge.get(f"/picture/{trial}/{place}").data for place in range(9)] == before
+    judge.vote("A")
