@@ -374,7 +374,7 @@ def make_report(items, bad, base: Vectors, others: list[tuple[Run, Vectors]], co
         best = max(range(len(others)), key=lambda i: compared[i][retrieval.HEADLINE]["value"])
         facts["moved"] = {"run": titles[best]} | {
             kind: [moved_query(i, columns, before, scores[best]) for i in chosen]
-            for kind, chosen in zip(("gained", "lost"), retrieval.moved(before, scores[best]), strict=True)
+            for kind, chosen in zip(("gained", "lost"), retrieval.moved(before, scores[best], judged), strict=True)
         }
         page = show_moved(facts["moved"], items, rows, judged, (base, others[best][1]), columns["title"])
     curves = {

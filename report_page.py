@@ -62,7 +62,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 10) + 0.0 for i in range(first, last + 1)]
 
 
-def bars(rows: list[tuple[str, list[dict]]], left: int = 250, width: int = 520, height: int = 18) -> dict[str, Any]:
+def bars(rows: list[tuple[str, list[dict]]], left: int = 300, width: int = 720, height: int = 18) -> dict[str, Any]:
     """Differences to zero-shot as bars with their intervals; a group of one bar a run for each metric."""
     facts = [fact for _, runs in rows for fact in runs if "difference" in fact]
     ends = [0.0, *(v for f in facts for v in (f["difference"], f["low"], f["high"]) if v is not None)]

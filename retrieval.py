@@ -215,15 +215,20 @@ def verdict(name: str, facts: dict) -> str:
     return f"{name}: no difference to zero-shot is shown, the 95% interval holds 0: {interval}"
 
 
-def moved(base: dict, scores: dict, count: int = 10) -> tuple[list[int], list[int]]:
-    """Items whose prompt now finds its picture much earlier, and much later: by reciprocal rank, then by rank."""
+def moved(base: dict, scores: dict, items: Judged, count: int = 10) -> tuple[list[int], list[int]]:
+    """Items whose prompt now finds its picture much earlier, and much later: by reciprocal rank, then by rank.
+
+    One item a prompt: with the same words the same is found.
+    """
     way = WAYS[0]
     change = scores[f"{way}_mrr"] - base[f"{way}_mrr"]
     steps = base[f"{way}_rank"] - scores[f"{way}_rank"]
     order = np.lexsort((np.arange(len(change)), -steps, -change))
-    gained = [int(i) for i in order[:count] if change[i] > 0]
-    lost = [int(i) for i in order[::-1][:count] if change[i] < 0]
-    return gained, lost
+    found: list[list[int]] = []
+    for sign, candidates in ((1, order), (-1, np.lexsort((np.arange(len(change)), steps, change)))):
+        first = {int(items.prompt[i]): int(i) for i in candidates[::-1] if sign * change[i] > 0}
+        found.append([int(i) for i in candidates if first.get(int(items.prompt[i])) == i][:count])
+    return found[0], found[1]
 
 
 # --------------------------------------------------------------------------------------------------------------------
