@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -383,8 +384,117 @@ def join(base: str | Path, *parts: str) -> str:
     return "/".join([str(base).rstrip("/"), *parts]) if is_s3(base) else str(Path(base, *parts))
 
 
+S3_ATTEMPTS = 8  # of one request or one stretch of reading, with growing, jittered pauses in between
+S3_PART = 16 << 20  # bytes of one part of a multipart upload; what is smaller goes up in one request
+
+
+@functools.lru_cache(maxsize=1)
+def _s3_client(pid: int):
+    """One boto3 client a process (a forked one must not share its parent's connections)."""
+    import boto3
+    from botocore.config import Config
+
+    retries = {"max_attempts": S3_ATTEMPTS, "mode": "standard"}
+    config = Config(retries=retries, connect_timeout=10, read_timeout=20, max_pool_connections=64)
+    return boto3.session.Session().client("s3", config=config)
+
+
+@contextlib.contextmanager
+def _s3(path: str) -> Iterator[tuple[Any, str, str]]:
+    """(client, bucket, key) of an S3 URL; what S3 refuses becomes one line with the URL and the cause."""
+    import botocore.exceptions as failures
+
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    try:
+        yield _s3_client(os.getpid()), bucket, key
+    except failures.ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        code = error.response.get("Error", {}).get("Code")
+        hints = {
+            403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
+            404: "check bucket and key, or make it first",
+            412: "the object changed while it was being read; run again",
+        }
+        raise Fail(f"{path}: S3 answers {status} {code}; {hints.get(status, 'try again later')}") from None
+    except (failures.NoCredentialsError, failures.PartialCredentialsError):
+        raise Fail(f"{path}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+    except (failures.BotoCoreError, ValueError) as error:
+        where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        raise Fail(f"{path}: {where} cannot be reached ({' '.join(str(error).split())[:160]})") from None
+
+
+class S3Reader(io.RawIOBase):
+    """A seekable stream of one object. A connection that breaks is opened again where it broke (Range, If-Match)."""
+
+    def __init__(self, path: str, offset: int, length: int | None):
+        self.path, self.position, self.body, self.etag = path, offset, None, None
+        with _s3(path) as (client, bucket, key):
+            head = client.head_object(Bucket=bucket, Key=key)
+        self.etag, size = head["ETag"], head["ContentLength"]
+        self.start, self.end = offset, size if length is None else min(size, offset + length)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.end}[whence]
+        if base + offset != self.position:
+            self.position = base + offset
+            self._drop()
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def _drop(self) -> None:
+        if self.body is not None:
+            self.body.close()
+        self.body = None
+
+    def readinto(self, buffer) -> int:
+        if self.position >= self.end:
+            return 0
+        import botocore.exceptions as failures
+        import urllib3.exceptions as broken
+
+        wanted = min(len(buffer), self.end - self.position)
+        for attempt in range(S3_ATTEMPTS):
+            try:
+                with _s3(self.path) as (client, bucket, key):
+                    if self.body is None:
+                        part = f"bytes={self.position}-{self.end - 1}"
+                        got = client.get_object(Bucket=bucket, Key=key, Range=part, IfMatch=self.etag)
+                        self.body = got["Body"]
+                    try:
+                        data = self.body.read(wanted)
+                    except (failures.BotoCoreError, broken.HTTPError, OSError) as error:
+                        raise ConnectionError(str(error)) from None
+                if data:
+                    buffer[: len(data)] = data
+                    self.position += len(data)
+                    return len(data)
+                cause = "the connection ended early"
+            except ConnectionError as error:
+                cause = str(error)
+            self._drop()
+            time.sleep(min(5.0, 0.1 * 2**attempt) * random.random())
+        raise Fail(f"{self.path}: reading broke off {S3_ATTEMPTS} times at byte {self.position} ({cause[:120]})")
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+
 def open_read(path: str | Path, offset: int = 0, length: int | None = None) -> io.BufferedIOBase:
-    """Open for reading from `offset`, at most `length` bytes (local: to the end of the file)."""
+    """Open for reading from `offset`; of an S3 object at most `length` bytes are asked for.
+
+    Raises FileNotFoundError for a local file that is missing, Fail with URL and cause for an object.
+    """
+    if is_s3(path):
+        return io.BufferedReader(S3Reader(str(path), offset, length), 1 << 20)
     handle = open(path, "rb")
     handle.seek(offset)
     return handle
@@ -397,31 +507,76 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def put_whole(path: str | Path, data: bytes | Path) -> None:
-    """Store bytes, or a finished local file, so that `path` holds it whole or not at all."""
-    if isinstance(data, Path):
-        with whole_file(path) as temporary, open(data, "rb") as source, open(temporary, "wb") as target:
-            import shutil
+    """Store bytes, or a finished local file, so that `path` holds it whole or not at all.
 
+    S3 shows an object only when it is complete; parts that a killed upload left behind are removed by the next.
+    """
+    if is_s3(path):
+        _put_object(str(path), data)
+    elif isinstance(data, Path):
+        import shutil
+
+        with whole_file(path) as temporary, open(data, "rb") as source, open(temporary, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
     else:
         write_whole(path, data)
 
 
+def _put_object(path: str, data: bytes | Path) -> None:
+    """Upload in one request, or in parts where it is large."""
+    size = data.stat().st_size if isinstance(data, Path) else len(data)
+    with _s3(path) as (client, bucket, key):
+        for stale in client.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", []):
+            if stale["Key"] == key:
+                client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=stale["UploadId"])
+        if size <= S3_PART:
+            client.put_object(Bucket=bucket, Key=key, Body=data.read_bytes() if isinstance(data, Path) else data)
+            return
+        upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        try:
+            parts = []
+            with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as source:
+                while block := source.read(S3_PART):
+                    number = len(parts) + 1
+                    sent = client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=block)
+                    parts.append({"ETag": sent["ETag"], "PartNumber": number})
+            done = {"Parts": parts}
+            client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload=done)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+            raise
+
+
 def exists(path: str | Path) -> bool:
     """Whether a file or object is there."""
-    return Path(path).is_file()
+    if not is_s3(path):
+        return Path(path).is_file()
+    return any(name == "" for name, _ in list_files(path))
 
 
 def list_files(prefix: str | Path) -> list[tuple[str, int]]:
     """(path relative to prefix, size in bytes) of every file below it, sorted; temporary files left out."""
-    root = Path(prefix)
-    files = (path for path in root.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
-    return sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in files)
+    if not is_s3(prefix):
+        root = Path(prefix)
+        files = (path for path in root.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
+        return sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in files)
+    with _s3(str(prefix).rstrip("/")) as (client, bucket, key):
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        objects = [(entry["Key"], entry["Size"]) for page in pages for entry in page.get("Contents", [])]
+    below = [
+        (name[len(key) :], size) for name, size in objects if name[len(key) : len(key) + 1] in ("", "/") or not key
+    ]
+    return sorted((name.removeprefix("/"), size) for name, size in below)
 
 
 def remove(path: str | Path) -> None:
     """Delete a file or object if it is there."""
-    Path(path).unlink(missing_ok=True)
+    if is_s3(path):
+        with _s3(str(path)) as (client, bucket, key):
+            client.delete_object(Bucket=bucket, Key=key)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -496,7 +651,7 @@ class Catalogue:
         return encoding, delimiter, header
 
     def __iter__(self) -> Iterator[Row]:
-        seen: set[str] = set()
+        seen: dict[str, None] = {}  # as a set, in a third of a set's memory
         number = 0
         for path, encoding, delimiter, header in self.sources:
             with open(path, encoding=encoding, newline="") as handle:
@@ -514,10 +669,10 @@ class Catalogue:
                     number += 1
                     fields = dict.fromkeys(self.columns, "") | dict(zip(header, values, strict=False))
                     yield Row(number, fields["id"], fields, self._reason(fields, len(values) - len(header), seen))
-                    seen.add(fields["id"])
+                    seen[fields["id"]] = None
 
     @staticmethod
-    def _reason(fields: dict[str, str], surplus: int, seen: set[str]) -> str | None:
+    def _reason(fields: dict[str, str], surplus: int, seen: dict[str, None]) -> str | None:
         if not fields["id"].strip():
             return "missing id"
         if surplus > 0:

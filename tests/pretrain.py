@@ -103,7 +103,7 @@ def pretrain(output: Path, count: int, steps: int, batch: int = 128) -> None:
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
     start = time.monotonic()
     for step in range(steps):
@@ -126,7 +126,7 @@ def pretrain(output: Path, count: int, steps: int, batch: int = 128) -> None:
         model.logit_scale.data.clamp_(0, math.log(100))
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True)
-        if step % 250 == 249 or step == steps - 1:
+        if step % 150 == 149 or step == steps - 1:
             output.mkdir(parents=True, exist_ok=True)
             state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
             with common.whole_file(output / "open_clip_model.safetensors") as temporary:
@@ -139,8 +139,8 @@ def pretrain(output: Path, count: int, steps: int, batch: int = 128) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=int, default=4000, help="pieces of furniture to draw (default 4000)")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps (default 1000)")
+    parser.add_argument("--count", type=int, default=2500, help="pieces of furniture to draw (default 2500)")
+    parser.add_argument("--steps", type=int, default=450, help="training steps (default 450)")
     args = parser.parse_args(argv)
     pretrain(args.output, args.count, args.steps)
     return common.DONE
