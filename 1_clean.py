@@ -247,48 +247,48 @@ class Builder:
         return Built(number, id, key, None, "", line, self.fixed_tokens + len(title) // 4, patches)
 
 
-_builder: Builder | None = None  # of a worker process
-
-
-def _start_worker(*arguments: Any) -> None:
-    import multiprocessing
+def _work(pipe: Any, *arguments: Any) -> None:
+    """A worker process: blocks of rows in, built rows out, until the parent closes the pipe or dies."""
     import signal
-    import threading
-
-    def end_with_parent() -> None:  # a killed parent must not leave workers waiting for ever
-        multiprocessing.parent_process().join()
-        os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    global _builder
-    _builder = Builder(*arguments)
-
-
-def _build_block(rows: list[tuple[int, str, str, str]]) -> list[Built]:
-    return _builder.block(rows)
+    builder = Builder(*arguments)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send(builder.block(pipe.recv()))
 
 
 def build_rows(blocks: Iterable[list], workers: int, *arguments: Any) -> Iterator[Built]:
-    """Built rows in the order of the input; at most two blocks for each worker are under way, so memory stays flat."""
+    """Built rows in the order of the input; three blocks for each worker are under way, so memory is flat."""
     if workers <= 1:
         builder = Builder(*arguments)
         for block in blocks:
             yield from builder.block(block)
         return
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
 
-    # Not fork: a forked child would hold the workspace's lock after its parent's death.
+    # Not fork: a forked child would hold the workspace's lock, and its siblings' pipes, after its parent's death.
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
-        waiting: collections.deque = collections.deque()
-        for block in blocks:
-            waiting.append(pool.submit(_build_block, block))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
+    pipes = []
+    for _ in range(workers):
+        ours, theirs = context.Pipe()
+        context.Process(target=_work, args=(theirs, *arguments), daemon=True).start()
+        theirs.close()
+        pipes.append(ours)
+    waiting: collections.deque = collections.deque()
+    try:
+        for pipe, block in zip(itertools.cycle(pipes), blocks, strict=False):
+            if len(waiting) == 3 * workers:
+                yield from waiting.popleft().recv()
+            pipe.send(block)
+            waiting.append(pipe)
         while waiting:
-            yield from waiting.popleft().result()
+            yield from waiting.popleft().recv()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise Fail("a process that read photos died; if memory ran out, lower --workers and run again") from None
+    finally:
+        for pipe in pipes:
+            pipe.close()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -445,7 +445,9 @@ class DataProcessor:
         fresh = not self.path.exists()
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            self.db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + TABLES)
+            self.db.executescript(
+                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-512;" + TABLES
+            )
         except sqlite3.DatabaseError as error:
             raise Fail(
                 f"{self.path}: {error}; move it away and run again: results are read back from {self.raw}"
@@ -517,7 +519,7 @@ class DataProcessor:
             self.db.execute("DELETE FROM rows")
 
         def blocks() -> Iterator[list]:
-            while block := list(itertools.islice(rows, 16)):
+            while block := list(itertools.islice(rows, 32)):
                 good = [row for row in block if not row.reason]
                 self.db.executemany(
                     "INSERT INTO rows VALUES (?, ?, NULL, ?, '')",
