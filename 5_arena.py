@@ -91,12 +91,14 @@ class Pictures:
     def __init__(self, items: Items, folder: Path, side: int):
         self.items, self.folder, self.side = items, folder, side
         self.missing: set[int] = set()
+        self.turns = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # votes must not wait behind pictures
         self.jpeg = functools.lru_cache(2_000)(self._jpeg)  # about 60 MB at 480 px
 
     def _jpeg(self, row: int) -> bytes:
         try:
             path = resolve_image(self.folder, self.items.text("image_path", row))
-            return self.encode(load_image(path, self.side))
+            with self.turns:
+                return self.encode(load_image(path, self.side))
         except BadImage as error:
             if row not in self.missing:
                 self.missing.add(row)

@@ -190,7 +190,6 @@ class Experiment:
         chance = random.Random(f"{settings.seed} shared")
         self.shared = set(chance.sample(range(len(self.queries)), round(settings.shared * len(self.queries))))
         self.lists = self._find_answers()
-        self.digests: dict[int, str] = {}
         self.rows = {self.items.text("image_id", row): row for row in {*self.queries, *self.lists.ravel().tolist()}}
         self.numbers = {self.items.text("image_id", row): number for number, row in enumerate(self.queries)}
 
@@ -238,13 +237,6 @@ class Experiment:
             self.rows[image_id] = pyarrow.compute.index(self.items.table.column("image_id"), image_id).as_py()
         return self.rows[image_id]
 
-    def pictures(self, model: int, number: int) -> list[str]:
-        """Digests of a model's answers to a query: two items with the same picture look the same to a judge."""
-        for row in self.lists[model, number].tolist():
-            if row not in self.digests:
-                self.digests[row] = self.items.text("image_digest", row)[:16]
-        return [self.digests[row] for row in self.lists[model, number].tolist()]
-
     def trial(self, number: int, left: int, right: int) -> dict[str, Any]:
         """The columns of a trial: query `number`, one model as row A and the other as row B."""
         columns = {"query": self.items.text("image_id", self.queries[number]), "category": self.categories[number]}
@@ -253,7 +245,8 @@ class Experiment:
             rows = self.lists[model, number].tolist()
             columns[f"{side}_model"] = self.models[model].fingerprint
             columns[f"{side}_items"] = [self.items.text("image_id", row) for row in rows]
-            facts[f"{side}_pictures"] = self.pictures(model, number)
+            # By digest, since two items with the same picture look the same to a judge.
+            facts[f"{side}_pictures"] = [self.items.text("image_digest", row) for row in rows]
             facts[f"{side}_attributes"] = {name: self._agreement(name, number, rows) for name in ATTRIBUTES}
         a, b = facts["left_pictures"], facts["right_pictures"]
         return columns | {"facts": facts | {"same_set": set(a) == set(b) and a != b}, "identical": int(a == b)}
