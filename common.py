@@ -158,7 +158,7 @@ class ArenaConfig:
     host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
     port: int = setting(8000, "port to listen at; 0 takes a free one")
     trusted_host: str | None = setting(None, "further names, separated by commas, that browsers may call the server by")
-    threads: int = setting(8, "requests answered at once")
+    threads: int = setting(32, "requests answered at once; pictures take turns among them")
     reveal: bool = setting(False, "show results and search to everybody who is not in the middle of voting")
 
 
