@@ -438,7 +438,7 @@ def write_dataset(shards: list[Shard], mine: list[Shard], database: Path, args, 
         for shard in common.progress(shards, "wait for the other machines", len(shards), "shard"):
             while shard.name not in records:
                 time.sleep(1)
-                if record := finished(output, shard, dict(common.list_files(common.join(output, shard.split)))):
+                if record := finished(output, shard, dict(common.list_files(output))):
                     records[shard.name] = record
     return [records[shard.name] for shard in shards if shard.name in records]
 
