@@ -1,0 +1,207 @@
+"""Speed of stage 3 at ViT-B/32, batch 32, 16 tokens a caption: against what one would do instead, and its caches."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny
+from bench import Case
+
+BATCH = 32
+CAPTION = "a photo of a modern red oak dining table with four turned wooden legs"  # 16 tokens with start and end
+
+
+@functools.cache
+def caption_tokens():
+    import open_clip
+
+    tokens = open_clip.get_tokenizer("ViT-B-32")([CAPTION] * BATCH)
+    assert int((tokens[0] > 0).sum()) == 16
+    return tokens
+
+
+def our_step(scenario: str, precision: str, kept: bool = True) -> Callable[[], object]:
+    """One update of the real training code on random weights; kept: frozen towers' features are there already."""
+    import open_clip
+    import torch
+
+    import common
+    from clip import Clip
+    from loader import Batch
+
+    stage = importlib.import_module("3_train")
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32").eval()
+    shown = open_clip.get_model_preprocess_cfg(model)
+    clip = Clip(
+        model,
+        open_clip.get_tokenizer("ViT-B-32"),
+        224,
+        shown["mean"],
+        shown["std"],
+        77,
+        "",
+        "",
+        {"embed_dim": 512},
+        shown,
+    )
+    config = common.TrainingConfig(scenario=scenario, precision=precision)
+    world = stage.World("cpu")
+    run = stage.Run(config, Path(), world, clip, stage.Towers(clip, config), None, None, BATCH, BATCH)
+    vision, text, _ = stage.SCENARIOS[scenario]
+    images = torch.randint(0, 256, (BATCH, 3, 224, 224)).byte() if vision or not kept else torch.randn(BATCH, 768)
+    texts = caption_tokens() if text or not kept else torch.randn(BATCH, 512)
+    keys = torch.arange(2 * BATCH).view(BATCH, 2)
+    batch = Batch(BATCH, torch.arange(BATCH), keys, images, texts)
+    optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
+    return lambda: stage.update(run, state, optimizer, scaler, batch, 1000)
+
+
+def transformers_step(precision: str) -> Callable[[], object]:
+    """One step of transformers' CLIPModel with PEFT's LoRA on the same layers, at the usual 77 tokens."""
+    import logging
+
+    logging.disable(logging.WARNING)
+    import peft
+    from transformers import CLIPConfig, CLIPModel
+
+    logging.disable(logging.NOTSET)
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    lora = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets,
+                           modules_to_save=["visual_projection", "text_projection"])  # fmt: skip
+    model = peft.get_peft_model(CLIPModel(CLIPConfig()), lora).train()
+    return plain_step(model, precision, lambda images, tokens: model(tokens, images, return_loss=True).loss)
+
+
+def full_step(precision: str) -> Callable[[], object]:
+    """One step of open_clip's own full fine-tuning."""
+    import open_clip
+
+    model = open_clip.create_model("ViT-B-32").train()
+    loss = open_clip.loss.ClipLoss()
+    return plain_step(model, precision, lambda images, tokens: loss(*model(images, tokens)))
+
+
+def plain_step(model, precision: str, forward) -> Callable[[], object]:
+    """Forward, backward, clip, AdamW."""
+    import torch
+
+    images, tokens = torch.randn(BATCH, 3, 224, 224), caption_tokens()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = forward(images, tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+@functools.lru_cache(maxsize=2)  # two models at a time: the cases come one after the other
+def built(maker: Callable, *arguments) -> Callable[[], object]:
+    step = maker(*arguments)
+    step()
+    return step
+
+
+def timed(maker: Callable, *arguments, times: int = 1) -> Callable[[], float]:
+    """Seconds a pair, when run."""
+
+    def run() -> float:
+        step = built(maker, *arguments)
+        start = time.perf_counter()
+        for _ in range(times):
+            step()
+        return (time.perf_counter() - start) / times / BATCH
+
+    return run
+
+
+def spent(maker: Callable, *arguments) -> Callable[[], str]:
+    """Where a step's time goes, by torch's profiler."""
+
+    def run() -> str:
+        from torch.profiler import ProfilerActivity, profile
+
+        step = built(maker, *arguments)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            step()
+        total = sum(event.self_cpu_time_total for event in profiler.key_averages())
+        top = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:4]
+        parts = ", ".join(
+            f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in top
+        )
+        return f"torch operations: {parts}"
+
+    return run
+
+
+def loading(workdir: Path) -> tuple[Callable[[], float], Callable[[], str]]:
+    """Pictures of 224 px and captions, read, decoded and tokenised by one thread."""
+
+    @functools.cache
+    def data():
+        from types import SimpleNamespace
+
+        import open_clip
+
+        import common
+        import loader
+
+        folder = tiny.make_shards(workdir / "shards", train=1000, validation=8, test=8, size=224)
+        samples = loader.Samples(str(folder), common.load_manifest(folder), "train", workdir / "cache", 1e9)
+        clip = SimpleNamespace(size=224, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+        return loader.Data(samples, clip, common.TrainingConfig(workers=1), True)
+
+    def run() -> float:
+        import torch
+
+        import loader
+
+        torch.set_num_threads(1)
+        split = data()
+        start, count = time.perf_counter(), 0
+        for batch in split.batches(loader.epoch_plan(len(split), 128, 0, 0, 0, 1), 0):
+            count += len(batch.positions)
+        return (time.perf_counter() - start) / count
+
+    def bound() -> str:
+        from clip import decode_jpeg
+
+        jpeg = data().samples.read(0, ["jpg"])[0]
+        start = time.perf_counter()
+        for _ in range(500):
+            decode_jpeg(jpeg, 224)
+        return f"decoding JPEG: {(time.perf_counter() - start) / 500 * 1e6:.0f} of {run() * 1e6:.0f} microseconds"
+
+    return run, bound
+
+
+def cases(workdir: Path) -> list[Case]:
+    """The cases of stage 3."""
+    found = []
+    for precision, hugging, full in (("fp32", 2.4, 3.3), ("bf16", 1.4, 1.8)):
+        ours = (our_step, "dual_lora", precision)
+        for name, maker, target in (
+            ("transformers' CLIPModel + PEFT", transformers_step, hugging),
+            ("open_clip's full fine-tuning", full_step, full),
+        ):
+            title = f"dual_lora / {name}, {precision}"
+            found.append(Case(title, timed(*ours), timed(maker, precision), target, "pair", spent(*ours)))
+    for scenario, times, target in (("vision_lora", 1, 1.3), ("text_lora", 4, 7.0), ("linear_probe", 300, 500.0)):
+        ours = (our_step, scenario, "fp32")
+        found.append(
+            Case(f"{scenario} with kept features / without", timed(*ours, times=times), timed(*ours, False),
+                 target, "pair", spent(*ours))
+        )  # fmt: skip
+    load, bound = loading(workdir)
+    found.append(Case("loading 224 px pictures / 2,000 a second a core", load, lambda: 1 / 2000, 1.0, "picture", bound))
+    return found
