@@ -80,11 +80,12 @@ SAME_TYPE = {
     "couch": "sofa", "settee": "sofa", "bookshelf": "bookcase", "bookshelves": "bookcase", "armoire": "wardrobe",
     "closet": "wardrobe", "footstool": "stool", "barstool": "bar stool", "workstation": "desk", "shelving": "shelf",
 }  # fmt: skip
+KINDS = (*TYPES, *SAME_TYPE)
 STYLES = {
     "modern": "modern", "contemporary": "modern", "industrial": "industrial", "rustic": "rustic",
     "farmhouse": "rustic", "scandinavian": "scandinavian", "nordic": "scandinavian", "scandi": "scandinavian",
     "mid-century": "mid-century", "mid century": "mid-century", "midcentury": "mid-century", "retro": "mid-century",
-    "traditional": "traditional", "classic": "traditional", "vintage": "vintage", "minimalist": "minimalist",
+    "traditional": "traditional", "classic": "classic", "vintage": "vintage", "minimalist": "minimalist",
     "art deco": "art deco", "bohemian": "bohemian", "boho": "bohemian", "coastal": "coastal", "victorian": "victorian",
     "children's": "children's", "outdoor": "outdoor",
 }  # fmt: skip
@@ -94,12 +95,17 @@ MATERIALS = {
     "leather": "leather", "faux leather": "leather", "velvet": "velvet", "linen": "fabric", "fabric": "fabric",
     "cotton": "fabric", "upholstered": "fabric", "wool": "fabric", "boucle": "fabric", "rattan": "rattan",
     "wicker": "rattan", "bamboo": "bamboo", "marble": "marble", "glass": "glass", "plastic": "plastic",
-    "ceramic": "ceramic", "porcelain": "ceramic", "stoneware": "ceramic", "oak": "wood", "walnut": "wood",
-    "pine": "wood", "birch": "wood", "beech": "wood", "teak": "wood", "ash": "wood", "acacia": "wood",
+    "ceramic": "ceramic", "porcelain": "ceramic", "stoneware": "ceramic", "oak": "oak", "walnut": "walnut",
+    "pine": "pine", "birch": "wood", "beech": "wood", "teak": "wood", "ash": "wood", "acacia": "wood",
     "mahogany": "wood", "wooden": "wood", "wood": "wood", "paper": "paper", "concrete": "concrete",
 }  # fmt: skip
 COLORS = ("black", "white", "grey", "gray", "brown", "beige", "red", "orange", "yellow", "green", "blue", "purple",
           "pink", "turquoise", "multicolour", "cream", "ivory", "navy", "teal", "silver", "gold")  # fmt: skip
+PLAIN_COLORS = {name: name for name in COLORS} | {
+    "gray": "grey", "cream": "white", "ivory": "white", "navy": "blue", "teal": "green", "silver": "grey",
+    "turquoise": "blue",
+}  # fmt: skip
+BRAND = re.compile(r"^(by\s+)?((?!LED\b|TV\b)[A-Z][A-Z.,&'\u00c0-\u00de]+\s+)+(?=\S)")  # "GRUNDTAL Shelf, White"
 NOISE = re.compile(
     r"""\bset\ of\ (\d+|two|three|four|six)\b | \b\d+[-\s]?(pack|pcs|pieces?)\b | \bpack\ of\ \d+\b
     | [$€£]\s?\d[\d.,]* | \d[\d.,]*\s?(usd|eur|gbp|[$€£]) | \b\d+%\s?off\b | \b(now\ )?only\b
@@ -125,22 +131,41 @@ def find(words: dict[str, str] | tuple[str, ...], text: str) -> str | None:
     return best[2] if best else None
 
 
-def tidy_title(title: str) -> str:
-    """The title without brand, SKU, price, shipping, count and size."""
+def tidy_title(title: str, color: str = "") -> str:
+    """The title without brand, SKU, price, shipping, count and size, and with the color that the picture shows."""
     text = " ".join(NOISE.sub(" ", f" {title} ").split())
-    text = re.sub(r"^(by\s+)?([A-Z][A-Z.,&'\u00c0-\u00de]+\s+)+(?=\S)", "", text)  # brand words in capitals come first
-    text = re.sub(r"\s*[|(\[{][^|)\]}]*[|)\]}]?\s*$", "", text) or text
+    loud = text.isupper()
+    text = text.lower() if loud else text
+    bare = BRAND.sub("", text)
+    words = bare.split()
+    while bare == text and len(words) > 1 and (loud or words[0][:1].isupper()) and not known(words[0]):
+        if not find(KINDS, " ".join(words[1:])):
+            break
+        words, bare, text = words[1:], " ".join(words[1:]), " ".join(words[1:])
+    text = re.sub(r"\s*[|(\[{][^|)\]}]*[|)\]}]?\s*$", "", bare) or bare
     parts = [part.strip(" -–—.!*|/:;#&+()[]") for part in re.split(r"\s*[,|]\s*|\s+[-–—]\s+", text)]
     parts = [part for part in parts if re.search(r"[A-Za-z]{2}", part)]
-    return " ".join(", ".join(dict.fromkeys(parts)).split()) or title.strip() or "unknown"
+    text = " ".join(", ".join(dict.fromkeys(parts)).split()) or title.strip() or "unknown"
+    named = [word for word in re.findall(r"[a-z]+", text.lower()) if word in PLAIN_COLORS]
+    if color and len(named) == 1 and PLAIN_COLORS[named[0]] != color:
+        word = rf"\b((light|dark)\s)?{named[0]}\b"
+        text = re.sub(word, lambda m: color.title() if m[0][0].isupper() else color, text, flags=re.IGNORECASE)
+    return text
 
 
-def head_noun(title: str) -> str:
-    """The noun phrase before the first comma: what catalogues such as "BRAND Dish drainer, Steel, 35 cm" call it."""
-    phrase = tidy_title(title).split(",")[0].lower()
-    phrase = re.split(r"\s(?:with|for|and|of|in|on)\s", phrase)[0]
-    words = [word for word in re.findall(r"[a-z][a-z'/-]+", phrase) if word not in COLORS and word not in STYLES]
-    return " ".join(words[-2:]) or "unknown"
+def known(word: str) -> bool:
+    """Whether a word describes furniture, rather than being a name."""
+    return find((*COLORS, *STYLES, *MATERIALS, *KINDS), word) is not None
+
+
+def kind_of(title: str) -> str:
+    """The object type: the noun that the phrase before the first comma ends with, or one of TYPES from anywhere."""
+    phrase = re.split(r"\s(?:with|for|and|of|in|on)\s", tidy_title(title).split(",")[0].lower())[0].strip()
+    kind = find(KINDS, phrase)
+    if not kind or (BRAND.match(title) and not title.isupper() and not re.search(rf"{kind}(s|es)?$", phrase)):
+        words = [w for w in re.findall(r"[a-z][a-z'/-]+", phrase) if w not in COLORS and w not in STYLES]
+        kind = " ".join(words[-2:]) or find(KINDS, title) or "unknown"
+    return SAME_TYPE.get(kind, kind)
 
 
 def name_colors(rgb):
@@ -157,10 +182,10 @@ def name_colors(rgb):
     names = np.select(
         [
             (high < 0.2) | ((high < 0.3) & (saturation < 0.25)),
-            (saturation < 0.1) & (high > 0.84),
-            (saturation < 0.13) | (chroma < 0.06),
-            (hue < 50) & (hue >= 15) & (high > 0.62) & (saturation < 0.42),
-            (hue < 48) & ((high < 0.62) | (saturation < 0.62)) & (hue >= 12),
+            (saturation < 0.14) & (high > 0.66),
+            (saturation < 0.16) | (chroma < 0.06),
+            (hue < 50) & (hue >= 15) & (high > 0.45) & (saturation < 0.42),
+            (hue < 48) & ((high < 0.5) | (saturation < 0.66)) & (hue >= 12),
             (hue < 12) | (hue >= 345),
             hue < 42,
             hue < 68,
@@ -177,39 +202,55 @@ def name_colors(rgb):
 CHART = ("black", "white", "grey", "brown", "beige", "red", "orange", "yellow", "green", "blue", "purple", "pink")
 
 
-def picture_color(data: bytes) -> str:
-    """The dominant color that is not the background's, pixels near the middle counting more; else ValueError."""
+def picture_colors(data: bytes):
+    """float [12], share of each color of CHART in the thing that is shown; ValueError if unreadable.
+
+    The background of a line of pixels is what stands at its two ends; pixels near the middle count more, and what is
+    like the background counts a little where it is enclosed by the thing.
+    """
     import numpy as np
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.draft("RGB", (96, 96))
-            pixels = np.asarray(image.convert("RGB").resize((64, 64)))
+            image.draft("RGB", (128, 128))
+            pixels = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX))
     except Exception as error:
         raise ValueError("unreadable image") from error
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = np.median(border, axis=0)
-    distance = np.abs(pixels.astype(np.int32) - background).max(2)
+    background = np.median(np.concatenate([pixels[:, :3], pixels[:, -3:]], axis=1), axis=1)
+    thing = np.abs(pixels - background[:, None]).max(2) > 30
+    inside = np.ones_like(thing)
+    for axis in (0, 1):
+        after = np.maximum.accumulate(thing, axis)
+        before = np.flip(np.maximum.accumulate(np.flip(thing, axis), axis), axis)
+        inside &= after & before
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
-    weight = np.exp(-1.5 * (x**2 + y**2)) * (distance > 40)
-    if weight.sum() < 30:  # nearly everything is like the background: the thing has its color
+    weight = np.exp(-1.5 * (x**2 + y**2)) * (thing + 0.25 * (inside & ~thing))
+    if weight.sum() < 10:  # nothing stands out: the thing has the background's color
         weight = np.exp(-3 * (x**2 + y**2))
     votes = np.bincount(name_colors(pixels.reshape(-1, 3)), weights=weight.ravel(), minlength=len(CHART))
-    return CHART[int(votes.argmax())]
+    return votes / votes.sum()
+
+
+def picture_color(data: bytes, title: str) -> str:
+    """The color of the thing: the title's where the picture has a fair share of it, else the picture's strongest."""
+    shares = picture_colors(data)
+    named = find(PLAIN_COLORS, title)
+    if named and PLAIN_COLORS[named] in CHART and shares[CHART.index(PLAIN_COLORS[named])] > 0.15:
+        return PLAIN_COLORS[named]
+    return CHART[int(shares.argmax())]
 
 
 def answer(title: str, picture: bytes | None) -> dict[str, str]:
     """The five fields for one product."""
-    kind = find((*TYPES, *SAME_TYPE), title.split(",")[0]) or find((*TYPES, *SAME_TYPE), title)
     material, style = find(MATERIALS, title), find(STYLES, title)
-    color = picture_color(picture) if picture else (find(COLORS, title) or "unknown")
+    color = picture_color(picture, title) if picture else (find(COLORS, title) or "unknown")
     return {
-        "clean_title": tidy_title(title),
+        "clean_title": tidy_title(title, color),
         "style": STYLES[style] if style else "unknown",
         "material": MATERIALS[material] if material else "unknown",
         "color": color,
-        "object_type": SAME_TYPE.get(kind, kind) if kind else head_noun(title),
+        "object_type": kind_of(title),
     }
 
 
