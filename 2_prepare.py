@@ -88,7 +88,9 @@ def open_work(path: Path) -> sqlite3.Connection:
     return work
 
 
-def scan(work: sqlite3.Connection, args: argparse.Namespace, images: Path, rejects: list[dict]) -> int:
+def scan(
+    work: sqlite3.Connection, rows: common.Catalogue, args: argparse.Namespace, images: Path, rejects: list
+) -> int:
     """Fill `items` with the usable rows and `pictures` with what their files hold; returns the count of rows read."""
     count = 0
     wanted: dict[int, tuple] = {}
@@ -104,7 +106,7 @@ def scan(work: sqlite3.Connection, args: argparse.Namespace, images: Path, rejec
             work.commit()
             wanted.clear()
 
-        for row in common.progress(common.Catalogue(args.input), "scan"):
+        for row in common.progress(rows, "scan"):
             if args.limit is not None and count >= args.limit:
                 break
             count += 1
@@ -577,6 +579,7 @@ def verify(output: str) -> int:
 def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     """Scan, group, split, write, report; the manifest last."""
     start = time.monotonic()
+    rows = common.Catalogue(args.input)
     images = common.images_folder(args.images, args.input)
     output = args.output
     # Beside the shards, or for S3 beside the CSV: what is known of each picture serves the next run.
@@ -586,7 +589,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     kept = read_kept(args.keep_split)
     rejects: list[dict] = []
     work = open_work(work_file)
-    count = scan(work, args, images, rejects)
+    count = scan(work, rows, args, images, rejects)
     if not work.execute("SELECT 1 FROM items LIMIT 1").fetchone():
         raise Fail(f"{args.input[0]}: none of {count} rows is usable ({_reasons(rejects) or 'it has no rows'})")
     group_items(work, args.group_by)

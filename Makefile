@@ -186,10 +186,12 @@ bench: | $(VENV) ## speed against the plain way, side by side (STAGE=3 for one s
 verify: | $(VENV) ## hold the shards against their manifest
 	$(PYTHON) 2_prepare.py --verify --output $(SHARDS)
 
-test: | $(VENV) ## every test
+test: lint | $(VENV) ## every test
+	$(PYTHON) -m pytest
+
+lint: | $(VENV) ## style and mistakes that a reader would find
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pytest
 
 fuzz: | $(VENV) ## at least 10,000 cases of broken input
 	FUZZ_EXAMPLES=1500 $(PYTHON) -m pytest tests/test_fuzz.py
