@@ -452,6 +452,7 @@ def compute(items: Items, encoders: list[Encoder], config: EmbeddingConfig, rank
     """Make every vector that a store lacks, this process its share; how many pictures and prompts that were in all."""
     import torch
 
+    ranks.wait()  # every process has seen what is there before one adds to it: their lists must be the same
     counts = {}
     half = any(encoder.precision == "bf16" for encoder in encoders)
     device = encoders[0].clip.device.type
