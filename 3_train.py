@@ -117,7 +117,7 @@ class Towers:
     def __init__(self, clip, config: TrainingConfig):
         import torch
 
-        from clip import split_attention, take_projections
+        from clip import LeanDropout, split_attention, take_projections
 
         vision, text, projections = SCENARIOS[config.scenario]
         self.clip, self.model, self.config = clip, split_attention(clip.model), config
@@ -142,13 +142,16 @@ class Towers:
                     target_modules="|".join(re.escape(name) for name in names),
                 ),
             )
+            for module in self.model.modules():
+                if hasattr(module, "lora_dropout") and config.lora_dropout:
+                    module.lora_dropout["default"] = LeanDropout(config.lora_dropout)
         for parameter in (*self.projections.parameters(), self.model.logit_scale, self.model.logit_bias):
             if parameter is not None:
                 parameter.requires_grad_(projections)
         named = [*self.model.named_parameters(), *self.projections.named_parameters("projections")]
         self.trained = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.base = {name: p.detach().clone() for name, p in self.trained.items() if "lora_" not in name}
-        self.dropouts = [module for name, module in self.model.named_modules() if name.endswith("lora_dropout.default")]
+        self.dropouts = [m for name, m in self.model.named_modules() if name.endswith("lora_dropout.default")]
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         if config.compile:

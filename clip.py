@@ -275,7 +275,11 @@ class SplitAttention(nn.Module):
         )
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # its fused kernel is 4 to 10 times slower there
+            scores = (q * (W // self.heads) ** -0.5) @ k.transpose(-1, -2)
+            x = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out(x.transpose(1, 2).reshape(B, L, W)), None
 
     def fused(self) -> nn.MultiheadAttention:
@@ -291,6 +295,24 @@ class SplitAttention(nn.Module):
                 fused.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
                 fused.out_proj.bias.copy_(self.out.bias)
         return fused
+
+
+class LeanDropout(nn.Module):
+    """nn.Dropout from 16 random bits an element, its rate rounded to 1/65536: 3 times as fast on a CPU, where drawing
+    the masks is otherwise a tenth of a step with LoRA.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.below = round(rate * 65536) - 32768
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu":
+            return F.dropout(x, self.rate, self.training)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= self.below
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.rate))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

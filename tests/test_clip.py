@@ -167,6 +167,29 @@ def test_split_attention_equals_open_clips_towers(tmp_path, tokens, quick_gelu, 
     assert ours.fingerprint(model.float(), clip.config) == clip.fingerprint  # split and fused: not a bit moved
 
 
+def test_bf16_attention_on_a_cpu_is_the_fused_one(folder, tokens):
+    clip = ours.load_clip(str(folder))
+    ours.split_attention(clip.model)
+    with torch.no_grad():
+        whole = clip.model.visual(ours.normalise(clip, pixels())), ours.text_features(clip.model, tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = clip.model.visual(ours.normalise(clip, pixels())), ours.text_features(clip.model, tokens)
+    for a, b in zip(half, whole, strict=True):
+        assert F.cosine_similarity(a.float(), b).min() > 0.999
+
+
+def test_lean_dropout_drops_its_share_and_keeps_the_mean():
+    torch.manual_seed(0)
+    for shape, rate in (((999, 1001), 0.05), ((7, 3), 0.3), ((500, 500), 0.5)):
+        drop, x = ours.LeanDropout(rate), torch.ones(shape, requires_grad=True)
+        y = drop(x)
+        assert all(value in (0.0, pytest.approx(1 / (1 - rate))) for value in y.unique().tolist())
+        assert (y == 0).float().mean().item() == pytest.approx(rate, abs=4 * (rate / y.numel()) ** 0.5)
+        y.sum().backward()
+        assert torch.equal(x.grad, y)
+        assert torch.equal(drop.eval()(x), x)
+
+
 def adapted(model, pattern):
     """A model with LoRA on the modules that match, both factors random: (peft model, {name: its update of W})."""
     import peft
