@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import chat
 import common
 from bench import Case
 
@@ -53,7 +54,7 @@ def shop(folder: Path, side: int, count: int) -> Path:
 def plain(folder: Path) -> float:
     """Seconds a photo for what one would write first: open, thumbnail, white, JPEG, base64, json.dumps, one process."""
     start = time.perf_counter()
-    body = clean.request_template(common.CleaningConfig())
+    body = chat.request_template(common.CleaningConfig())
     fixed = json.loads(b"@@".join(body))
     count = 0
     with open(folder / "catalogue.csv", newline="") as rows, open(folder / "plain.jsonl", "w") as out:
@@ -92,7 +93,7 @@ def bound(folder: Path, count: int) -> str:
         data = path.read_bytes()
         common.digest(data)
         middle = time.perf_counter()
-        clean.photo_jpeg(data, 512, 85)
+        chat.photo_jpeg(data, 512, 85)
         builder_parts["read and digest"] += middle - start
         builder_parts["photo to JPEG"] += time.perf_counter() - middle
     whole = ours(folder, count, 1) * 1e3
