@@ -45,6 +45,7 @@ from common import (
     from_flags,
     images_folder,
     load_image,
+    model_place,
     resolve_image,
     top_k,
     write_whole,
@@ -143,9 +144,7 @@ class Finder:
                 loaded = []
                 for model in self.experiment.models:
                     name = model.items.facts.get(f"{model.kind}_model", "")
-                    tower, _, tag = name.partition("/")
-                    folder = name.startswith("local-dir:") or Path(name).is_dir()
-                    clip = load_clip(name) if folder else load_clip(tower, tag)
+                    clip = load_clip(*model_place(name, model.items.path))
                     if clip.fingerprint != model.fingerprint:
                         raise Fail(f"{name}: not the model that made the vectors any more; run 4_embed.py again")
                     loaded.append((model, clip))
@@ -167,7 +166,7 @@ class Finder:
                 else:
                     pixels = torch.from_numpy(np.array(letterbox(picture, clip.size))).permute(2, 0, 1)
                     query = encode_image(clip, pixels[None])
-            scores, rows = top_k(query.cpu().numpy(), model.items.vectors(f"{model.kind}_embedding"), k)
+            scores, rows = top_k(query.cpu().numpy(), model.items.chunks(f"{model.kind}_embedding"), k)
             hits = [
                 {"row": row, "score": score} | {name: model.items.text(name, row) for name in ("title", "object_type")}
                 for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)
@@ -228,6 +227,20 @@ class Arena:
         self.number = self.log.experiment(self.experiment.key, self.experiment.facts)
         self.draw = Draw(self.experiment, self.log, self.number)
         self.pictures = Pictures(self.experiment.items, folder, self.settings.picture_size)
+        self.computed = functools.lru_cache(1)(lambda state: results(self.log, self.row))
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The experiment as the log has it."""
+        return next(row for row in self.log.experiments() if row["id"] == self.number)
+
+    def results(self, named: bool) -> dict[str, Any]:
+        """The results of all votes so far, computed again when there is another; `named` with the judges' names."""
+        found = self.computed(self.log.state())
+        if named:
+            return found
+        judges = [row | {"name": f"judge {number}"} for number, row in enumerate(found["judges"], start=1)]
+        return found | {"judges": [{k: v for k, v in row.items() if k != "judge"} for row in judges]}
 
     def trial(self, judge: str, after: str | None = None) -> dict[str, Any]:
         """What the browser is told of the current trial, or of the one after it."""
@@ -248,7 +261,8 @@ class Arena:
         """JPEG: place 0 is the query, then row A, then row B. Raises Refused for a token that is not the judge's."""
         row = self.log.find(self.number, judge, token)
         shown = [row["query"], *json.loads(row["left_items"]), *json.loads(row["right_items"])]
-        if row["vote"] is not None or row["identical"] or place >= len(shown):
+        hidden = place == 0 and self.settings.query == "text"  # the words are the query, not their item's picture
+        if row["vote"] is not None or row["identical"] or hidden or place >= len(shown):
             raise Refused(404, "There is no such picture for you.")
         return self.pictures.jpeg(self.experiment.row(shown[place]))
 
@@ -358,14 +372,14 @@ def admin_badge(app):
     return URLSafeSerializer(app.secret_key, salt="admin")
 
 
-def must_see(app, arena: Arena) -> None:
-    """Raise Refused unless the admin asks, or --reveal is on and the judge of this request has finished."""
+def must_see(app, arena: Arena) -> bool:
+    """Whether the admin asks. Raises Refused for others, but with --reveal only for judges who have not finished."""
     from flask import request, session
     from itsdangerous import BadSignature
 
     try:
         if admin_badge(app).loads(request.cookies.get("admin", "")) == "admin":
-            return
+            return True
     except BadSignature:
         pass
     if not arena.settings.reveal:
@@ -373,6 +387,7 @@ def must_see(app, arena: Arena) -> None:
     judge = session.get("judge")
     if judge and arena.log.session(arena.number, judge):
         raise Refused(403, "Results would color your next answers. Quit first; then you may look.")
+    return False
 
 
 def add_judge_pages(app, arena: Arena) -> None:
@@ -459,9 +474,6 @@ def add_result_pages(app, arena: Arena) -> None:
     app.jinja_env.globals |= {"interval": interval, "points": points, "band": band}
     app.jinja_env.globals["marks_of"] = lambda top: [(tick, tick, False) for tick in ticks(top)]
 
-    def experiment() -> dict[str, Any]:
-        return next(row for row in arena.log.experiments() if row["id"] == arena.number)
-
     @app.get("/results")
     def show_results():
         token = request.args.get("token")
@@ -471,19 +483,20 @@ def add_result_pages(app, arena: Arena) -> None:
             response = redirect("/results", 303)  # the token does not stay in the address bar
             response.set_cookie("admin", admin_badge(app).dumps("admin"), httponly=True, samesite="Lax")
             return response
-        must_see(app, arena)
-        return render_template("results.html", found=results(arena.log, experiment()), search=arena.settings.reveal)
+        admin = must_see(app, arena)
+        shown = {"found": arena.results(named=admin), "search": arena.settings.reveal, "admin": admin}
+        return render_template("results.html", **shown)
 
     @app.get("/results.json")
     def results_json():
-        must_see(app, arena)
-        return results(arena.log, experiment())
+        return arena.results(named=must_see(app, arena))
 
     @app.get("/votes.csv")
     def votes_csv():
-        must_see(app, arena)
+        if not must_see(app, arena):
+            raise Refused(403, "The votes one by one, with the judges' names, are for the admin.")
         named = {"Content-Disposition": "attachment; filename=votes.csv"}
-        return Response(export(arena.log, [experiment()], "csv"), mimetype="text/csv", headers=named)
+        return Response(export(arena.log, [arena.row], "csv"), mimetype="text/csv", headers=named)
 
 
 def add_search_page(app, arena: Arena) -> None:

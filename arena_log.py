@@ -333,6 +333,11 @@ class Log:
         lists = ("left_items", "right_items", "facts")
         return [dict(row) | {name: json.loads(row[name]) for name in lists} for row in rows]
 
+    def state(self) -> tuple:
+        """Changes with every line of the log."""
+        newest = "SELECT (SELECT MAX(id) FROM trials), (SELECT MAX(id) FROM votes), (SELECT MAX(id) FROM revocations)"
+        return tuple(self.connection.execute(newest).fetchone())
+
     def draws(self, experiment: int) -> Iterator[sqlite3.Row]:
         """query, category, left_model, right_model, identical, repeat_of of every trial drawn, reissues left out."""
         return self.connection.execute(

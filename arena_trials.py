@@ -13,6 +13,7 @@ import secrets
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from arena_log import Log
 from common import ATTRIBUTES, USAGE, ArenaConfig, Fail, digest, file_digest, top_k, whole_file
 
 COLUMNS = ("image_id", "split", "image_path", "title", "prompt", *ATTRIBUTES, "group", "image_digest")
+CHUNK = 16_384  # vectors held in memory at once
 SHARED_JUDGES = 3  # a shared query is shown to so many
 REPEAT_AFTER = 8  # a planned repeat waits for so many later trials, and for its type's turn ...
 REPEAT_LATEST = 60  # ... but no longer than so many, where types are many
@@ -47,7 +49,7 @@ class Items:
 
         self.path, self.cache = Path(path), cache
         try:
-            self.file = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
+            self.file = pyarrow.parquet.ParquetFile(self.path)
         except FileNotFoundError:
             raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
         except (pa.ArrowInvalid, OSError) as error:
@@ -98,21 +100,31 @@ class Items:
 
         target = self.folder / f"{column}.npy"
         if not target.is_file():
-            try:
-                width = self.file.schema_arrow.field(column).type.list_size
-            except (KeyError, AttributeError):
-                raise Fail(f"{self.path}: no column {column} of fixed-size lists; make it with 4_embed.py") from None
-            with whole_file(target) as temporary:
-                mapped = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(self), width))
-                start = 0
-                for batch in self.file.iter_batches(16_384, columns=[column]):
-                    block = batch.column(0).flatten().to_numpy(zero_copy_only=False)
-                    if block.size != batch.num_rows * width or not np.isfinite(block).all():
-                        raise Fail(f"{self.path}: {column} has missing or not finite vectors; run 4_embed.py again")
-                    mapped[start : start + batch.num_rows] = block.reshape(-1, width)
-                    start += batch.num_rows
-                mapped.flush()
+            self._unpack(column, target)
         return np.load(target, mmap_mode="r")
+
+    def chunks(self, column: str) -> Iterator:
+        """The same in copies of float32 [n, D]; each has a mapping of its own, so that memory holds one chunk only."""
+        import numpy as np
+
+        for start in range(0, len(self), CHUNK):
+            yield np.array(self.vectors(column)[start : start + CHUNK])
+
+    def _unpack(self, column: str, target: Path) -> None:
+        import numpy as np
+
+        try:
+            width = self.file.schema_arrow.field(column).type.list_size
+        except (KeyError, AttributeError):
+            raise Fail(f"{self.path}: no column {column} of fixed-size lists; make it with 4_embed.py") from None
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(self), width)}
+        with whole_file(target) as temporary, open(temporary, "wb") as handle:
+            np.lib.format.write_array_header_1_0(handle, header)
+            for batch in self.file.iter_batches(CHUNK, columns=[column]):
+                block = batch.column(0).flatten().to_numpy(zero_copy_only=False).astype("<f4", copy=False)
+                if block.size != batch.num_rows * width or not np.isfinite(block).all():
+                    raise Fail(f"{self.path}: {column} has missing or not finite vectors; run 4_embed.py again")
+                block.tofile(handle)
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,7 @@ def read_models(files: list[Items]) -> list[Model]:
                 raise Fail(f"{items.path}: no {kind}_fingerprint in its metadata; make it with 4_embed.py")
             name = items.facts.get("scenario") if kind == "finetuned" else None
             name = name or items.facts.get(f"{kind}_model") or kind
+            name = Path(name).name if name.startswith("local-dir:") else name
             if name in [model.name for model in models.values() if model.fingerprint != print_]:
                 name = f"{name} ({print_[:8]})"
             models.setdefault(print_, Model(name, print_, items, kind))
@@ -207,7 +220,7 @@ class Experiment:
             target = model.items.folder / f"answers-{name}.npy"
             if not target.is_file():
                 start = time.monotonic()
-                gallery = model.items.vectors(f"{model.kind}_embedding")
+                gallery = model.items.chunks(f"{model.kind}_embedding")
                 column = f"{model.kind}_{'text_' if kind == 'text' else ''}embedding"
                 asked = np.asarray(model.items.vectors(column)[self.queries])
                 _, found = top_k(asked, gallery, k, (labels[self.queries], labels))

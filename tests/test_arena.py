@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import importlib
 import io
 import itertools
@@ -363,6 +364,8 @@ def test_text_queries_show_the_prompt_and_search_with_its_vector(catalogue, tmp_
     side = "left" if row["left_model"] == "b" * 64 else "right"
     assert row[f"{side}_items"] == [f"id-{i}" for i in np.argsort(-scores)[:4]]
     assert "Searched for" in judge.get("/").text
+    assert judge.get(f"/picture/{trial['trial']}/0").status_code == 404  # the words' own item is not shown
+    assert judge.get(f"/picture/{trial['trial']}/1").status_code == 200
 
 
 def test_several_models_meet_in_pairs_and_are_ranked(tmp_path):
@@ -738,7 +741,7 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     assert admin.get("/results.json").json["votes"]["counted"] == 1
     assert admin.get("/votes.csv").text.count("\n") == 2
     open_app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
-    judge = Judge(open_app)
+    judge = Judge(open_app, "Zoe")
     judge.vote("B")
     for path in ("/results", "/search", "/item/3"):
         assert judge.get(path).status_code == 403  # in the middle of voting
@@ -749,6 +752,12 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
         judge.get("/results").status_code == judge.get("/search").status_code == judge.get("/item/3").status_code == 200
     )
     assert judge.get("/item/999").status_code == 404
+    # Names and single votes stay with the admin.
+    assert "Zoe" not in judge.get("/results").text + judge.get("/results.json").text
+    assert judge.get("/votes.csv").status_code == 403
+    admin = open_app.test_client()
+    admin.get(f"/results?token={KEYS['admin_token']}")
+    assert "Zoe" in admin.get("/results").text and "Zoe" in admin.get("/votes.csv").text
 
 
 def test_another_host_asks_for_the_judges_token(catalogue, tmp_path, monkeypatch):
@@ -784,7 +793,7 @@ def test_the_search_page_answers_with_both_models(tmp_path):
             [torch.from_numpy(np.array(arena.letterbox(p, model.size))).permute(2, 0, 1) for p in pictures]
         )
         vectors[f"{kind}_embedding"] = clips.encode_image(model, pixels).numpy()
-    facts = {"base_model": str(folders[0]), "finetuned_model": str(folders[1])}
+    facts = {"base_model": f"local-dir:{folders[0]}", "finetuned_model": "local-dir:two"}  # beside master.parquet
     facts |= {"base_fingerprint": loaded[0].fingerprint, "finetuned_fingerprint": loaded[1].fingerprint}
     master = write_master(tmp_path / "m.parquet", vectors, facts=facts)
     app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite", reveal=True))
@@ -1046,7 +1055,7 @@ def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_
                     choice = own.choice("ABTN")
                     doubtful[token] = (choice, cookie)
                     caller.post("/vote", trial=token, choice=choice)
-                except OSError:
+                except (OSError, http.client.HTTPException):  # killed: nothing came, or half an answer
                     return
                 acknowledged[token] = doubtful.pop(token)[0]
                 if len(acknowledged) >= goal:

@@ -78,12 +78,12 @@ class Browser:
 
     def token(self) -> str:
         """Of the trial on the page, once its pictures are there and may be judged or only skipped."""
-        self.until("document.querySelector('[data-choice=N]').ariaDisabled === 'false'")
+        self.until("document.querySelector('[data-choice=N]')?.ariaDisabled === 'false'")
         return self.run("return document.querySelector('#row-a img').src.split('/')[4]")
 
     def ready(self) -> str:
         """As `token`, and open for A, B and T."""
-        self.until("document.querySelector('[data-choice=A]').ariaDisabled === 'false'")
+        self.until("document.querySelector('[data-choice=A]')?.ariaDisabled === 'false'")
         return self.token()
 
     def key(self, *keys: str) -> None:
@@ -356,9 +356,6 @@ def test_on_a_phone_rows_are_two_by_two_and_voting_opens_when_both_were_seen(bro
     assert browser.find("[data-choice=A]").get_attribute("aria-disabled") == "true"  # anew for each trial
 
 
-PAGES = ["start", "vote", "help", "thanks", "message", "results", "search"]
-
-
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (320, False), (320, True)])
 def test_axe_finds_nothing_serious_and_targets_are_large(browser, served, catalogue, tmp_path, width, dark):
     browser.look(width, 800, dark)
@@ -399,6 +396,26 @@ def test_axe_finds_nothing_serious_and_targets_are_large(browser, served, catalo
     browser.driver.get(f"{browser.home}/results?token={KEYS['admin_token']}")
     browser.until("location.search === '' && document.querySelector('svg.chart') !== null")
     check("results")
+    browser.run("document.querySelector('details').open = true")
+    check("results-open")
+
+
+def test_the_search_page_is_as_accessible(browser, catalogue, tmp_path, monkeypatch):
+    """With answers that need no models: what is under test is the page."""
+    hits = [{"row": row, "score": 0.5, "title": "<i>Sofa</i>", "object_type": "sofa"} for row in range(8)]
+    monkeypatch.setattr(arena.Finder, "__call__", lambda *_, **__: [("one", hits), ("two", hits)])
+    one = Served(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
+    for width, dark in ((1280, False), (320, True)):
+        browser.look(width, 800, dark)
+        browser.driver.get(one.home + "/search?q=red+sofa")
+        browser.until("[...document.images].filter(i => i.complete).length >= 8")
+        browser.keep(f"{'dark' if dark else 'light'}-{width}-search")
+        assert not browser.axe() and browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert "<i>Sofa</i>" in browser.find("figcaption").text
+    picture = tmp_path / "drop.jpg"
+    world.draw_picture(picture, 5)
+    browser.find("#picture").send_keys(str(picture))  # chosen is sent
+    browser.until("document.querySelector('img.asked')?.naturalWidth > 0")
 
 
 def test_text_queries_show_words_that_stay_words(browser, tmp_path):
