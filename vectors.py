@@ -108,12 +108,12 @@ class Items:
         if not self.entries:
             names = ", ".join(splits)
             raise Fail(f"{shards}: no rows in {names}; give more rows, or check the split report of 2_prepare.py")
-        todo = {entry["sha256"]: entry for _, entry in self.entries if not self._index(entry).is_file()}
-        room, jobs = cache_bytes, []
-        for entry in todo.values():
-            room -= entry["bytes"]
-            jobs.append((entry, room >= 0))
-        jobs = ranks.share(jobs)
+        mine = ranks.share(list({entry["sha256"]: entry for _, entry in self.entries}.values()))  # before any is made
+        room, jobs = cache_bytes / ranks.size, []
+        for entry in mine:
+            if not self._index(entry).is_file():
+                room -= entry["bytes"]
+                jobs.append((entry, room >= 0))
         with ThreadPoolExecutor(4 if common.is_s3(shards) else 1) as pool:  # a shard on S3 mostly waits
             work = pool.map(lambda job: self._make_index(*job), jobs)
             for _ in common.progress(work, "reading", len(jobs), "shard") if jobs else ():
