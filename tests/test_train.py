@@ -407,6 +407,54 @@ def test_two_runs_do_not_write_into_one_folder(base, tmp_path, capsys):
     assert "another run" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def bucket(base):
+    """The tiny shards in a bucket of moto on loopback."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (keys | {"AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}).items():
+            patch.setenv(name, value)
+        common._s3_client.cache_clear()
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="training")
+        for name, _ in common.list_files(base / "shards"):
+            client.upload_file(str(base / "shards" / name), "training", f"shards/{name}")
+        yield "s3://training"
+    common._s3_client.cache_clear()
+    server.stop()
+
+
+@pytest.mark.parametrize("room", [1.0, 0.0])
+def test_shards_on_s3_train_the_same_model_from_a_copy_or_by_ranges(base, tmp_path, bucket, undisturbed, room):
+    flags = ("--shards", f"{bucket}/shards", "--micro-batch-size", 8, "--cache-gb", room)
+    train(base, tmp_path, *flags)
+    assert same(weights(tmp_path), weights(undisturbed))
+    copies = list((tmp_path / "cache" / "shards").glob("*.tar")) if room else []
+    assert len(copies) == (4 if room else 0)
+
+
+def test_a_machine_lost_with_its_disk_goes_on_from_s3(base, tmp_path, bucket, undisturbed, monkeypatch, capsys):
+    flags = ("--micro-batch-size", 8, "--checkpoint-minutes", 0, "--checkpoint-url", f"{bucket}/run")
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(Killed):
+            stage.main(arguments(base, tmp_path / "lost", *flags))
+    train(base, tmp_path / "new", *flags)
+    assert "going on after step 4" in capsys.readouterr().out
+    assert same(weights(tmp_path / "new"), weights(undisturbed))
+    assert (tmp_path / "new" / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_a_bucket_that_is_not_there_says_so(base, tmp_path, bucket, capsys):
+    assert stage.main(arguments(base, tmp_path, "--shards", f"{bucket}/nothing")) == 1
+    assert "s3://training/nothing/manifest.json" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------ what it writes
 
 
