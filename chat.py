@@ -83,12 +83,18 @@ def plain_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
             height, width = int.from_bytes(segment[5:7], "big"), int.from_bytes(segment[7:9], "big")
             if length < 17 or segment[4] != 8 or segment[9] != 3 or segment[10:19:3] == b"RGB":
                 return None
+            if not 0 < max(width, height) <= side or len(data) > BYTES_PER_PIXEL * width * height:
+                return None
         elif marker == 0xE1 and segment[4:10] == b"Exif\0\0":
             from PIL import Image
 
             exif = Image.Exif()
-            exif.load(segment[4:])
-            if exif.get(0x0112, 1) != 1:
+            try:
+                exif.load(segment[4:])
+                upright = exif.get(0x0112, 1) == 1
+            except Exception:  # whatever is wrong with it, the loader decides
+                upright = False
+            if not upright:
                 return None
         elif (
             (marker == 0xE2 and not (segment[4:15] == b"ICC_PROFILE" and b"sRGB" in segment))
@@ -102,8 +108,7 @@ def plain_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
         at += 2 + length
         if marker == 0xDA:
             break
-    whole = data.find(b"\xff\xd9", at) == len(data) - 2
-    if not whole or not 0 < max(width, height) <= side or len(data) > BYTES_PER_PIXEL * width * height:
+    if not width or data.find(b"\xff\xd9", at) != len(data) - 2:
         return None
     return b"".join([*kept, data[at:]]), width, height
 
@@ -118,11 +123,11 @@ def photo_jpeg(data: bytes, side: int, quality: int) -> tuple[bytes, int, int]:
         return ready
     image = common.load_image(data, side)
     scale = side / max(image.size)
-    if scale < 1:  # HAMMING is as sharp as BICUBIC to the eye and takes a third of LANCZOS's time
+    if scale < 1:  # averages areas; within 0.8 of 255 levels of LANCZOS from the full size, in a third of its time
         size = tuple(max(1, round(length * scale)) for length in image.size)
-        image = image.resize(size, Image.Resampling.HAMMING, reducing_gap=3.0)
+        image = image.resize(size, Image.Resampling.BOX, reducing_gap=3.0)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality, comment=b"")
     return buffer.getvalue(), *image.size
 
 

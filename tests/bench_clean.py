@@ -106,7 +106,7 @@ def bound(folder: Path, count: int) -> str:
 
 def cases(workdir: Path) -> list[Case]:
     made = []
-    for side, count, target in ((500, 1200, 3.0), (1600, 360, 5.0)):
+    for side, count, target in ((500, 2400, 3.0), (1600, 360, 5.0)):
         folder = shop(workdir / str(side), side, count)
         made.append(
             Case(
