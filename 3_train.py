@@ -14,36 +14,26 @@ Writes  --output: adapter/ (PEFT and projections), model/ (merged; open_clip loa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import datetime
 import hashlib
-import io
 import json
-import logging
 import math
 import os
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
 from common import DONE, Fail, TrainingConfig
+from journal import Log, State, check_identity, draw_curves, find_checkpoint, save_checkpoint, table
 from loader import Batch, Data, Samples, epoch_plan, hashed, in_order, keep
+from towers import SCENARIOS, Towers, World, fitting_micro_batch
 
-# scenario: (LoRA in the vision tower, LoRA in the text tower, projections and temperature trained)
-SCENARIOS = {
-    "zero_shot": (False, False, False),
-    "linear_probe": (False, False, True),
-    "dual_lora": (True, True, True),
-    "vision_lora": (True, False, True),
-    "text_lora": (False, True, True),
-}
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
 MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper
@@ -53,184 +43,7 @@ FREE_SETTINGS = (  # may differ when a run goes on: they do not change what is c
 )
 
 # --------------------------------------------------------------------------------------------------------------------
-# One process or many
-
-
-class World:
-    """This process among those that torchrun started (or the only one)."""
-
-    def __init__(self, device: str = "auto"):
-        import torch
-        import torch.distributed as dist
-
-        self.rank, self.size, self.local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(f"cuda:{self.local_rank}" if device == "cuda" else device)
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise Fail(f"--device {device}: {str(error).splitlines()[0]}; use --device cpu or auto") from None
-        if self.size > 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))  # ranks wait for one to fill a cache
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, tensor):
-        """The tensor summed over all processes, in place; each gets the same bits."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.all_reduce(tensor)
-        return tensor
-
-    def gather(self, total: int, positions, local):
-        """[total, ...] from each process's rows [B, ...] and their positions (int64 [B]); rows nobody has are 0."""
-        whole = local.new_zeros((total, *local.shape[1:]))
-        whole[positions.to(whole.device)] = local
-        return self.sum(whole)
-
-    @contextlib.contextmanager
-    def first_on_this_machine(self) -> Iterator[None]:
-        """Let one process of each machine do what the others then find done."""
-        import torch
-
-        if self.local_rank:
-            self.sum(torch.zeros(1, device=self.device))
-        yield
-        if not self.local_rank:
-            self.sum(torch.zeros(1, device=self.device))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The model under training
-
-
-class Towers:
-    """A CLIP prepared for a scenario: attention split, projections apart, LoRA where the scenario puts it."""
-
-    def __init__(self, clip, config: TrainingConfig):
-        import torch
-
-        from clip import LeanDropout, split_attention, take_projections
-
-        vision, text, projections = SCENARIOS[config.scenario]
-        self.clip, self.model, self.config = clip, split_attention(clip.model), config
-        self.model.requires_grad_(False)
-        self.projections = take_projections(self.model)
-        self.adapted = {"image": vision, "text": text}
-        self.peft = None
-        if vision or text:
-            logging.disable(logging.WARNING)  # bitsandbytes, which peft imports, warns of what is not used here
-            import peft
-
-            logging.disable(logging.NOTSET)
-            names = [name for tower, adapted in self.adapted.items() if adapted for name in self.linears(tower)]
-            torch.manual_seed(config.seed)  # LoRA's start
-            self.peft = peft.get_peft_model(
-                self.model,
-                peft.LoraConfig(
-                    r=config.lora_r,
-                    lora_alpha=config.lora_alpha,
-                    lora_dropout=config.lora_dropout,
-                    # Whole names: a list would be matched by endings, and text names are endings of "visual.*" ones.
-                    target_modules="|".join(re.escape(name) for name in names),
-                ),
-            )
-            for module in self.model.modules():
-                if hasattr(module, "lora_dropout") and config.lora_dropout:
-                    module.lora_dropout["default"] = LeanDropout(config.lora_dropout)
-        for parameter in (*self.projections.parameters(), self.model.logit_scale, self.model.logit_bias):
-            if parameter is not None:
-                parameter.requires_grad_(projections)
-        named = [*self.model.named_parameters(), *self.projections.named_parameters("projections")]
-        self.trained = {name: parameter for name, parameter in named if parameter.requires_grad}
-        self.base = {name: p.detach().clone() for name, p in self.trained.items() if "lora_" not in name}
-        self.dropouts = [m for name, m in self.model.named_modules() if name.endswith("lora_dropout.default")]
-        if config.grad_checkpointing:
-            self.model.set_grad_checkpointing(True)
-        if config.compile:
-            self.model.visual.compile()
-            getattr(self.model, "text", self.model).transformer.compile(dynamic=True)
-
-    def linears(self, tower: str) -> list[str]:
-        """Names of the Linears of a tower's attention and MLP; Fail where it has none that LoRA could reach."""
-        from open_clip.modified_resnet import ModifiedResNet
-        from torch import nn
-
-        names = []
-        if tower == "text" or not isinstance(self.model.visual, ModifiedResNet):  # its pooling reads weights only
-            for name, module in self.model.named_modules():
-                # type() leaves out the subclass inside nn.MultiheadAttention, which is never called either
-                if type(module) is nn.Linear and name.startswith("visual.") == (tower == "image"):
-                    names.append(name)
-        if not names:
-            raise Fail(
-                f"--scenario {self.config.scenario}: the {tower} tower of {self.clip.name} has no attention or MLP "
-                "to adapt; use linear_probe"
-            )
-        return names
-
-    def copy(self) -> dict[str, Any]:
-        """The trained weights as they are now, on the CPU."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
-
-    def load(self, weights: dict[str, Any]) -> None:
-        """Undo copy()."""
-        import torch
-
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
-
-    def train(self, mode: bool) -> None:
-        """Dropout on or off where LoRA is; everything else always computes as in evaluation."""
-        for module in self.dropouts:
-            module.train(mode)
-
-    def interpolate(self, alpha: float, fine: dict[str, Any]) -> None:
-        """Set the weights to (1 - alpha) base + alpha fine-tuned (WiSE-FT, arXiv 2109.01903)."""
-        import torch
-
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                there = fine[name].to(parameter.device)
-                parameter.copy_(torch.lerp(self.base[name], there, alpha) if name in self.base else there)
-        for module in self.model.modules():
-            if hasattr(module, "lora_A"):  # its update is linear in its scaling
-                module.scaling = dict.fromkeys(module.scaling, self.config.lora_alpha / self.config.lora_r * alpha)
-
-    def autocast(self):
-        """Half precision for the towers where asked for; loss, norms and temperature stay float32."""
-        import torch
-
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision, torch.float32)
-        return torch.autocast(self.clip.device.type, kind, enabled=kind is not torch.float32)
-
-    def features(self, tower: str, inputs):
-        """What a tower gives before its projection, [B, W], for uint8 pictures or int64 tokens."""
-        from clip import normalise, text_features
-
-        if tower == "image":
-            return self.model.visual(normalise(self.clip, inputs))
-        return text_features(self.model, inputs.to(self.clip.device))
-
-    def embed(self, batch: Batch) -> tuple[Any, Any]:
-        """(images, texts), float [B, D], L2-normalised. A frozen tower's kept features are only projected."""
-        import torch.nn.functional as F
-
-        embedded = []
-        for tower, inputs in (("image", batch.images), ("text", batch.texts)):
-            with self.autocast():
-                kept = inputs.is_floating_point()
-                x = self.projections[tower](inputs.to(self.clip.device) if kept else self.features(tower, inputs))
-            embedded.append(F.normalize(x.to(self.model.logit_scale.dtype), dim=-1))
-        return tuple(embedded)
+# What the parts of a run share
 
 
 @dataclasses.dataclass
@@ -421,20 +234,7 @@ def general_probe(run: Run, path: str) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Going on after anything
-
-
-@dataclasses.dataclass
-class State:
-    """Where a run stands. All that a checkpoint holds beside weights and optimizer; plain values only."""
-
-    epoch: int = 0  # of the next step
-    batch: int = 0  # of the next step, within its epoch
-    step: int = 0  # steps done
-    updates: int = 0  # steps that changed the weights: fp16 skips those whose gradient overflowed
-    bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable training samples found so far
-    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metrics and weights with the best MRR
-    lines: list[str] = dataclasses.field(default_factory=list)  # of metrics.jsonl
+# Training
 
 
 def identity(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -443,150 +243,6 @@ def identity(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
     shards = {s: [entry["sha256"] for entry in manifest["splits"][s]["shards"]] for s in ("train", "validation")}
     made = {"model": run.clip.fingerprint, "shards": common.digest(shards)}
     return settings | made | {"effective_batch_size": run.effective}
-
-
-def save_checkpoint(run: Run, state: State, optimizer, scaler, known: dict[str, Any]) -> None:
-    """Write checkpoint.pt, whole; copy it to --checkpoint-url."""
-    import torch
-
-    if not run.world.main:
-        return
-    path = run.output / "checkpoint.pt"
-    content = {
-        "identity": known,
-        "micro": run.micro,
-        "state": dataclasses.asdict(state),
-        "weights": {name: parameter.detach() for name, parameter in run.towers.trained.items()},
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    with common.whole_file(path) as temporary:
-        torch.save(content, temporary)
-    if run.config.checkpoint_url:
-        common.put_whole(common.join(run.config.checkpoint_url, "checkpoint.pt"), path)
-
-
-def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint of the output folder and --checkpoint-url; None without one or with --no-resume."""
-    import torch
-
-    if not config.resume:
-        return None
-    places = [str(output / "checkpoint.pt")]
-    places += [common.join(config.checkpoint_url, "checkpoint.pt")] if config.checkpoint_url else []
-    found = []
-    for place in places:
-        if common.exists(place):
-            try:
-                with common.open_read(place) as handle:
-                    found.append(torch.load(io.BytesIO(handle.read()), map_location="cpu", weights_only=True))
-            except Exception as error:  # torch raises many kinds for a damaged file
-                reason = str(error).splitlines()[0][:100]
-                raise Fail(f"{place}: not a readable checkpoint ({reason}); remove it, or use --no-resume") from None
-    return max(found, key=lambda checkpoint: checkpoint["state"]["step"], default=None)
-
-
-def check_identity(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
-    """Fail, naming the difference, where a checkpoint belongs to another run."""
-    theirs = checkpoint["identity"]
-    other = [name for name in known if known[name] != theirs.get(name)]
-    if other:
-        what = "; ".join(f"{name} was {theirs.get(name)}, is {known[name]}" for name in other[:4])
-        raise Fail(
-            f"checkpoint.pt belongs to other settings ({what}); use --no-resume to start over, or other --output"
-        )
-
-
-class Log:
-    """metrics.jsonl, and Weights & Biases where wanted. Its lines are part of the state, so none is lost or doubled."""
-
-    def __init__(self, run: Run):
-        self.path, self.main, self.lines, self.wandb = run.output / "metrics.jsonl", run.world.main, [], None
-        if run.config.wandb and self.main:
-            import wandb
-
-            settings = dataclasses.asdict(run.config)
-            name = f"{run.output.name}"
-            self.wandb = wandb.init(project="catalogue-clip", name=name, dir=str(run.output), config=settings)
-
-    def start(self, state: State) -> None:
-        """Go on from a state: what was logged after it is forgotten."""
-        self.lines = state.lines
-        if self.main:
-            common.write_whole(self.path, "".join(self.lines))
-
-    def write(self, **facts: Any) -> None:
-        """Append one line."""
-        self.lines.append(json.dumps(facts) + "\n")
-        if self.main:
-            with open(self.path, "a", encoding="utf-8") as handle:
-                handle.write(self.lines[-1])
-        if self.wandb:
-            kind = facts.pop("kind")
-            self.wandb.log({f"{kind}/{name}": value for name, value in facts.items()})
-
-    def all(self, kind: str) -> list[dict[str, Any]]:
-        return [line for line in map(json.loads, self.lines) if line["kind"] == kind]
-
-    def close(self, artifact: Path | None) -> None:
-        if self.wandb:
-            if artifact:
-                self.wandb.log_artifact(str(artifact), name="model", type="model")
-            self.wandb.finish()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def memory_limit() -> int:
-    """Bytes of memory that this process may use."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
-
-
-def fitting_micro_batch(run: Run) -> int:
-    """The largest power of two of pairs that fits in memory, at most this process's share of the effective batch.
-
-    On a GPU found by trying; on a CPU from the bytes kept for the backward pass of two pairs. Nothing is learned.
-    """
-    import torch
-
-    towers, share = run.towers, math.ceil(run.effective / run.world.size)
-    towers.train(True)
-
-    def attempt(size: int) -> None:
-        pixels = torch.zeros(size, 3, run.clip.size, run.clip.size, dtype=torch.uint8)
-        images, texts = towers.embed(Batch(size, None, None, pixels, run.clip.tokenizer(["word " * 30] * size)))
-        (images.sum() + texts.sum()).backward()
-
-    size = 1
-    if run.world.device.type == "cpu":
-        kept: dict[int, int] = {}
-
-        def note(tensor):
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            attempt(2)
-        weights = sum(p.numel() * p.element_size() for p in towers.model.parameters())
-        pair = max(1, sum(kept.values()) - weights) / 2
-        while size < share and size * 2 * pair < memory_limit() / 8:
-            size *= 2
-    else:
-        while size < share:
-            try:
-                attempt(size * 2)
-            except torch.OutOfMemoryError:
-                break
-            size *= 2
-        torch.cuda.empty_cache()
-    for parameter in towers.trained.values():
-        parameter.grad = None
-    return min(size, share)
 
 
 def rate(kind: str, done: float, warmup: float) -> float:
@@ -768,29 +424,6 @@ def export(run: Run, alpha: float, fine: dict[str, Any]) -> None:
     save_clip(run.clip, run.output / "model")
 
 
-def draw_curves(log: Log, path: Path) -> None:
-    """Loss over steps, validation MRR over epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps, epochs = log.all("step"), log.all("validation")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training")
-    left.plot([line["step"] for line in epochs], [line["loss"] for line in epochs], "o-", label="validation")
-    left.set(xlabel="step", ylabel="contrastive loss", title="Loss (over more pairs at validation)")
-    left.legend()
-    for name in ("text_to_image_mrr", "image_to_text_mrr"):
-        right.plot([line["epoch"] for line in epochs], [line[name] for line in epochs], "o-", label=name)
-    right.set(xlabel="epoch (0: zero-shot)", ylabel="MRR", title="Validation", ylim=(0, 1))
-    right.legend()
-    figure.tight_layout()
-    with common.whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
-
-
 def parameter_counts(run: Run) -> dict[str, Any]:
     """How many parameters there are, are trained, and belong to LoRA."""
     towers = run.towers
@@ -798,15 +431,6 @@ def parameter_counts(run: Run) -> dict[str, Any]:
     lora = sum(count for name, count in trained.items() if "lora_" in name)
     every = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters())
     return {"base": every - lora, "trained": sum(trained.values()), "lora": lora, "lora_share": lora / (every - lora)}
-
-
-def table(before: dict[str, float], after: dict[str, float] | None) -> str:
-    """Validation, zero-shot beside fine-tuned."""
-    lines = [f"{'validation':<26}{'zero-shot':>10}" + (f"{'fine-tuned':>12}" if after else "")]
-    for name in before:
-        if name not in ("kind", "epoch", "step"):
-            lines.append(f"{name:<26}{before[name]:>10.4f}" + (f"{after[name]:>12.4f}" if after else ""))
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -845,7 +469,11 @@ def fine_tune(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | N
     if run.config.micro_batch_size != "auto":
         run.micro = int(run.config.micro_batch_size)
     else:  # found out once: another split of the same batch adds up in another order
-        run.micro = checkpoint["micro"] if checkpoint else fitting_micro_batch(run)
+        run.micro = (
+            checkpoint["micro"]
+            if checkpoint
+            else fitting_micro_batch(run.towers, math.ceil(run.effective / run.world.size))
+        )
     for data in (run.train, run.validation):
         keep_features(run, data)
     parts = math.ceil(run.effective / run.world.size / run.micro)

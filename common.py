@@ -384,8 +384,13 @@ def join(base: str | Path, *parts: str) -> str:
     return "/".join([str(base).rstrip("/"), *parts]) if is_s3(base) else str(Path(base, *parts))
 
 
-S3_ATTEMPTS = 8  # of one request or one stretch of reading, with growing, jittered pauses in between
+S3_ATTEMPTS = 16  # of one request or one stretch of reading, with growing, jittered pauses in between: half a minute
+S3_FIRST_ATTEMPTS = 4  # of reaching an endpoint that never answered yet; it is likelier mistyped than down
 S3_PART = 16 << 20  # bytes of one part of a multipart upload; what is smaller goes up in one request
+S3_TIMEOUT = 20  # seconds of silence after which a connection counts as lost
+S3_SKIP = 256 << 10  # bytes that are read and dropped on a short seek, where a new request would take longer
+S3_BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be another one a moment later
+_s3_answered: set[int] = set()  # processes that an S3 endpoint has answered
 
 
 @functools.lru_cache(maxsize=1)
@@ -394,33 +399,87 @@ def _s3_client(pid: int):
     import boto3
     from botocore.config import Config
 
-    retries = {"max_attempts": S3_ATTEMPTS, "mode": "standard"}
-    config = Config(retries=retries, connect_timeout=10, read_timeout=20, max_pool_connections=64)
-    return boto3.session.Session().client("s3", config=config)
+    # boto's own retries are off: they stop for good when a quota is used up, and know nothing of broken reads.
+    config = Config(
+        retries={"total_max_attempts": 1},
+        connect_timeout=min(10, S3_TIMEOUT),
+        read_timeout=S3_TIMEOUT,
+        max_pool_connections=64,
+    )
+    client = boto3.session.Session().client("s3", config=config)
+    client.meta.events.register_last("before-call.s3", _send_unasked)
+    return client
 
 
-@contextlib.contextmanager
-def _s3(path: str) -> Iterator[tuple[Any, str, str]]:
-    """(client, bucket, key) of an S3 URL; what S3 refuses becomes one line with the URL and the cause."""
+def _send_unasked(params: dict, **_) -> None:
+    """Do not wait for "100 Continue": botocore reads one that was cut for ever. (What is returned would be the answer.)"""
+    params["headers"].pop("Expect", None)
+
+
+def _s3_split(path: str) -> tuple[str, str]:
+    """Bucket and key of an S3 URL."""
+    bucket, _, key = path.removeprefix("s3:").lstrip("/").partition("/")
+    if not bucket:
+        raise Fail(f"{path}: names no bucket; write s3://bucket/prefix", USAGE)
+    return bucket, key
+
+
+def s3_pause(attempt: int) -> None:
+    """Wait before the next attempt: up to 0.1 s after the first, twice as long each time, 5 s at most."""
+    time.sleep(min(5.0, 0.1 * 2**attempt) * random.random())
+
+
+def _s3(path: str, act: Callable[[Any, str, str], Any]) -> Any:
+    """act(client, bucket, key), repeated where the connection broke or S3 was busy.
+
+    What S3 refuses (403, 404 and the like) becomes Fail at once: one line with the URL and the cause.
+    """
     import botocore.exceptions as failures
+    from botocore.parsers import ResponseParserError
 
-    bucket, _, key = path.removeprefix("s3://").partition("/")
-    try:
-        yield _s3_client(os.getpid()), bucket, key
-    except failures.ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        code = error.response.get("Error", {}).get("Code")
-        hints = {
-            403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
-            404: "check bucket and key, or make it first",
-            412: "the object changed while it was being read; run again",
-        }
-        raise Fail(f"{path}: S3 answers {status} {code}; {hints.get(status, 'try again later')}") from None
-    except (failures.NoCredentialsError, failures.PartialCredentialsError):
-        raise Fail(f"{path}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-    except (failures.BotoCoreError, ValueError) as error:
-        where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-        raise Fail(f"{path}: {where} cannot be reached ({' '.join(str(error).split())[:160]})") from None
+    bucket, key = _s3_split(path)
+    for attempt in range(S3_ATTEMPTS):
+        try:
+            result = act(_s3_client(os.getpid()), bucket, key)
+            _s3_answered.add(os.getpid())
+            return result
+        except failures.ClientError as error:
+            _s3_answered.add(os.getpid())
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in S3_BUSY:
+                raise Fail(f"{path}: {_s3_refusal(error)}") from None
+            cause = str(error)
+        except (failures.NoCredentialsError, failures.PartialCredentialsError):
+            raise Fail(f"{path}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except (failures.ParamValidationError, failures.NoRegionError, failures.ProfileNotFound, ValueError) as error:
+            raise Fail(f"{path}: {' '.join(str(error).split())[:200]}; check the AWS_ variables") from None
+        except (failures.BotoCoreError, ResponseParserError, OSError) as error:  # of the connection
+            cause = str(error)
+            if attempt + 1 >= S3_FIRST_ATTEMPTS and os.getpid() not in _s3_answered:
+                break
+        s3_pause(attempt)
+    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    cause = " ".join(cause.split())[:160]
+    raise Fail(f"{path}: {where} cannot be reached ({cause}); check AWS_ENDPOINT_URL and run again")
+
+
+def _told(answer: dict, *names: str) -> dict:
+    """The answer, if it holds all of this: a connection cut within the headers looks like a short, whole answer."""
+    if any(name not in answer for name in names):
+        raise ConnectionError("the answer was cut")
+    return answer
+
+
+def _s3_refusal(error: Exception) -> str:
+    """What S3 answered, and what to do."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    said = error.response.get("Error", {})
+    cause = said.get("Code") if said.get("Code") not in (None, str(status)) else said.get("Message", "")
+    hints = {
+        403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
+        404: "check bucket and key, or make it first",
+        412: "the object changed while it was being read; run again",
+    }
+    return f"S3 answers {status} {cause}; {hints.get(status, 'see the AWS_ variables and the bucket')}"
 
 
 class S3Reader(io.RawIOBase):
@@ -428,10 +487,35 @@ class S3Reader(io.RawIOBase):
 
     def __init__(self, path: str, offset: int, length: int | None):
         self.path, self.position, self.body, self.etag = path, offset, None, None
-        with _s3(path) as (client, bucket, key):
-            head = client.head_object(Bucket=bucket, Key=key)
-        self.etag, size = head["ETag"], head["ContentLength"]
-        self.start, self.end = offset, size if length is None else min(size, offset + length)
+        self.end = None if length is None else offset + length
+        self._connect()
+
+    def _connect(self) -> None:
+        """Open the body at the position; the first time, learn size and version of the object from the answer."""
+        last = "" if self.end is None else self.end - 1
+        wanted = {"Range": f"bytes={self.position}-{last}"} | ({"IfMatch": self.etag} if self.etag else {})
+
+        def get(client, bucket, key):
+            import botocore.exceptions as failures
+
+            try:
+                got = client.get_object(Bucket=bucket, Key=key, **wanted)
+                partial = got["ResponseMetadata"]["HTTPStatusCode"] == 206
+                return _told(got, "ETag", "ContentRange" if partial or self.position else "ContentLength")
+            except failures.ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 416:
+                    raise
+                return None  # an empty object, or an offset behind the end
+
+        got = _s3(self.path, get)
+        if got is None:
+            self.end = self.position
+            return
+        if self.etag is None:
+            self.etag = got["ETag"]
+            size = int(got["ContentRange"].rpartition("/")[2]) if "ContentRange" in got else got["ContentLength"]
+            self.end = size if self.end is None else min(self.end, size)
+        self.body = got["Body"]
 
     def readable(self) -> bool:
         return True
@@ -440,10 +524,15 @@ class S3Reader(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.end}[whence]
-        if base + offset != self.position:
-            self.position = base + offset
+        target = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.end}[whence] + offset
+        if self.body is not None and 0 < target - self.position <= S3_SKIP and target < self.end:
+            skipped = bytearray(target - self.position)
+            view = memoryview(skipped)
+            while self.position < target and (count := self.readinto(view[: target - self.position])):
+                assert count > 0
+        if target != self.position:
             self._drop()
+            self.position = target
         return self.position
 
     def tell(self) -> int:
@@ -462,25 +551,19 @@ class S3Reader(io.RawIOBase):
 
         wanted = min(len(buffer), self.end - self.position)
         for attempt in range(S3_ATTEMPTS):
+            if self.body is None:
+                self._connect()
             try:
-                with _s3(self.path) as (client, bucket, key):
-                    if self.body is None:
-                        part = f"bytes={self.position}-{self.end - 1}"
-                        got = client.get_object(Bucket=bucket, Key=key, Range=part, IfMatch=self.etag)
-                        self.body = got["Body"]
-                    try:
-                        data = self.body.read(wanted)
-                    except (failures.BotoCoreError, broken.HTTPError, OSError) as error:
-                        raise ConnectionError(str(error)) from None
-                if data:
-                    buffer[: len(data)] = data
-                    self.position += len(data)
-                    return len(data)
+                data = self.body.read(wanted)
                 cause = "the connection ended early"
-            except ConnectionError as error:
-                cause = str(error)
+            except (failures.BotoCoreError, broken.HTTPError, OSError) as error:
+                data, cause = b"", str(error)
+            if data:
+                buffer[: len(data)] = data
+                self.position += len(data)
+                return len(data)
             self._drop()
-            time.sleep(min(5.0, 0.1 * 2**attempt) * random.random())
+            s3_pause(attempt)
         raise Fail(f"{self.path}: reading broke off {S3_ATTEMPTS} times at byte {self.position} ({cause[:120]})")
 
     def close(self) -> None:
@@ -509,7 +592,7 @@ def read_bytes(path: str | Path) -> bytes:
 def put_whole(path: str | Path, data: bytes | Path) -> None:
     """Store bytes, or a finished local file, so that `path` holds it whole or not at all.
 
-    S3 shows an object only when it is complete; parts that a killed upload left behind are removed by the next.
+    S3 shows an object only when it is complete; parts that a killed upload left behind are removed by the next one.
     """
     if is_s3(path):
         _put_object(str(path), data)
@@ -525,27 +608,83 @@ def put_whole(path: str | Path, data: bytes | Path) -> None:
 def _put_object(path: str, data: bytes | Path) -> None:
     """Upload in one request, or in parts where it is large."""
     size = data.stat().st_size if isinstance(data, Path) else len(data)
-    with _s3(path) as (client, bucket, key):
-        for stale in client.list_multipart_uploads(Bucket=bucket, Prefix=key).get("Uploads", []):
-            if stale["Key"] == key:
-                client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=stale["UploadId"])
-        if size <= S3_PART:
-            client.put_object(Bucket=bucket, Key=key, Body=data.read_bytes() if isinstance(data, Path) else data)
-            return
-        upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-        try:
-            parts = []
-            with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as source:
-                while block := source.read(S3_PART):
-                    number = len(parts) + 1
-                    sent = client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=block)
-                    parts.append({"ETag": sent["ETag"], "PartNumber": number})
-            done = {"Parts": parts}
-            client.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload=done)
-        except BaseException:
-            with contextlib.suppress(Exception):
-                client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+    if size <= S3_PART:
+        body = data.read_bytes() if isinstance(data, Path) else data
+        _s3(path, lambda client, bucket, key: client.put_object(Bucket=bucket, Key=key, Body=body))
+        return
+    abort_uploads(path)
+
+    def create(client, bucket, key):
+        return _told(client.create_multipart_upload(Bucket=bucket, Key=key), "UploadId")["UploadId"]
+
+    def send(client, bucket, key):
+        part = {"UploadId": upload, "PartNumber": len(parts) + 1}
+        return _told(client.upload_part(Bucket=bucket, Key=key, Body=block, **part), "ETag") | part
+
+    upload = _s3(path, create)
+    try:
+        parts = []
+        with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as source:
+            while block := source.read(S3_PART):
+                sent = _s3(path, send)
+                parts.append({"ETag": sent["ETag"], "PartNumber": sent["PartNumber"]})
+        _complete_upload(path, upload, parts, size)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            abort_uploads(path)
+        raise
+
+
+def _complete_upload(path: str, upload: str, parts: list[dict], size: int) -> None:
+    """Make the object out of its parts. Where the answer was lost and the upload is gone, it had been made."""
+    done = {"UploadId": upload, "MultipartUpload": {"Parts": parts}}
+    try:
+        _s3(path, lambda client, bucket, key: client.complete_multipart_upload(Bucket=bucket, Key=key, **done))
+    except Fail as error:
+        if "NoSuchUpload" not in str(error):
             raise
+        read = _s3(path, lambda client, bucket, key: _told(client.head_object(Bucket=bucket, Key=key), "ContentLength"))
+        if read["ContentLength"] != size:
+            raise
+
+
+def abort_uploads(prefix: str, names: set[str] | None = None) -> int:
+    """End unfinished multipart uploads that killed processes left: of the key `prefix`, or of `names` below it.
+
+    Returns how many. Nobody sees such parts, but they are paid for. A policy that forbids listing them is no failure.
+    """
+
+    def act(client, bucket: str, key: str) -> int:
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key)
+        wanted = {key} if names is None else {f"{key.rstrip('/')}/{name}".lstrip("/") for name in names}
+        found = [upload for page in pages for upload in _told(page, "Bucket").get("Uploads", [])]
+        stale = [upload for upload in found if upload["Key"] in wanted]
+        for upload in stale:
+            client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        return len(stale)
+
+    try:
+        return _s3(str(prefix), act)
+    except Fail as error:
+        if "S3 answers" in str(error):
+            return 0
+        raise
+
+
+def copy_whole(source: str | Path, target: str | Path) -> None:
+    """The same content under a second path of the same storage: a hard link where possible, S3's own copy there."""
+    if is_s3(source):
+        place = dict(zip(("Bucket", "Key"), _s3_split(str(source)), strict=True))
+        _s3(str(target), lambda client, bucket, key: client.copy_object(Bucket=bucket, Key=key, CopySource=place))
+        return
+    with whole_file(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            import shutil
+
+            shutil.copyfile(source, temporary)
 
 
 def exists(path: str | Path) -> bool:
@@ -561,9 +700,13 @@ def list_files(prefix: str | Path) -> list[tuple[str, int]]:
         root = Path(prefix)
         files = (path for path in root.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
         return sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in files)
-    with _s3(str(prefix).rstrip("/")) as (client, bucket, key):
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-        objects = [(entry["Key"], entry["Size"]) for page in pages for entry in page.get("Contents", [])]
+
+    def pages(client, bucket: str, key: str) -> list[tuple[str, int]]:
+        found = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        return [(entry["Key"], entry["Size"]) for page in found for entry in _told(page, "Name").get("Contents", [])]
+
+    objects = _s3(str(prefix).rstrip("/"), pages)
+    key = _s3_split(str(prefix).rstrip("/"))[1]
     below = [
         (name[len(key) :], size) for name, size in objects if name[len(key) : len(key) + 1] in ("", "/") or not key
     ]
@@ -573,8 +716,7 @@ def list_files(prefix: str | Path) -> list[tuple[str, int]]:
 def remove(path: str | Path) -> None:
     """Delete a file or object if it is there."""
     if is_s3(path):
-        with _s3(str(path)) as (client, bucket, key):
-            client.delete_object(Bucket=bucket, Key=key)
+        _s3(str(path), lambda client, bucket, key: client.delete_object(Bucket=bucket, Key=key))
     else:
         Path(path).unlink(missing_ok=True)
 
@@ -767,7 +909,7 @@ def _as_rgb(image):
         from PIL import ImageCms
 
         image = ImageCms.applyTransform(image, transform)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # converting copies
     if alpha is not None:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=alpha)

@@ -1,9 +1,11 @@
-"""A loopback HTTP proxy in front of one port that spoils what passes: cuts, 503s, stalls, or 403 for everything.
+"""A loopback proxy in front of one port that spoils what passes: cuts, 503s, stalls, or 403 for everything.
 
 with FaultyProxy(target_port) as proxy:
-    proxy.cut = 0.4          share of connections that are cut within the answer's first bytes
+    proxy.cut = 0.4          share of connections whose answer is cut after some of its bytes
     proxy.refuse = 0.1       share that is answered 503
-    proxy.stall = 0.05       share that answers nothing for `stall_seconds`, then closes
+    proxy.stall = 0.05       share that falls silent for `stall_seconds`, then closes
+
+Counters say how much was really spoilt: `cuts`, `refusals`, `stalls`, of `connections`.
 """
 
 from __future__ import annotations
@@ -11,21 +13,22 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import struct
 import threading
-import time
 
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class FaultyProxy:
-    """One thread a connection; which connections are spoilt follows from the seed."""
+    """Two threads a connection; the n-th connection's fate follows from the seed alone."""
 
     def __init__(self, target: int, seed: int = 0):
         self.target, self.draw = target, random.Random(seed)
         self.cut = self.refuse = self.stall = 0.0
         self.stall_seconds, self.forbid = 1.0, False
-        self.cuts = self.refusals = self.stalls = 0
+        self.connections = self.cuts = self.refusals = self.stalls = 0
+        self.closing = threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
 
@@ -34,6 +37,7 @@ class FaultyProxy:
         return self
 
     def __exit__(self, *_) -> None:
+        self.closing.set()
         self.listener.close()
 
     def _accept(self) -> None:
@@ -42,43 +46,42 @@ class FaultyProxy:
                 client, _ = self.listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+            self.connections += 1
+            # Where a cut comes: anywhere from the first line of a header to well within a shard.
+            far = self.draw.choice([2.5, 2.5, 6])
+            fate, limit = self.draw.random(), int(10 ** self.draw.uniform(1, far))
+            threading.Thread(target=self._serve, args=(client, fate, limit), daemon=True).start()
 
-    def _serve(self, client: socket.socket) -> None:
-        fate = self.draw.random()
-        with client:
+    def _serve(self, client: socket.socket, fate: float, limit: int) -> None:
+        with client, contextlib.suppress(OSError):
             if self.forbid or fate < self.refuse:
                 self.refusals += 1
                 client.recv(65536)
                 client.sendall(FORBIDDEN if self.forbid else REFUSAL)
                 return
-            fate -= self.refuse
-            if fate < self.stall:
+            if fate < self.refuse + self.stall:
                 self.stalls += 1
-                time.sleep(self.stall_seconds)
+                self.closing.wait(self.stall_seconds)
                 return
-            limit = None
-            if fate - self.stall < self.cut:
-                self.cuts += 1
-                limit = self.draw.randrange(1, 3_000_000)
+            cut = fate < self.refuse + self.stall + self.cut
             with socket.create_connection(("127.0.0.1", self.target)) as server:
-                up = threading.Thread(target=self._pump, args=(client, server, None), daemon=True)
-                up.start()
-                self._pump(server, client, limit)
+                # Closed by a reset: moto reads a request that merely ends too early for ever.
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                threading.Thread(target=self._pump, args=(client, server, None), daemon=True).start()
+                self._pump(server, client, limit if cut else None)
+                client.shutdown(socket.SHUT_RDWR)
 
-    @staticmethod
-    def _pump(source: socket.socket, target: socket.socket, limit: int | None) -> None:
-        """Pass bytes on until the end, or until `limit` of them."""
+    def _pump(self, source: socket.socket, target: socket.socket, limit: int | None) -> None:
+        """Pass bytes on until the end, or until `limit` of them; then nothing comes from `source` any more."""
         passed = 0
-        try:
+        with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if limit is not None and passed + len(data) > limit:
+                    self.cuts += 1
                     target.sendall(data[: limit - passed])
                     break
                 target.sendall(data)
                 passed += len(data)
-        except OSError:
-            pass
         for end in (source, target):
             with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                end.shutdown(socket.SHUT_RD)

@@ -23,6 +23,7 @@ import pytest
 import common
 import retrieval
 import vectors
+from faulty_proxy import FaultyProxy
 from tiny import COLORS, STYLES, TYPES, make_clip, picture
 
 stage = importlib.import_module("4_embed")
@@ -394,6 +395,50 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] <= 1.1 * peaks[0] + 200 * 2700, peaks
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Shards on S3
+
+
+@pytest.fixture
+def bucket(world, monkeypatch):
+    """The shards in a bucket of moto, behind a proxy that spoils connections; gives the proxy."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    for name, value in {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    common._s3_client.cache_clear()
+    common._s3_client(os.getpid()).create_bucket(Bucket="shop")
+    for name, _ in common.list_files(world / "shards"):
+        common.put_whole(f"s3://shop/shards/{name}", world / "shards" / name)
+    with FaultyProxy(port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        common._s3_client.cache_clear()
+        yield proxy
+    common._s3_client.cache_clear()
+    server.stop()
+
+
+@pytest.mark.parametrize("room", ["1", "0"])
+def test_shards_on_s3_give_the_same_bytes_from_copies_or_by_ranges(world, out, bucket, room):
+    bucket.cut, bucket.refuse = 0.2, 0.1
+    assert embed(world, out, "--cache-gb", room, shards="s3://shop/shards") == 0
+    assert bucket.cuts + bucket.refusals >= 2, "nothing was spoilt: the test proves nothing"
+    assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
+    assert not list(out.rglob("*.tar")), "no copy of a shard stays"
+
+
+def test_missing_and_forbidden_shards_on_s3_get_one_line(world, out, bucket, capsys):
+    one_line(capsys, embed(world, out, shards="s3://shop/none"), "s3://shop/none/manifest.json", "404")
+    common.remove("s3://shop/shards/test/shard-000001.tar")
+    one_line(capsys, embed(world, out, shards="s3://shop/shards"), "test/shard-000001.tar", "404")
+    bucket.forbid = True
+    one_line(capsys, embed(world, out, shards="s3://shop/shards"), "403", "AWS_ACCESS_KEY_ID")
 
 
 # --------------------------------------------------------------------------------------------------------------------

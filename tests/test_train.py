@@ -322,7 +322,7 @@ def test_kept_features_train_the_same_model(base, tmp_path, monkeypatch, scenari
         assert features.stat().st_size > 2 * 64 * 32 * 4  # two views of each picture
         return
     monkeypatch.setattr(stage, "keep_features", lambda run, data: None)
-    monkeypatch.setattr(stage, "fitting_micro_batch", lambda run: 24)
+    monkeypatch.setattr(stage, "fitting_micro_batch", lambda towers, share: 24)
     plain = train(base, tmp_path / "plain", "--scenario", scenario)
     assert kept["validation"]["best"]["loss"] == pytest.approx(plain["validation"]["best"]["loss"], rel=1e-4)
     for name, tensor in weights(tmp_path / "plain").items():
