@@ -412,7 +412,8 @@ def _s3_client(pid: int):
 
 
 def _send_unasked(params: dict, **_) -> None:
-    """Do not wait for "100 Continue": botocore reads one that was cut for ever. (What is returned would be the answer.)"""
+    """Do not wait for "100 Continue", which botocore reads for ever when it is cut. Returns None: more would be taken
+    for the answer."""
     params["headers"].pop("Expect", None)
 
 
