@@ -74,7 +74,7 @@ ifneq ($(filter all clean-data poll prepare train embed arena ablation report $(
   $(call settings,embed,$(SCENARIO) $(EMBED_FLAGS))
 endif
 
-.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench fuzz verify test lint clean
+.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench growth fuzz verify test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -182,6 +182,9 @@ sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: wh
 
 bench: | $(VENV) ## speed against the plain way, side by side (STAGE=3 for one stage); appends to bench.jsonl
 	$(PYTHON) tests/bench.py $(if $(STAGE),--stage $(STAGE))
+
+growth: | $(VENV) ## seconds and memory of each stage at 1,000, 5,000 and 20,000 products; appends to growth.jsonl
+	$(PYTHON) tests/growth.py
 
 verify: | $(VENV) ## hold the shards against their manifest
 	$(PYTHON) 2_prepare.py --verify --output $(SHARDS)

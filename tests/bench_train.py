@@ -26,29 +26,13 @@ def caption_tokens():
 
 def our_step(scenario: str, precision: str, kept: bool = True) -> Callable[[], object]:
     """One update of the real training code on random weights; kept: frozen towers' features are there already."""
-    import open_clip
     import torch
 
     import common
-    from clip import Clip
     from loader import Batch
 
     stage = importlib.import_module("3_train")
-    torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32").eval()
-    shown = open_clip.get_model_preprocess_cfg(model)
-    clip = Clip(
-        model,
-        open_clip.get_tokenizer("ViT-B-32"),
-        224,
-        shown["mean"],
-        shown["std"],
-        77,
-        "",
-        "",
-        {"embed_dim": 512},
-        shown,
-    )
+    clip = tiny.vit_b32()
     config = common.TrainingConfig(scenario=scenario, precision=precision)
     world = stage.World("cpu")
     run = stage.Run(config, Path(), world, clip, stage.Towers(clip, config), None, None, BATCH, BATCH)
@@ -125,23 +109,21 @@ def timed(maker: Callable, *arguments, times: int = 1) -> Callable[[], float]:
     return run
 
 
+def operations(act: Callable[[], object]) -> str:
+    """The torch operations that take most of the time of one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        act()
+    total = sum(event.self_cpu_time_total for event in profiler.key_averages())
+    top = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:4]
+    parts = ", ".join(f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in top)
+    return f"torch operations: {parts}"
+
+
 def spent(maker: Callable, *arguments) -> Callable[[], str]:
-    """Where a step's time goes, by torch's profiler."""
-
-    def run() -> str:
-        from torch.profiler import ProfilerActivity, profile
-
-        step = built(maker, *arguments)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            step()
-        total = sum(event.self_cpu_time_total for event in profiler.key_averages())
-        top = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:4]
-        parts = ", ".join(
-            f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in top
-        )
-        return f"torch operations: {parts}"
-
-    return run
+    """Where a step's time goes."""
+    return lambda: operations(built(maker, *arguments))
 
 
 def loading(workdir: Path) -> tuple[Callable[[], float], Callable[[], str]]:

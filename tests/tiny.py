@@ -1,4 +1,4 @@
-"""Tiny shards and a tiny CLIP with random weights, for the tests and benches of training and embedding."""
+"""Tiny shards and CLIPs with random weights, for the tests and benches of training and embedding."""
 
 from __future__ import annotations
 
@@ -94,3 +94,17 @@ def make_clip(folder: Path, seed: int = 0, **changes) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()},
               folder / "open_clip_model.safetensors")  # fmt: skip
     return folder
+
+
+def vit_b32(seed: int = 0):
+    """A ViT-B/32 with random weights, as load_clip would give it."""
+    import open_clip
+    import torch
+
+    from clip import Clip
+
+    torch.manual_seed(seed)
+    model = open_clip.create_model("ViT-B-32").eval()
+    shown = open_clip.get_model_preprocess_cfg(model)
+    tokenizer, config = open_clip.get_tokenizer("ViT-B-32"), {"embed_dim": 512}
+    return Clip(model, tokenizer, 224, shown["mean"], shown["std"], 77, f"random {seed}", "random", config, shown)

@@ -1,0 +1,179 @@
+"""How each stage grows: seconds and peak memory at 1,000, 5,000 and 20,000 drawn products.
+
+    python tests/growth.py [--rows 1000 5000 20000] [--folder /tmp/growth]     measures, appends to growth.jsonl
+    python tests/growth.py --markdown                    the newest results as the README's table
+    python tests/growth.py --plot docs/growth.svg        and as a picture
+
+Each stage runs as its command, stage 1 against the stand-in, stages 3 and 4 with the small CLIP; pictures are 160 px
+wide so that rows, not pixels, decide. Memory is the largest resident set of any one process of the stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import common
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "growth.jsonl"
+SMALL = "local-dir:tests/small_clip"
+SIDE = 160
+STAGES = {
+    "clean": "1 clean",
+    "prepare": "2 prepare",
+    "train": "3 train, one epoch",
+    "embed": "4 embed",
+    "arena": "5 start",
+}
+COLORS = {"clean": "#1b6ca8", "prepare": "#c2571a", "train": "#2a7d4f", "embed": "#7a4fa3", "arena": "#8a6d00"}
+
+
+def make_shop(folder: Path, count: int) -> Path:
+    """A catalogue whose pictures are all unlike each other."""
+    import numpy as np
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    kinds, colors, materials = ("chair", "table", "lamp", "bed", "desk"), ("red", "black", "white"), ("oak", "steel")
+    with open(folder / "catalogue.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["id", "name", "image_path"])
+        for i in range(count):
+            forms = Image.fromarray(draw.integers(0, 255, (9, 9, 3), np.uint8))
+            forms.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"images/{i}.jpg", quality=85)
+            name = f"{colors[i % 3]} {materials[i % 2]} {kinds[i % 5]} {i}"
+            writer.writerow([f"p{i}", name, f"images/{i}.jpg"])
+    return folder / "catalogue.csv"
+
+
+def commands(shop: Path, work: Path) -> dict[str, list[str]]:
+    """What a user would type, stage by stage."""
+    photos, cleaned, shards, run = str(shop.parent), str(work / "cleaned.csv"), str(work / "shards"), work / "run"
+    master = str(work / "master.parquet")
+    setup = f"arena.Setup(({master!r},), {photos!r}, {str(work / 'arena.sqlite')!r})"
+    return {
+        "clean": ["tests/openai_standin.py", "--state", str(work / "standin"), "--", sys.executable, "1_clean.py",
+                  "run", "--input", str(shop), "--images", photos, "--workspace", str(work / "batch"),
+                  "--output", cleaned, "--poll-interval", "0"],
+        "prepare": ["2_prepare.py", "--input", cleaned, "--images", photos, "--output", shards],
+        "train": ["3_train.py", "--shards", shards, "--scenario", "linear_probe", "--model", SMALL,
+                  "--pretrained", SMALL, "--output", str(run), "--epochs", "1"],
+        "embed": ["4_embed.py", "--shards", shards, "--model", SMALL, "--pretrained", SMALL,
+                  "--finetuned", str(run / "model"), "--output", master],
+        "arena": ["-c", f"import importlib; arena = importlib.import_module('5_arena'); arena.create_app({setup})"],
+    }  # fmt: skip
+
+
+def measure(command: list[str]) -> tuple[float, int]:
+    """Seconds and the largest resident set in bytes. Raises Fail with the output of a command that fails."""
+    with tempfile.TemporaryFile("w+") as log:
+        start = time.perf_counter()
+        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
+        _, status, used = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - start
+        if os.waitstatus_to_exitcode(status) != common.DONE:
+            log.seek(0)
+            raise common.Fail(f"{' '.join(command)}: {log.read()[-2000:]}")
+    return seconds, used.ru_maxrss * 1024
+
+
+def newest() -> dict[int, dict]:
+    """rows -> the last result for that many."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return dict(sorted({line["rows"]: line for line in lines}.items()))
+
+
+def markdown() -> str:
+    """The README's table."""
+    found = newest()
+    head = "| stage | " + " | ".join(f"{rows:,} products" for rows in found) + " |"
+    lines = [head, "|---|" + "---|" * len(found)]
+    for stage, name in STAGES.items():
+        cells = [f"{line[stage]['seconds']:.0f} s, {line[stage]['bytes'] / 1e6:,.0f} MB" for line in found.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot() -> str:
+    """Seconds over rows, both logarithmic; the grey lines are what grows exactly as the rows do."""
+    found = newest()
+    rows = list(found)
+    seconds = [line[stage]["seconds"] for line in found.values() for stage in STAGES]
+    left, right = math.log10(rows[0]), math.log10(rows[-1])
+    low, high = math.floor(math.log10(min(seconds))), math.ceil(math.log10(max(seconds)))
+
+    def place(count: float, value: float) -> str:
+        x = 60 + 480 * (math.log10(count) - left) / (right - left)
+        return f"{x:.1f},{330 - 300 * (math.log10(value) - low) / (high - low):.1f}"
+
+    def line(points: list[str], color: str, width: float) -> str:
+        return f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="{width}"/>'
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 370" font-family="sans-serif" font-size="13">',
+             '<rect width="700" height="370" fill="white"/>',
+             '<clipPath id="c"><rect x="60" y="30" width="480" height="300"/></clipPath>',
+             '<g clip-path="url(#c)">']  # fmt: skip
+    for power in range(2 * (low - 2), 2 * high):
+        start = 10 ** (power / 2)
+        parts.append(line([place(rows[0], start), place(rows[-1], start * rows[-1] / rows[0])], "#ddd", 1))
+    parts.append("</g>")
+    for power in range(low, high + 1):
+        x, y = place(rows[0], 10**power).split(",")
+        parts.append(f'<text x="52" y="{float(y) + 4}" text-anchor="end">{10**power:g} s</text>')
+    for count in rows:
+        parts.append(f'<text x="{place(count, 10**low).split(",")[0]}" y="350" text-anchor="middle">{count:,}</text>')
+    for stage, name in STAGES.items():
+        points = [place(count, found[count][stage]["seconds"]) for count in rows]
+        x, y = points[-1].split(",")
+        parts.append(line(points, COLORS[stage], 2.5))
+        parts.append(f'<text x="{float(x) + 8}" y="{float(y) + 4}" fill="{COLORS[stage]}">{name}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20_000], help="catalogue sizes")
+    parser.add_argument("--folder", help="where to work; by default a temporary folder")
+    parser.add_argument("--markdown", action="store_true", help="print the last results as a table and stop")
+    parser.add_argument("--plot", metavar="FILE", help="draw the last results and stop")
+    return parser
+
+
+@common.entry_point
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.markdown:
+        print(markdown())
+    elif args.plot:
+        common.write_whole(args.plot, plot())
+    else:
+        for rows in args.rows:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                result = {"date": datetime.date.today().isoformat(), "rows": rows}
+                shop = make_shop(Path(folder) / "shop", rows)
+                for stage, command in commands(shop, Path(folder)).items():
+                    seconds, memory = measure(command)
+                    result[stage] = {"seconds": round(seconds, 2), "bytes": memory}
+                    print(f"{rows:,} products, {STAGES[stage]}: {seconds:.1f} s, {memory / 1e6:,.0f} MB", flush=True)
+                shutil.rmtree(shop.parent)
+            with open(RESULTS, "a") as results:
+                results.write(json.dumps(result) + "\n")
+    return common.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
