@@ -26,7 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def gradients(image) -> tuple[bytes, bytes]:
     import numpy as np
     from PIL import Image
 
-    grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE + 1), Image.BOX), np.int16)
+    grey = np.asarray(image.resize((HASH_SIDE + 1, HASH_SIDE + 1), Image.BOX).convert("L"), np.int16)
     # A step of 3 levels and more: what is flat stays flat when a picture is encoded again.
     across = grey[:-1, 1:] - grey[:-1, :-1] > 2
     down = grey[1:, :-1] - grey[:-1, :-1] > 2
@@ -60,79 +60,112 @@ def gradients(image) -> tuple[bytes, bytes]:
     return np.packbits(np.stack([across, down])).tobytes(), grid.tobytes()
 
 
-def scan_image(job: tuple[int, str]) -> tuple[int, str, bytes, bytes, str]:
-    """(row, sha256 of the file, gradients, colours, reason). JPEGs are decoded at a fraction of their size."""
-    number, path = job
+def scan_image(job: tuple[int, str, PrepConfig]) -> tuple[int, str, bytes, bytes, bytes, str]:
+    """(row, sha256 of the file, gradients, colours, letterboxed JPEG, reason). Each picture is decoded once."""
+    number, path, config = job
     try:
         data = Path(path).read_bytes()
-        bits, grid = gradients(common.load_image(data, 4 * HASH_SIDE))
+        # Above four times the size wanted, decoding at half scale changes nothing that Lanczos would keep.
+        inner = common.fit(common.load_image(data, 4 * config.image_size), config.image_size)
+        out = io.BytesIO()
+        common.on_square(inner, config.image_size).save(out, "JPEG", quality=config.quality)
+        bits, grid = gradients(inner)
     except BadImage as error:
-        return number, "", b"", b"", json.dumps([error.reason, error.detail])
+        return number, "", b"", b"", b"", json.dumps([error.reason, error.detail])
     except OSError as error:
-        return number, "", b"", b"", json.dumps(["unreadable file", error.strerror or str(error)])
-    return number, common.digest(data), bits, grid, ""
+        return number, "", b"", b"", b"", json.dumps(["unreadable file", error.strerror or str(error)])
+    return number, common.digest(data), bits, grid, out.getvalue(), ""
 
 
-def open_work(path: Path) -> sqlite3.Connection:
-    """The scratch database: rows by id, and what is known of each picture file; rows stay on disk, not in memory."""
+def open_work(path: Path, config: PrepConfig) -> sqlite3.Connection:
+    """The scratch database: rows by id, and what was made of each picture file; rows stay on disk, not in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = sqlite3.connect(path)
     work.executescript(
-        """PRAGMA journal_mode = WAL;
+        """PRAGMA page_size = 32768;
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = NORMAL;
+        CREATE TABLE IF NOT EXISTS made_by (settings TEXT);
         CREATE TABLE IF NOT EXISTS pictures (path TEXT, size INT, changed INT, source TEXT, bits BLOB, grid BLOB,
-            reason TEXT, PRIMARY KEY (path, size, changed)) WITHOUT ROWID;
+            reason TEXT, jpg BLOB, PRIMARY KEY (path, size, changed));
         DROP TABLE IF EXISTS items;
         CREATE TABLE items (id TEXT PRIMARY KEY, number INT, path TEXT, size INT, changed INT, fields TEXT,
             type TEXT, grp TEXT, split TEXT, place BLOB);"""
     )
+    settings = json.dumps(picture_settings(config))
+    if work.execute("SELECT settings FROM made_by").fetchone() != (settings,):
+        work.execute("DELETE FROM pictures")
+        work.execute("DELETE FROM made_by")
+        work.execute("INSERT INTO made_by VALUES (?)", (settings,))
+        work.commit()
     return work
 
 
+def picture_settings(config: PrepConfig) -> list:
+    """What a JPEG in the shards depends on beside the picture's file."""
+    return [FORMAT, config.image_size, config.quality, common.versions("pillow")["pillow"]]
+
+
 def scan(
-    work: sqlite3.Connection, rows: common.Catalogue, args: argparse.Namespace, images: Path, rejects: list
+    work: sqlite3.Connection,
+    rows: common.Catalogue,
+    args: argparse.Namespace,
+    images: Path,
+    config: PrepConfig,
+    pool: Any,
+    rejects: list,
 ) -> int:
     """Fill `items` with the usable rows and `pictures` with what their files hold; returns the count of rows read."""
     count = 0
-    wanted: dict[int, tuple] = {}
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+    wanted: dict[int, tuple] = {}  # pictures that are not known yet
+    asked: deque[tuple[dict, Any]] = deque()  # those that the workers are looking at
 
-        def settle() -> None:
-            """Look at the pictures that are not known yet; a thousand rows at a time."""
-            jobs = [(number, path) for number, (path, *_) in wanted.items()]
-            for number, source, bits, grid, reason in pool.imap_unordered(scan_image, jobs, 16):
-                path, size, changed = wanted[number]
-                facts = (path, size, changed, source, bits, grid, reason)
-                work.execute("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)", facts)
-            work.commit()
-            wanted.clear()
+    def ask() -> None:
+        jobs = [(number, path, config) for number, (path, *_) in wanted.items()]
+        asked.append((wanted.copy(), pool.imap_unordered(scan_image, jobs, 8)))
+        wanted.clear()
 
-        for row in common.progress(rows, "scan"):
-            if args.limit is not None and count >= args.limit:
-                break
-            count += 1
-            try:
-                if row.reason:
-                    raise BadImage(row.reason)
-                path = common.resolve_image(images, row.fields["image_path"])
-                stat = path.stat()
-            except BadImage as error:
-                rejects.append(common.reject(row, error.reason, error.detail))
-                continue
-            key = (str(path), stat.st_size, stat.st_mtime_ns)
-            kind = common.clean_metadata(row.fields)["object_type"]
-            facts = (row.id, row.number, *key, json.dumps(row.fields), kind)
-            work.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, '', '', x'')", facts)
-            known = work.execute("SELECT 1 FROM pictures WHERE path = ? AND size = ? AND changed = ?", key).fetchone()
-            if not known:
-                wanted[row.number] = key
-            if len(wanted) >= 1000:
+    def settle() -> None:
+        keys, results = asked.popleft()
+        for number, source, bits, grid, jpg, reason in results:
+            facts = (*keys[number], source, bits, grid, reason, jpg)
+            work.execute("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?)", facts)
+        work.commit()
+
+    for row in common.progress(rows, "scan"):
+        if args.limit is not None and count >= args.limit:
+            break
+        count += 1
+        try:
+            if row.reason:
+                raise BadImage(row.reason)
+            path = common.resolve_image(images, row.fields["image_path"])
+            stat = path.stat()
+        except BadImage as error:
+            rejects.append(common.reject(row, error.reason, error.detail))
+            continue
+        key = (str(path), stat.st_size, stat.st_mtime_ns)
+        kind = common.clean_metadata(row.fields)["object_type"]
+        facts = (row.id, row.number, *key, json.dumps(row.fields), kind)
+        work.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, '', '', x'')", facts)
+        known = work.execute("SELECT 1 FROM pictures WHERE path = ? AND size = ? AND changed = ?", key).fetchone()
+        if not known:
+            wanted[row.number] = key
+        if len(wanted) == 256:  # the workers have two such lists, so that they never wait for this process
+            ask()
+            if len(asked) > 2:
                 settle()
+    ask()
+    while asked:
         settle()
     joined = "SELECT id, number, fields, reason FROM items JOIN pictures USING (path, size, changed) WHERE reason != ''"
     for id, number, fields, reason in work.execute(joined).fetchall():
         row = common.Row(number, id, json.loads(fields), None)
         rejects.append(common.reject(row, *json.loads(reason)))
         work.execute("DELETE FROM items WHERE id = ?", (id,))
+    if args.limit is None:  # what is in the catalogue no longer
+        used = "SELECT 1 FROM items i WHERE (i.path, i.size, i.changed) = (p.path, p.size, p.changed)"
+        work.execute(f"DELETE FROM pictures AS p WHERE reason = '' AND NOT EXISTS ({used})")
     work.commit()
     return count
 
@@ -263,6 +296,7 @@ def split_items(work: sqlite3.Connection, config: PrepConfig, kept: dict[str, st
         for id, group in rows
     )
     work.executemany("UPDATE items SET split = ?, place = ? WHERE id = ?", places)
+    work.execute("CREATE INDEX by_place ON items (split, place)")
     work.commit()
 
 
@@ -289,29 +323,11 @@ def random_split_leaks(work: sqlite3.Connection) -> float:
 # Shards
 
 
-def letterbox(image, size: int):
-    """The whole picture on a white square, scaled by Lanczos."""
-    from PIL import Image
-
-    scale = size / max(image.size)
-    inner = tuple(max(1, round(side * scale)) for side in image.size)
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(image.resize(inner, Image.LANCZOS), ((size - inner[0]) // 2, (size - inner[1]) // 2))
-    return square
-
-
-def encode_sample(fields: dict[str, str], group: str, source: str, path: str, config: PrepConfig) -> tuple[bytes, ...]:
-    """(jpg, json, txt) of one item. Raises BadImage; Fail where the file is no longer the one that was scanned."""
-    data = Path(path).read_bytes()
-    if common.digest(data) != source:
-        raise Fail(f"{path}: changed while it was being read; run the same command again")
-    # Above four times the size wanted, decoding at half scale changes nothing that Lanczos would keep.
-    image = letterbox(common.load_image(data, 4 * config.image_size), config.image_size)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=config.quality)
+def sample_text(fields: dict[str, str], group: str, source: str, seed: int) -> tuple[bytes, bytes]:
+    """(json, txt) of one item."""
     meta = common.clean_metadata(fields)
     filled = common.prompts(meta)
-    prompt = filled[int(common.digest([config.seed, "prompt", fields["id"]])[:8], 16) % len(filled)]
+    prompt = filled[int(common.digest([seed, "prompt", fields["id"]])[:8], 16) % len(filled)]
     used = {"id", "image_path", "clean_title", *common.ATTRIBUTES}
     row = {name: value for name, value in fields.items() if name not in used}
     record = {
@@ -322,7 +338,7 @@ def encode_sample(fields: dict[str, str], group: str, source: str, path: str, co
         "source": source,
         "row": row,
     }
-    return out.getvalue(), common.canonical(record), prompt.encode()
+    return common.canonical(record), prompt.encode()
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -348,8 +364,7 @@ def plan_shards(work: sqlite3.Connection, config: PrepConfig) -> Iterator[Shard]
     """Successive runs of each split's order. Which items share a shard depends on the items alone."""
     # No JPEG of this size at quality 95 is larger than its pixels; so the byte limit holds whatever the pictures.
     size = min(SHARD_SAMPLES, max(1, SHARD_BYTES // (3 * config.image_size**2 + 20_000)))
-    versions = common.versions("pillow")
-    made_by = [FORMAT, config.image_size, config.quality, config.seed, versions["pillow"]]
+    made_by = [*picture_settings(config), config.seed]
     first = 0
     for split in SPLITS:
         rows = work.execute(
@@ -373,30 +388,23 @@ def write_shard(job: tuple[Shard, str, str, PrepConfig]) -> dict[str, Any]:
     shard, database, output, config = job
     work = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     rows = work.execute(
-        "SELECT number, fields, grp, source, path FROM items JOIN pictures USING (path, size, changed)"
-        " WHERE split = ? ORDER BY place LIMIT ? OFFSET ?",
+        "SELECT fields, grp, source, jpg FROM items JOIN pictures USING (path, size, changed)"
+        " WHERE id IN (SELECT id FROM items WHERE split = ? ORDER BY place LIMIT ? OFFSET ?) ORDER BY place",
         (shard.split, shard.count, shard.offset),
     )
-    rejects = []
     remote = common.is_s3(output)
     folder = Path(tempfile.gettempdir() if remote else common.join(output, shard.split))
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{os.getpid()}-{Path(shard.name).name}.tmp"
     try:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for position, (number, fields, group, source, path) in enumerate(rows):
-                fields = json.loads(fields)
-                try:
-                    members = encode_sample(fields, group, source, path, config)
-                except BadImage as error:
-                    row = common.Row(number, fields["id"], fields, None)
-                    rejects.append(common.reject(row, error.reason, error.detail))
-                    continue
+            for position, (fields, group, source, jpg) in enumerate(rows, shard.first):
+                members = (jpg, *sample_text(json.loads(fields), group, source, config.seed))
                 for extension, data in zip(("jpg", "json", "txt"), members, strict=True):
-                    add_member(tar, f"{shard.first + position:09d}.{extension}", data)
+                    add_member(tar, f"{position:09d}.{extension}", data)
         record = {
-            "name": shard.name, "samples": shard.count - len(rejects), "bytes": temporary.stat().st_size,
-            "sha256": common.file_digest(temporary), "plan": shard.plan, "rejects": rejects,
+            "name": shard.name, "samples": shard.count, "bytes": temporary.stat().st_size,
+            "sha256": common.file_digest(temporary), "plan": shard.plan,
         }  # fmt: skip
         if record["bytes"] > SHARD_BYTES:
             raise Fail(f"{shard.name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
@@ -422,7 +430,9 @@ def finished(output: str, shard: Shard, present: dict[str, int]) -> dict[str, An
         return None
 
 
-def write_dataset(shards: list[Shard], mine: list[Shard], database: Path, args, config: PrepConfig) -> list[dict]:
+def write_dataset(
+    shards: list[Shard], mine: list[Shard], database: Path, args, config: PrepConfig, pool: Any
+) -> list[dict]:
     """Write those of `mine` that are not there yet; wait for the other machines' where rank 0; returns all records."""
     output = args.output
     present = dict(common.list_files(output))
@@ -431,10 +441,8 @@ def write_dataset(shards: list[Shard], mine: list[Shard], database: Path, args, 
     if len(records) < len(shards):  # a manifest never describes a folder that is being changed
         common.remove(common.join(output, "manifest.json"))
     jobs = [(shard, str(database), output, config) for shard in todo]
-    with multiprocessing.get_context("spawn").Pool(max(1, min(args.workers, len(jobs)))) as pool:
-        made = pool.imap_unordered(write_shard, jobs)
-        for record in common.progress(made, "write", len(jobs), "shard"):
-            records[record["name"]] = record
+    for record in common.progress(pool.imap_unordered(write_shard, jobs), "write", len(jobs), "shard"):
+        records[record["name"]] = record
     print(f"shards: {len(shards)}, of which {len(mine) - len(todo)} were there already")
     if len(mine) < len(shards) and args.rank == 0 and args.shard_range is None:
         for shard in common.progress(shards, "wait for the other machines", len(shards), "shard"):
@@ -588,22 +596,23 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     )
     kept = read_kept(args.keep_split)
     rejects: list[dict] = []
-    work = open_work(work_file)
-    count = scan(work, rows, args, images, rejects)
-    if not work.execute("SELECT 1 FROM items LIMIT 1").fetchone():
-        raise Fail(f"{args.input[0]}: none of {count} rows is usable ({_reasons(rejects) or 'it has no rows'})")
-    group_items(work, args.group_by)
-    split_items(work, config, kept)
-    shards = list(plan_shards(work, config))
-    low, high = args.shard_range or (0, len(shards))
-    mine = [shard for i, shard in enumerate(shards) if low <= i < high and i % args.world == args.rank]
-    records = write_dataset(shards, mine, work_file, args, config)
+    work = open_work(work_file, config)
+    os.environ.update(common.WORKER_ENVIRONMENT)
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        count = scan(work, rows, args, images, config, pool, rejects)
+        if not work.execute("SELECT 1 FROM items LIMIT 1").fetchone():
+            raise Fail(f"{args.input[0]}: none of {count} rows is usable ({_reasons(rejects) or 'it has no rows'})")
+        group_items(work, args.group_by)
+        split_items(work, config, kept)
+        shards = list(plan_shards(work, config))
+        low, high = args.shard_range or (0, len(shards))
+        mine = [shard for i, shard in enumerate(shards) if low <= i < high and i % args.world == args.rank]
+        records = write_dataset(shards, mine, work_file, args, config, pool)
     if args.rank or args.shard_range:
         print(
             f"{len(mine)} of {len(shards)} shards are this call's part; the manifest is written by one without a range"
         )
         return DONE
-    rejects += [reject for record in records for reject in record["rejects"]]
     code = finish(work, records, rejects, count, args, config, time.monotonic() - start)
     work.close()
     return code

@@ -44,6 +44,7 @@ from common import (
     exclusive,
     from_flags,
     images_folder,
+    letterbox,
     load_image,
     model_place,
     resolve_image,
@@ -71,19 +72,6 @@ HEADERS = {
 
 # --------------------------------------------------------------------------------------------------------------------
 # Pictures
-
-
-def letterbox(image, side: int):
-    """An RGB picture scaled into the middle of a white square."""
-    from PIL import Image
-
-    width, height = image.size
-    scale = side / max(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    canvas = Image.new("RGB", (side, side), "white")
-    resized = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
-    canvas.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
-    return canvas
 
 
 class Pictures:

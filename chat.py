@@ -229,6 +229,7 @@ def build_rows(blocks: Iterable[list], workers: int, *arguments: Any) -> Iterato
     import multiprocessing
 
     # Not fork: a forked child would hold the workspace's lock, and its siblings' pipes, after its parent's death.
+    os.environ.update(common.WORKER_ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
     pipes = []
     for _ in range(workers):

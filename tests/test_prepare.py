@@ -349,7 +349,7 @@ def test_every_bad_picture_ends_right_or_among_the_rejects(tmp_path):
     def shown(i: int) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(found[f"{i:04d}"]["jpg"])), np.float32)
 
-    expected = np.asarray(prepare.letterbox(plain, 64), np.float32)
+    expected = np.asarray(common.letterbox(plain, 64), np.float32)
     for i in (6, 8, 10):
         assert np.abs(shown(i) - expected).mean() < 6, i
     assert shown(7)[:28].min() > 240 and np.abs(shown(7)[36:] - expected[36:]).mean() < 6
@@ -392,7 +392,7 @@ def test_scaling_is_pillows_lanczos(side, least):
     )
     out = io.BytesIO()
     source.save(out, "JPEG", quality=95)
-    ours = np.asarray(prepare.letterbox(common.load_image(out.getvalue(), 4 * 224), 224), np.float64)
+    ours = np.asarray(common.letterbox(common.load_image(out.getvalue(), 4 * 224), 224), np.float64)
     theirs = np.asarray(Image.open(out).resize((224, 224), Image.LANCZOS), np.float64)
     error = ((ours - theirs) ** 2).mean()
     assert error == 0 or 10 * np.log10(255**2 / error) >= least
