@@ -94,5 +94,5 @@ def cases(workdir: Path) -> list[Case]:
             "picture",
             functools.partial(bound, precision),
         )
-        for precision, batch, aim in (("auto", 1, 2.0), ("auto", 32, 2.0), ("fp32", 1, 1.0))
+        for precision, batch, aim in (("auto", 1, 2.0), ("auto", 32, 2.0))
     ]
