@@ -18,6 +18,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -211,6 +212,8 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         name = Path(sys.argv[0]).name
+        if argv is None:
+            _speak_utf8()
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             signal.signal(signal.SIGTERM, interrupt)
         try:
@@ -222,22 +225,44 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
         except BrokenPipeError:  # `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
-        except OSError as error:
-            hints = {
-                errno.ENOSPC: "free some space and run the same command again; nothing finished is lost",
-                errno.EDQUOT: "the quota is used up; free some space and run the same command again",
-                errno.EROFS: "the file system is read-only; choose another place",
-                errno.EACCES: "check the permissions or choose another place",
-                errno.EPERM: "check the permissions or choose another place",
-            }
-            if error.errno not in hints:
+        except Exception as error:
+            message, code = _refusal(error), FAILED
+            if message is None:
                 raise
-            message = f"{error.filename or 'writing'}: {error.strerror}; {hints[error.errno]}"
-            code = FAILED
         print(f"{name}: {message}", file=sys.stderr, flush=True)
         return code
 
     return wrapped
+
+
+def _speak_utf8() -> None:
+    """Start the script anew where the locale is not UTF-8: shops name files, and we print, in every script."""
+    foreign = sys.getfilesystemencoding() != "utf-8" or (sys.stdout and sys.stdout.encoding.lower() != "utf-8")
+    if foreign and os.environ.get("PYTHONUTF8") != "1":
+        os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _refusal(error: Exception) -> str | None:
+    """One line where the file system refused something; None for any other error."""
+    number, text = getattr(error, "errno", None), " ".join(str(error).split())
+    if number is None and re.search(r"No space left|disk is full|requested and \d+ written", text):
+        number = errno.ENOSPC  # safetensors, SQLite and NumPy only say it in words
+    hints = {
+        errno.ENOSPC: "free some space and run the same command again; nothing finished is lost",
+        errno.EDQUOT: "the quota is used up; free some space and run the same command again",
+        errno.EFBIG: "raise the limit (ulimit -f) and run the same command again",
+        errno.EROFS: "the file system is read-only; choose another place",
+        errno.EACCES: "check the permissions or choose another place",
+        errno.EPERM: "check the permissions or choose another place",
+        errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
+        errno.EISDIR: "a folder stands where a file is needed; choose another place",
+    }
+    if number in hints:
+        return f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number)}; {hints[number]}"
+    if type(error).__module__ == "sqlite3" and re.search("readonly|unable to open|disk I/O|malformed|not a da", text):
+        return f"SQLite: {text}; check the disk, its permissions and free space, then run the same command again"
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -246,7 +271,7 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
 
 def progress(items: Iterable, what: str, total: int | None = None, unit: str = "row", every: float = 15.0) -> Iterator:
     """Yield the items, showing a tqdm bar on a terminal, or a plain line every 15 s in a log; a rate at the end."""
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         from tqdm import tqdm
 
         yield from tqdm(items, desc=what, total=total, unit=unit, dynamic_ncols=True)
@@ -1116,12 +1141,22 @@ def load_manifest(shards: str | Path) -> dict[str, Any]:
     path = join(shards, "manifest.json")
     try:
         manifest = json.loads(read_bytes(path))
-        manifest["splits"]["train"]["shards"]
+        for split in [manifest["splits"]["train"], *manifest["splits"].values()]:
+            for shard in split["shards"]:
+                _check_entry(shard)
     except FileNotFoundError:
         raise Fail(f"{path}: no such manifest; run 2_prepare.py first, or check --shards") from None
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Fail(f"{path}: not a manifest of shards ({error}); run 2_prepare.py again") from None
     return manifest
+
+
+def _check_entry(shard: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError for what is no shard of a manifest; name and digest become paths."""
+    names = re.fullmatch(r"\w+/[\w-]+\.tar", shard["name"]), re.fullmatch("[0-9a-f]{64}", shard["sha256"])
+    numbers = (shard["samples"], shard["bytes"])
+    if not all(names) or not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
+        raise ValueError(f"a shard is {str(shard)[:60]}")
 
 
 def shard_names(manifest: dict[str, Any], split: str) -> list[str]:
