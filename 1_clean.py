@@ -54,15 +54,32 @@ class StateManager:
         self.workspace, self.since = processor.meta("workspace"), float(processor.meta("since"))
         used = bool(processor.meta("used"))
         try:
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
-            if not isinstance(self.data.get("batches"), dict) or not isinstance(self.data.get("completed_files"), list):
-                raise ValueError("not a state file")
+            self.data = self.checked(json.loads(self.path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             self.data = self.fresh(processor, doubt=used)
-        except (ValueError, AttributeError):
+        except (ValueError, RecursionError):
             os.replace(self.path, self.path.with_suffix(".torn.json"))
             say(f"{self.path} was unreadable and is set aside; looking through the account's batches instead")
             self.data = self.fresh(processor, doubt=used)
+
+    @staticmethod
+    def checked(data: Any) -> dict[str, Any]:
+        """The state if it is one, every value of the kind that the code relies on; else ValueError."""
+        numbers = ("next_attempt", "failures", "refused_alone")
+        maybe = ("doubt_since", "queue_limit", "started", "refreshed")
+        kinds = {"state": str, "batches": dict, "completed_files": list, "uploads": dict, "intent": dict | None}
+        kinds |= {"stopped": str | None, "refused_alone_file": str | None}
+        kinds |= dict.fromkeys(numbers, int | float) | dict.fromkeys(maybe, int | float | None)
+        if not isinstance(data, dict) or any(not isinstance(data.get(name, ...), kind) for name, kind in kinds.items()):
+            raise ValueError("not a state file")
+        for batch in data["batches"].values():
+            named = isinstance(batch, dict) and isinstance(batch.get("input_file"), str)
+            if not named or not isinstance(batch.get("status"), str):
+                raise ValueError("not a batch")
+        intent = data["intent"]
+        if intent and not (isinstance(intent.get("file"), str) and isinstance(intent.get("at"), int | float)):
+            raise ValueError("not an intent")
+        return data
 
     @staticmethod
     def fresh(processor: DataProcessor, doubt: bool) -> dict[str, Any]:
@@ -292,7 +309,8 @@ class Machine:
             self.done(id, "failed", file_done=False)
             self.stop(f"the account may spend no more ({quota[0]})")
         elif lines:
-            self.processor.refuse_lines(id, name, {e.line: (e.code or "invalid", scrub(e.message)) for e in lines})
+            bad = {e.line: (scrub(e.code or "invalid", 100), scrub(e.message)) for e in lines}
+            self.processor.refuse_lines(id, name, bad)
             self.done(id, "failed")
             say(f"{name}: failed for {len(lines)} bad lines; the others are sent again")
         else:

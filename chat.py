@@ -50,9 +50,14 @@ ANSWER_TOKENS = (60, 200)  # of an answer, low and high, without reasoning
 QUOTA = ("insufficient_quota", "billing_hard_limit_reached")  # codes that mean: the account may spend no more
 
 
+def speakable(text: str) -> str:
+    """Text that UTF-8 can hold: half a surrogate pair, which JSON allows, becomes a question mark."""
+    return text.encode(errors="replace").decode()
+
+
 def scrub(text: Any, limit: int = 300) -> str:
     """A server's words on one short line, without key and image data."""
-    text = " ".join(str(text).split())
+    text = speakable(" ".join(str(text).split()))
     if key := os.environ.get("OPENAI_API_KEY"):
         text = text.replace(key, "***")
     text = re.sub(r"\b(sk-|Bearer )[\w*.-]+", "***", text)
@@ -283,16 +288,16 @@ class Outcome(NamedTuple):
 
 
 def read_usage(body: dict) -> tuple[int, int]:
-    usage = body.get("usage")
-    numbers = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    return tuple(n if isinstance(n, int) else 0 for n in numbers) if numbers else (0, 0)
+    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    numbers = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    return tuple(n if isinstance(n, int) and 0 <= n < 1 << 40 else 0 for n in numbers)
 
 
 def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
     """The five fields made uniform, or (reason, detail)."""
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "broken JSON", content[:100]
     if not isinstance(values, dict):
         return "wrong type", f"a {type(values).__name__}, not an object"
@@ -301,6 +306,7 @@ def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
             return "missing field", name
         if not isinstance(values[name], str):
             return "wrong type", f"{name} is a {type(values[name]).__name__}"
+    values = {name: speakable(values[name]) for name in FIELDS}
     title = " ".join(values["clean_title"].split())
     if not title:
         return "missing field", "clean_title is empty"
@@ -340,12 +346,12 @@ def read_status(status: Any, body: Any) -> Outcome:
         return read_answer(body)
     error = body.get("error") if isinstance(body, dict) else None
     error = error if isinstance(error, dict) else {}
-    code, detail = str(error.get("code") or error.get("type") or ""), scrub(error.get("message") or "")
+    code, detail = scrub(error.get("code") or error.get("type") or "", 100), scrub(error.get("message") or "")
     if code in QUOTA:
         return Outcome("quota", reason=code, detail=detail)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429):
         return Outcome("final", reason=f"request refused: {code or status}", detail=detail)
-    return Outcome("again", reason=f"server error {status}", detail=detail)
+    return Outcome("again", reason=scrub(f"server error {status}", 100), detail=detail)
 
 
 def read_result(line: dict) -> Outcome:
@@ -354,5 +360,5 @@ def read_result(line: dict) -> Outcome:
     if isinstance(response, dict):
         return read_status(response.get("status_code"), response.get("body"))
     error = error if isinstance(error, dict) else {}
-    code = str(error.get("code") or "no result")
+    code = scrub(error.get("code") or "no result", 100)
     return Outcome("quota" if code in QUOTA else "again", reason=code, detail=scrub(error.get("message") or ""))

@@ -34,6 +34,7 @@ from chat import (
     build_rows,
     queue_tokens,
     read_result,
+    speakable,
     with_more_room,
 )
 from common import CleaningConfig, Fail
@@ -109,6 +110,8 @@ class DataProcessor:
             self.db.executescript(
                 "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-512;" + TABLES
             )
+        except sqlite3.OperationalError:  # a full disk, a forbidden folder
+            raise
         except sqlite3.DatabaseError as error:
             raise Fail(
                 f"{self.path}: {error}; move it away and run again: results are read back from {self.raw}"
@@ -144,9 +147,10 @@ class DataProcessor:
             for path in sorted(self.raw.glob("*.jsonl")):
                 for line in read_lines(path):
                     outcome = read_result(line)
-                    if outcome.kind == "ok" and isinstance(line.get("custom_id"), str):
-                        self.db.execute("INSERT OR IGNORE INTO items (digest) VALUES (?)", (line["custom_id"],))
-                        self.store(line["custom_id"], outcome, "read back")
+                    if outcome.kind == "ok":
+                        key = speakable(str(line.get("custom_id")))
+                        self.db.execute("INSERT OR IGNORE INTO items (digest) VALUES (?)", (key,))
+                        self.store(key, outcome, "read back")
 
     # -- planning
     def signature(self) -> str:
@@ -397,9 +401,9 @@ class DataProcessor:
         with self.transaction():
             for path in paths:
                 for line in read_lines(path):
-                    key = line.get("custom_id")
+                    key = speakable(str(line.get("custom_id")))
                     state = self.query("SELECT status FROM items WHERE digest = ? AND file = ?", key, name)
-                    if not isinstance(key, str) or not state or state[0][0] != "queued":
+                    if not state or state[0][0] != "queued":
                         summary["unreadable, unknown or repeated result"] += 1
                         continue
                     outcome = read_result(line)
@@ -536,6 +540,6 @@ def read_lines(path: Path) -> Iterator[dict]:
         for text in handle:
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 line = None
             yield line if isinstance(line, dict) else {}
