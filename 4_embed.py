@@ -120,7 +120,7 @@ def write_master(output: Path, items, encoders: dict[str, Any], bad: list[int], 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+    with contextlib.suppress(OSError, pa.ArrowInvalid):  # not there, or damaged
         there = pq.read_schema(output).metadata or {}
         if all(there.get(k.encode()) == v.encode() for k, v in facts.items()):
             return False

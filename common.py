@@ -363,7 +363,7 @@ def read_json(path: str | Path, what: str = "file") -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Fail(f"{path}: no such {what}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Fail(f"{path}: not a readable {what} ({error}); remove it and run again") from None
 
 

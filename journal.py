@@ -15,6 +15,8 @@ from typing import Any
 import common
 from common import Fail, TrainingConfig
 
+PARTS = {"identity", "micro", "state", "weights", "optimizer", "scaler"}  # of a checkpoint
+
 
 @dataclasses.dataclass
 class State:
@@ -44,14 +46,17 @@ def save_checkpoint(run, state: State, optimizer, scaler, known: dict[str, Any])
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    with common.whole_file(path) as temporary:
-        torch.save(content, temporary)
+    buffer = io.BytesIO()  # torch's own file writer answers a full disk with an internal error
+    torch.save(content, buffer)
+    common.write_whole(path, buffer.getvalue())
     if run.config.checkpoint_url:
         common.put_whole(common.join(run.config.checkpoint_url, "checkpoint.pt"), path)
 
 
 def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | None:
     """The newest whole checkpoint of the output folder and --checkpoint-url; None without one or with --no-resume."""
+    import zipfile
+
     import torch
 
     if not config.resume:
@@ -62,10 +67,18 @@ def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | No
     for place in places:
         if common.exists(place):
             try:
-                with common.open_read(place) as handle:
-                    found.append(torch.load(io.BytesIO(handle.read()), map_location="cpu", weights_only=True))
+                data = io.BytesIO(common.read_bytes(place))
+                if damaged := zipfile.ZipFile(data).testzip():  # torch.load looks at no checksum
+                    raise ValueError(f"{damaged} is damaged")
+                data.seek(0)
+                checkpoint = torch.load(data, map_location="cpu", weights_only=True)
+                if not checkpoint.keys() >= PARTS or State(**checkpoint["state"]).step < 0:
+                    raise ValueError("not made by 3_train.py")
+                found.append(checkpoint)
+            except Fail:
+                raise
             except Exception as error:  # torch raises many kinds for a damaged file
-                reason = str(error).splitlines()[0][:100]
+                reason = " ".join(str(error).split())[:100]
                 raise Fail(f"{place}: not a readable checkpoint ({reason}); remove it, or use --no-resume") from None
     return max(found, key=lambda checkpoint: checkpoint["state"]["step"], default=None)
 

@@ -12,6 +12,7 @@ import collections
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -339,9 +340,19 @@ def keep(data: Data, tower: str, folder: Path, encode: Callable, size: int, vari
         data.texts = KeptTexts(arrays["features"], arrays["table"], arrays["groups"])
 
 
+def _new_array(path: Path, shape: tuple[int, ...]):
+    """A float32 array in a file. Its room on the disk is taken first: to meet a full disk in a mapping is to die."""
+    import numpy as np
+
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def _keep_images(data: Data, folder: Path, encode: Callable, size: int, views: int) -> None:
     """features.npy, float32 [views, N, W]."""
-    import numpy as np
     import torch
 
     kept = None
@@ -353,7 +364,7 @@ def _keep_images(data: Data, folder: Path, encode: Callable, size: int, views: i
                 x = encode(torch.stack([pixels for _, pixels, _ in loaded]))
                 if kept is None:
                     shape = (views, len(data), x.shape[1])
-                    kept = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, shape)
+                    kept = _new_array(folder / "features.npy", shape)
                 kept[view, step.ids] = x.numpy()
     kept.flush()
 
@@ -378,7 +389,7 @@ def _keep_texts(data: Data, folder: Path, encode: Callable, size: int, epochs: i
         some = by_length[start : start + size]
         x = encode(data.clip.tokenizer([captions[row] for row in some]))
         if kept is None:
-            kept = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (len(captions), x.shape[1]))
+            kept = _new_array(folder / "features.npy", (len(captions), x.shape[1]))
         kept[some] = x.numpy()
     kept.flush()
     np.save(folder / "table.npy", table)
