@@ -47,8 +47,10 @@ from common import (
     letterbox,
     load_image,
     model_place,
+    read_json,
     resolve_image,
     top_k,
+    whole_file,
     write_whole,
 )
 
@@ -193,11 +195,14 @@ def read_keys(database: str | Path) -> dict[str, str]:
     names = ("cookie_key", "judge_token", "admin_token")
     keys = {name: secrets.token_urlsafe(24) for name in names}
     if path.is_file():
-        keys |= {name: value for name, value in json.loads(path.read_text()).items() if name in names and value}
+        kept = read_json(path, "file of keys")
+        if not isinstance(kept, dict) or not all(isinstance(kept.get(name, ""), str) for name in names):
+            raise Fail(f"{path}: not a file of keys; remove it, and give judges and admin the new links")
+        keys |= {name: kept[name] for name in names if kept.get(name)}
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(keys, indent=2) + "\n")
+        with whole_file(path) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_text(json.dumps(keys, indent=2) + "\n")
     given = {name: os.environ.get(f"ARENA_{name.upper()}") for name in names[1:]}
     return keys | {name: value for name, value in given.items() if value}
 
