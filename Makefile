@@ -28,7 +28,7 @@ STAGE ?=#                                `make bench STAGE=3` measures one stage
 .SUFFIXES:
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-strip_all = $(foreach name,$(1),$(eval $(name) := $(strip $($(name)))))
+strip_all = $(foreach name,$(1),$(eval override $(name) := $(strip $($(name)))))
 $(call strip_all,DATA CATALOGUE IMAGES SHARDS SCENARIO SAMPLE_COUNT SEED MAX_COST POLL_INTERVAL HOST PORT STAGE)
 export OPENAI_API_KEY OPENAI_BASE_URL
 
@@ -56,6 +56,9 @@ MANIFEST := $(if $(filter s3://%,$(SHARDS)),$(DATA)/shards.uploaded,$(SHARDS)/ma
 RUNS := $(DATA)/runs
 MASTER := $(DATA)/embeddings/master.parquet
 SCENARIOS := zero_shot linear_probe vision_lora text_lora dual_lora
+ifeq ($(filter-out zero_shot,$(filter $(SCENARIO),$(SCENARIOS))),)
+  $(error SCENARIO=$(SCENARIO): choose one that trains: $(filter-out zero_shot,$(SCENARIOS)))
+endif
 
 # A settings file is rewritten only when its text changes, so that a changed variable is a changed prerequisite.
 SETTINGS := $(DATA)/.settings
