@@ -28,9 +28,9 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from arena_log import Log, Refused
+from arena_log import Log, Refused, new_judge
 from arena_results import band, e_value, export, interval, p_value, percent, points, report, results, ticks
 from arena_trials import Draw, Experiment, Items, experiment_key, note
 from common import (
@@ -57,6 +57,7 @@ from common import (
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_LIMIT = 4_096  # bytes of a vote or a name
 UPLOAD_LIMIT = 12_000_000  # bytes of a picture on the search page
+CONNECTIONS = 800  # open at once: a browser keeps up to six, and most systems allow a process 1,024 files
 POLICY = (
     "default-src 'none'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -66,7 +67,7 @@ HEADERS = {
     "Content-Security-Policy": POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "same-origin",  # no-referrer would also hide the Origin that the cross-site check reads
+    "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
@@ -309,19 +310,31 @@ def trusted_hosts(settings: ArenaConfig) -> list[str]:
 
 
 def guard(app) -> None:
-    """What holds for every request: same-origin posts only, the headers, and errors in a person's words."""
-    from flask import jsonify, render_template, request
+    """What holds for every request: posts from the own pages only, the headers, and errors in a person's words."""
+    from flask import jsonify, render_template, request, session
     from werkzeug.exceptions import HTTPException, SecurityError
 
+    def csrf() -> str:
+        """What the forms and the script of this browser's pages send along, and no other site's page can know.
+
+        A browser without a cookie gets one here, with a judge's id that the log does not hold yet.
+        """
+        if "judge" not in session:
+            session["judge"], session.permanent = new_judge(), True
+        return hmac.new(app.secret_key.encode(), f"csrf {session['judge']}".encode(), "sha256").hexdigest()
+
+    app.jinja_env.globals["csrf"] = csrf
+
     @app.before_request
-    def same_origin():
-        """Refuse what another site's page sends: browsers name the origin of every POST."""
+    def own_page():
+        """Refuse posts without the token. The Origin header would not do: no-referrer makes browsers hide it."""
         if request.method in ("GET", "HEAD", "OPTIONS"):
-            return None
-        origin = request.headers.get("Origin", "")
-        if not origin or urlsplit(origin).netloc != request.host:
-            raise Refused(403, "This request did not come from the arena's own page.")
-        return None
+            return
+        if request.endpoint == "search_picture":
+            request.max_content_length = UPLOAD_LIMIT
+        given = request.headers.get("X-CSRF-Token") or request.form.get("csrf", "")
+        if "judge" not in session or not hmac.compare_digest(given.encode(), csrf().encode()):
+            raise Refused(403, "This did not come from the arena's own page. Open that anew, with cookies allowed.")
 
     @app.after_request
     def add_headers(response):
@@ -339,7 +352,7 @@ def guard(app) -> None:
 
     @app.errorhandler(HTTPException)
     def http_error(error):
-        return answer(error.code, error.description)
+        return answer(error.code, {404: "There is no such page."}.get(error.code, error.description))
 
     @app.errorhandler(Refused)
     def refused(error):
@@ -420,8 +433,8 @@ def add_judge_pages(app, arena: Arena) -> None:
         if not (known or arena.setup.local or hmac.compare_digest(token.encode(), arena.keys["judge_token"].encode())):
             raise Refused(403, "That is not the judges' token. Ask for the link with the token in it.")
         name = " ".join(request.form.get("name", "").split())[:60]
-        session["judge"] = arena.log.start(arena.number, known["id"] if known else None, name)
-        session.permanent = True
+        arena.log.start(arena.number, session["judge"], name)
+        session.modified = True  # the cookie's 90 days begin anew
         return redirect("/", 303)
 
     @app.post("/trial")
@@ -511,7 +524,6 @@ def add_search_page(app, arena: Arena) -> None:
     @app.post("/search")
     def search_picture():
         must_see(app, arena)
-        request.max_content_length = UPLOAD_LIMIT
         given = request.files.get("picture")
         try:
             picture = load_image(given.read() if given else b"", arena.settings.picture_size)
@@ -546,7 +558,8 @@ def serve(setup: Setup) -> int:
         try:
             server = waitress.create_server(
                 app, host=settings.host, port=settings.port, threads=settings.threads, ident=None,
-                max_request_body_size=UPLOAD_LIMIT + 65_536, channel_timeout=60,
+                max_request_body_size=UPLOAD_LIMIT + 65_536, channel_timeout=60, connection_limit=CONNECTIONS,
+                asyncore_use_poll=True,
             )  # fmt: skip
         except OSError as error:
             raise Fail(f"{settings.host}:{settings.port}: {error.strerror}; choose another --host or --port") from None

@@ -100,6 +100,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+def new_judge() -> str:
+    """A judge's id: 128 random bits."""
+    return secrets.token_hex(16)
+
+
 class Log:
     """The log of one database file. Threads share it; each has its own connection."""
 
@@ -163,11 +168,10 @@ class Log:
         return self.connection.execute("SELECT * FROM judges WHERE id = ?", (judge,)).fetchone() if judge else None
 
     def start(self, experiment: int, judge: str | None, name: str = "") -> str:
-        """Open a session, for a new judge where none is given; returns the judge's id."""
+        """Open a session, for a new judge where none is given; returns the judge's id. The first name stays."""
+        judge = judge or new_judge()
         with self.writing() as db:
-            if judge is None:
-                judge = secrets.token_hex(16)
-                db.execute("INSERT INTO judges (id, name, time) VALUES (?, ?, ?)", (judge, name, now()))
+            db.execute("INSERT OR IGNORE INTO judges (id, name, time) VALUES (?, ?, ?)", (judge, name, now()))
             if not self.session(experiment, judge):
                 values = (experiment, judge, now())
                 db.execute("INSERT INTO sessions (experiment, judge, time) VALUES (?, ?, ?)", values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -94,20 +95,25 @@ def setup(master: Path | list[Path], images: Path, database: Path, **settings):
     return arena.Setup(tuple(map(str, masters)), str(images), str(database), made, KEYS)
 
 
+def csrf_of(page: str) -> str:
+    """The token that a page's forms send along."""
+    return re.search(r'name="csrf" value="([0-9a-f]{64})"', page)[1]
+
+
 class Judge:
-    """A person with a browser: keeps the cookie, sends the origin, as the page's script does."""
+    """A person with a browser: keeps the cookie, sends the CSRF token, as the page's script does."""
 
     def __init__(self, app, name: str = "", host: str = "127.0.0.1:8000"):
         self.client = app.test_client()
         self.host = host
-        self.origin = {"Origin": f"http://{host}", "Host": host}
-        response = self.client.post("/start", data={"name": name, "token": KEYS["judge_token"]}, headers=self.origin)
+        self.headers = {"Host": host, "X-CSRF-Token": csrf_of(self.get("/").text)}
+        response = self.client.post("/start", data={"name": name, "token": KEYS["judge_token"]}, headers=self.headers)
         assert response.status_code == 303, response.text
         with self.client.session_transaction(base_url=f"http://{host}") as session:
             self.id = session["judge"]
 
     def post(self, path: str, **body):
-        return self.client.post(path, json=body, headers=self.origin)
+        return self.client.post(path, json=body, headers=self.headers)
 
     def get(self, path: str):
         return self.client.get(path, headers={"Host": self.host})

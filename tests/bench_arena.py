@@ -83,13 +83,14 @@ class Person:
     def __init__(self, home: str, seed: int):
         self.host = urllib.parse.urlsplit(home).netloc
         self.connection = http.client.HTTPConnection(self.host, timeout=30)
-        self.chance, self.cookie = random.Random(seed), ""
+        self.chance, self.cookie, self.csrf = random.Random(seed), "", ""
         self.seconds: dict[str, list[float]] = {"page": [], "trial": [], "vote": []}
-        headers = self.ask("POST", "/start", b"name=x", "application/x-www-form-urlencoded")[1]
-        self.cookie = headers["Set-Cookie"].split(";")[0]
+        page, headers = self.ask("GET", "/")
+        self.cookie, self.csrf = headers["Set-Cookie"].split(";")[0], world.csrf_of(page.decode())
+        self.ask("POST", "/start", b"name=x", "application/x-www-form-urlencoded")
 
     def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json", what: str = ""):
-        headers = {"Origin": f"http://{self.host}", "Content-Type": kind, "Cookie": self.cookie}
+        headers = {"X-CSRF-Token": self.csrf, "Content-Type": kind, "Cookie": self.cookie}
         started = time.perf_counter()
         self.connection.request(method, path, body, headers)
         response = self.connection.getresponse()

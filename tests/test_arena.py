@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import http.client
 import importlib
 import io
@@ -31,7 +32,7 @@ import arena_results
 import arena_trials
 import arena_world as world
 import common
-from arena_world import KEYS, KINDS, Judge, make_world, shown, write_master
+from arena_world import KEYS, KINDS, Judge, csrf_of, make_world, shown, write_master
 from stats import binomial_test
 
 arena = importlib.import_module("5_arena")
@@ -173,14 +174,14 @@ def test_undo_ends_with_the_session_and_quitting_thanks_with_the_own_count(app):
     token = judge.trial()["trial"]
     judge.vote("A"), judge.vote("T"), judge.vote("N")
     waiting = judge.trial()["trial"]
-    response = judge.client.post("/quit", headers=judge.origin)
+    response = judge.client.post("/quit", headers=judge.headers)
     assert response.status_code == 303 and response.location == "/thanks"
     page = judge.get("/thanks").text
     assert re.search(r'id="own-count">3<', page) and "Thank you" in page
     assert judge.post("/trial", after=None).status_code == 403
     assert judge.post("/vote", trial=waiting, choice="A").status_code == 403
     assert "Welcome back" in judge.get("/").text
-    judge.client.post("/start", headers=judge.origin)
+    judge.client.post("/start", headers=judge.headers)
     assert judge.trial()["undo"] is None and judge.trial()["trial"] == waiting
     assert judge.post("/undo", trial=token).status_code == 409
 
@@ -444,18 +445,18 @@ def test_nothing_sent_names_a_model_an_item_or_a_side(app, place):
 
 def test_the_cookie_holds_the_judge_and_nothing_else(app):
     client = app.test_client()
-    response = client.post("/start", data={"name": "Eve"}, headers={"Origin": "http://localhost"})
+    headers = {"X-CSRF-Token": csrf_of(client.get("/").text)}
+    response = client.post("/start", data={"name": "Eve"}, headers=headers)
     cookie = response.headers["Set-Cookie"]
     assert cookie.startswith("judge=") and "HttpOnly" in cookie and "SameSite=Lax" in cookie
     value = cookie.split(";")[0].removeprefix("judge=").split(".")[0]
     decoded = json.loads(base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)))
     assert set(decoded) == {"judge", "_permanent"} and re.fullmatch("[0-9a-f]{32}", decoded["judge"])
-    client.get("/")
-    assert client.post("/trial", json={"after": None}, headers={"Origin": "http://localhost"}).status_code == 200
+    assert client.post("/trial", json={"after": None}, headers=headers).status_code == 200
     forged = cookie.split(";")[0].replace(value, base64.urlsafe_b64encode(b'{"judge":"x"}').decode().rstrip("="))
-    stranger = app.test_client()
-    headers = {"Origin": "http://localhost", "Cookie": forged}
-    assert stranger.post("/trial", json={"after": None}, headers=headers).status_code == 403
+    stranger = app.test_client(use_cookies=False)
+    assert stranger.post("/trial", json={"after": None}, headers=headers | {"Cookie": forged}).status_code == 403
+    assert '"/start"' in stranger.get("/", headers={"Cookie": forged}).text  # nobody is known by it
 
 
 def exchanged(place, token: str) -> str:
@@ -607,12 +608,17 @@ def test_missing_pictures_look_the_same_everywhere_and_are_named_in_the_log(tmp_
 
 
 def test_cross_site_posts_are_refused(app):
-    judge = Judge(app)
+    """Another site's page can make the browser send its cookie, at the worst, but never knows the token."""
+    judge, other = Judge(app), Judge(app)
     token = judge.trial()["trial"]
-    for origin in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {}, {"Origin": "http://127.0.0.1:9999"}):
+    for csrf in (None, "", "é", "0" * 64, other.headers["X-CSRF-Token"], judge.headers["X-CSRF-Token"][:-1]):
+        headers = {"Host": judge.host} | ({"X-CSRF-Token": csrf} if csrf is not None else {})
+        form = {"trial": token, "choice": "A"} | ({"csrf": csrf} if csrf else {})
         for path in ("/vote", "/trial", "/undo", "/start", "/quit"):
-            headers = {"Host": judge.host} | origin
-            assert judge.client.post(path, json={"trial": token, "choice": "A"}, headers=headers).status_code == 403
+            assert judge.client.post(path, json=form, headers=headers).status_code == 403
+            assert judge.client.post(path, data=form, headers={"Host": judge.host}).status_code == 403
+    nobody = app.test_client(use_cookies=False)  # a browser that keeps no cookie across sites
+    assert nobody.post("/quit", headers=judge.headers).status_code == 403
     assert judge.trial()["votes"] == 0 and judge.trial()["trial"] == token
     assert judge.get("/").headers.get("Access-Control-Allow-Origin") is None
 
@@ -640,8 +646,9 @@ def test_forged_old_and_other_judges_tokens_are_refused(app):
     one.vote("A", mine)
     assert one.get(f"/picture/{mine}/0").status_code == 404  # judged: there is nothing more to see
     nobody = app.test_client()
+    headers = {"X-CSRF-Token": csrf_of(nobody.get("/").text)}
     for path in ("/trial", "/vote", "/undo"):
-        answer = nobody.post(path, json={"trial": mine, "choice": "A"}, headers={"Origin": "http://localhost"})
+        answer = nobody.post(path, json={"trial": mine, "choice": "A"}, headers=headers)
         assert answer.status_code == 403
     assert nobody.get(f"/picture/{mine}/0").status_code == 403
 
@@ -651,18 +658,18 @@ def test_wrong_bodies_methods_and_sizes_are_refused(app, place):
     token = judge.trial()["trial"]
     choices = ("X", "a", None, ["A"], 5, "")
     for body in (*({"trial": token, "choice": c} for c in choices), {"trial": 5, "choice": "A"}, {}, [], "A", None, 7):
-        status = judge.client.post("/vote", json=body, headers=judge.origin).status_code
+        status = judge.client.post("/vote", json=body, headers=judge.headers).status_code
         assert status in (400, 404, 415), (body, status)
     assert (
-        judge.client.post("/vote", data="{", content_type="application/json", headers=judge.origin).status_code == 400
+        judge.client.post("/vote", data="{", content_type="application/json", headers=judge.headers).status_code == 400
     )
-    assert judge.client.post("/vote", data={"trial": token, "choice": "A"}, headers=judge.origin).status_code == 415
+    assert judge.client.post("/vote", data={"trial": token, "choice": "A"}, headers=judge.headers).status_code == 415
     big = {"trial": token, "choice": "A", "more": "x" * 10_000}
-    assert judge.client.post("/vote", json=big, headers=judge.origin).status_code == 413
-    assert judge.client.post("/start", data={"name": "x" * 10_000}, headers=judge.origin).status_code == 413
+    assert judge.client.post("/vote", json=big, headers=judge.headers).status_code == 413
+    assert judge.client.post("/start", data={"name": "x" * 10_000}, headers=judge.headers).status_code == 413
     for path, methods in (("/vote", "GET PUT DELETE PATCH"), ("/trial", "GET"), ("/quit", "GET"), ("/", "POST")):
         for method in methods.split():
-            assert judge.client.open(path, method=method, headers=judge.origin).status_code == 405
+            assert judge.client.open(path, method=method, headers=judge.headers).status_code == 405
     for path in ("../5_arena.py", "%2e%2e/base.html", "..%2f..%2f.env", "/etc/passwd", "..\\base.html"):
         assert judge.get(f"/static/{path}").status_code == 404
     assert not place.log.votes(place.number)
@@ -674,6 +681,7 @@ def test_every_page_has_the_headers(app):
     for path in ("/", "/thanks", "/nothing", f"/picture/{token}/0", "/static/arena.css", "/results"):
         headers = judge.get(path).headers
         assert headers["Cache-Control"] == "no-store" and headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer" and headers["X-Frame-Options"] == "DENY"
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
     for page in (ROOT / "templates").glob("*.html"):
@@ -702,7 +710,7 @@ def test_script_in_names_and_titles_stays_text(tmp_path):
     admin = app.test_client()
     assert admin.get(f"/results?token={KEYS['admin_token']}").status_code == 303
     pages = [admin.get("/results").text, judge.get("/").text, judge.get("/thanks").text]
-    judge.client.post("/quit", headers=judge.origin)
+    judge.client.post("/quit", headers=judge.headers)
     pages.append(judge.get("/").text)
     for page in pages:
         assert "<script>alert" not in page and "onerror=y>" not in page and "<img src=x" not in page
@@ -746,7 +754,7 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     for path in ("/results", "/search", "/item/3"):
         assert judge.get(path).status_code == 403  # in the middle of voting
     assert "/results" not in judge.get("/thanks").text
-    judge.client.post("/quit", headers=judge.origin)
+    judge.client.post("/quit", headers=judge.headers)
     assert 'href="/results"' in judge.get("/thanks").text
     assert (
         judge.get("/results").status_code == judge.get("/search").status_code == judge.get("/item/3").status_code == 200
@@ -762,9 +770,11 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
 
 def test_another_host_asks_for_the_judges_token(catalogue, tmp_path, monkeypatch):
     app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", host="10.1.2.3", trusted_host="shop.example"))
-    headers = {"Origin": "http://10.1.2.3", "Host": "10.1.2.3"}
     for token in ("", "wrong", KEYS["admin_token"], "é"):
-        assert app.test_client().post("/start", data={"token": token}, headers=headers).status_code == 403
+        client = app.test_client()
+        headers = {"Host": "10.1.2.3", "X-CSRF-Token": csrf_of(client.get("/", headers={"Host": "10.1.2.3"}).text)}
+        refused = client.post("/start", data={"token": token}, headers=headers)
+        assert refused.status_code == 403 and "judges' token" in html.unescape(refused.text)
     page = app.test_client().get(f"/?token={KEYS['judge_token']}", headers={"Host": "shop.example"}).text
     assert f'value="{KEYS["judge_token"]}"' in page
     Judge(app, host="shop.example").vote("A")
@@ -806,14 +816,17 @@ def test_the_search_page_answers_with_both_models(tmp_path):
     assert len(hits) == 16 and int(hits[0]) == best and "dual_lora" in page
     assert client.get(f"/item/{best}").data == app.extensions["arena"].pictures.jpeg(best)
     upload = {"picture": ((images / "p/7.jpg").open("rb"), "x.jpg")}
-    page = client.post("/search", data=upload, headers={"Origin": "http://localhost"}).text
+    assert client.post("/search", data=upload).status_code == 403
+    csrf = {"csrf": csrf_of(page)}  # as the page's form sends it, before the picture
+    upload = csrf | {"picture": ((images / "p/7.jpg").open("rb"), "x.jpg")}
+    page = client.post("/search", data=upload).text
     hits = re.findall(r'src="/item/(\d+)"', page)
     assert hits[0] == hits[8] == "7" and "data:image/jpeg;base64," in page
     for body in (b"", b"no picture", b"\xff\xd8\xff broken"):
-        upload = {"picture": (io.BytesIO(body), "x.jpg")}
-        assert client.post("/search", data=upload, headers={"Origin": "http://localhost"}).status_code == 400
-    upload = {"picture": (io.BytesIO(b"x" * (arena.UPLOAD_LIMIT + 1)), "x.jpg")}
-    assert client.post("/search", data=upload, headers={"Origin": "http://localhost"}).status_code == 413
+        upload = csrf | {"picture": (io.BytesIO(body), "x.jpg")}
+        assert client.post("/search", data=upload).status_code == 400
+    upload = csrf | {"picture": (io.BytesIO(b"x" * (arena.UPLOAD_LIMIT + 1)), "x.jpg")}
+    assert client.post("/search", data=upload).status_code == 413
     changed = write_master(tmp_path / "n.parquet", vectors, facts=facts | {"base_fingerprint": "0" * 64})
     app = arena.create_app(world.setup(changed, images, tmp_path / "b.sqlite", reveal=True))
     response = app.test_client().get("/search?q=chair")
@@ -923,7 +936,7 @@ def test_a_hundred_parallel_posts_of_one_vote_make_one_row(app, place):
     def post(_):
         client = app.test_client()
         client.set_cookie("judge", cookie, domain="127.0.0.1")
-        return client.post("/vote", json={"trial": token, "choice": "A"}, headers=judge.origin)
+        return client.post("/vote", json={"trial": token, "choice": "A"}, headers=judge.headers)
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(post, range(100)))
@@ -998,47 +1011,41 @@ def serve(master: Path, images: Path, database: Path, *flags: str) -> tuple[subp
 
 
 class Caller:
-    """A judge over real HTTP."""
+    """A judge over real HTTP; `headers` make another caller the same judge."""
 
-    def __init__(self, home: str, cookie: str = ""):
-        self.home, self.cookie = home, cookie
-        if not cookie:
-            opener = urllib.request.build_opener(NoRedirect)
-            request = urllib.request.Request(home + "/start", b"name=x", {"Origin": home})
-            try:
-                opener.open(request, timeout=10)
-            except urllib.error.HTTPError as answer:
-                assert answer.code == 303
-                self.cookie = answer.headers["Set-Cookie"].split(";")[0]
+    def __init__(self, home: str, headers: dict | None = None):
+        self.home, self.headers = home, headers or {}
+        if not headers:
+            with urllib.request.urlopen(home + "/", timeout=10) as page:
+                self.headers = {"Cookie": page.headers["Set-Cookie"].split(";")[0]}
+                self.headers["X-CSRF-Token"] = csrf_of(page.read().decode())
+            request = urllib.request.Request(home + "/start", b"name=x", self.headers)
+            with urllib.request.urlopen(request, timeout=10) as page:  # redirected to the voting page
+                assert 'id="trial"' in page.read().decode()
 
     def post(self, path: str, **body) -> dict:
-        headers = {"Origin": self.home, "Content-Type": "application/json", "Cookie": self.cookie}
+        headers = self.headers | {"Content-Type": "application/json"}
         request = urllib.request.Request(self.home + path, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None
 
 
 def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_once(tmp_path):
     master, images = make_world(tmp_path, count=4 * 600, pictures=False)
     database = tmp_path / "a.sqlite"
     acknowledged: dict[str, str] = {}
-    doubtful: dict[str, tuple[str, str]] = {}  # sent, but never answered: token -> (choice, cookie)
+    doubtful: dict[str, tuple[str, dict]] = {}  # sent, but never answered: token -> (choice, the judge's headers)
     chance = random.Random(20)
-    cookies: list[str] = []
+    judges: list[dict] = []
     for round_ in range(21):
         process, home = serve(master, images, database)
-        for token, (choice, cookie) in list(doubtful.items()):  # replay what was in doubt
-            answer = Caller(home, cookie).post("/vote", trial=token, choice=choice)
+        for token, (choice, headers) in list(doubtful.items()):  # replay what was in doubt
+            answer = Caller(home, headers).post("/vote", trial=token, choice=choice)
             assert answer["choice"] == choice
             acknowledged[token] = choice
             del doubtful[token]
-        if not cookies:
-            cookies = [Caller(home).cookie for _ in range(20)]
+        if not judges:
+            judges = [Caller(home).headers for _ in range(20)]
         if round_ == 20:
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
@@ -1046,14 +1053,14 @@ def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_
         goal = len(acknowledged) + chance.randint(1, 25)
         enough = threading.Event()
 
-        def people(cookie: str, home=home, goal=goal, enough=enough, seed=round_) -> None:
-            own, caller = random.Random(f"{cookie} {seed}"), Caller(home, cookie)
+        def people(headers: dict, home=home, goal=goal, enough=enough, seed=round_) -> None:
+            own, caller = random.Random(f"{headers} {seed}"), Caller(home, headers)
             while not enough.is_set():
                 token = None
                 try:
                     token = caller.post("/trial", after=None)["trial"]
                     choice = own.choice("ABTN")
-                    doubtful[token] = (choice, cookie)
+                    doubtful[token] = (choice, headers)
                     caller.post("/vote", trial=token, choice=choice)
                 except (OSError, http.client.HTTPException):  # killed: nothing came, or half an answer
                     return
@@ -1061,7 +1068,7 @@ def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_
                 if len(acknowledged) >= goal:
                     enough.set()
 
-        threads = [threading.Thread(target=people, args=(cookie,)) for cookie in cookies]
+        threads = [threading.Thread(target=people, args=(headers,)) for headers in judges]
         for thread in threads:
             thread.start()
         assert enough.wait(30)
@@ -1090,7 +1097,8 @@ def test_serve_speaks_plainly(catalogue, tmp_path, capsys):
         assert arena.main(["serve", *common_flags, "--database", str(tmp_path / "b.sqlite"), "--port", port]) == 1
         assert "choose another --host or --port" in capsys.readouterr().err
     finally:
-        process.send_signal(signal.SIGINT)
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # inherited, where a shell runs the tests behind it
+        process.send_signal(signal.SIGTERM if ignored else signal.SIGINT)
         assert process.wait(20) == 0
     assert "stopped" in process.stderr.read()
 

@@ -6,6 +6,7 @@ const trialBox = $("trial");
 const LENGTH = Number(trialBox.dataset.length);
 const SIZE = Number(trialBox.dataset.size);
 const NEEDED = Number(trialBox.dataset.needed);
+const CSRF = document.querySelector("[name=csrf]").value;
 const WORDS = { A: "row A", B: "row B", T: "equal", N: "skipped" };
 
 let current = null; // {trial, images, words} now on the page
@@ -63,7 +64,7 @@ async function post(path, body) {
     try {
       const response = await fetch(path, {
         method: "POST",
-        headers: { "Content-Type": "application/json" },
+        headers: { "Content-Type": "application/json", "X-CSRF-Token": CSRF },
         body: JSON.stringify(body),
         signal: AbortSignal.timeout(15000),
       });
