@@ -13,6 +13,7 @@ Writes  --output, a folder or s3://bucket/prefix: {train,validation,test,mini_tr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -21,13 +22,17 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import sqlite3
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +82,26 @@ def scan_image(job: tuple[int, str, PrepConfig]) -> tuple[int, str, bytes, bytes
     return number, common.digest(data), bits, grid, out.getvalue(), ""
 
 
+@contextlib.contextmanager
+def worker_pool(count: int) -> Iterator[Executor]:
+    """Processes that read photos. Fails where one dies, for which a multiprocessing.Pool would wait without end."""
+    os.environ.update(common.WORKER_ENVIRONMENT)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _live_with_parent)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise Fail("a process that read photos died; if memory ran out, lower --workers and run again") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _live_with_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def open_work(path: Path, config: PrepConfig) -> sqlite3.Connection:
     """The scratch database: rows by id, and what was made of each picture file; rows stay on disk, not in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +147,7 @@ def scan(
 
     def ask() -> None:
         jobs = [(number, path, config) for number, (path, *_) in wanted.items()]
-        asked.append((wanted.copy(), pool.imap_unordered(scan_image, jobs, 8)))
+        asked.append((wanted.copy(), pool.map(scan_image, jobs, chunksize=8)))
         wanted.clear()
 
     def settle() -> None:
@@ -441,7 +466,7 @@ def write_dataset(
     if len(records) < len(shards):  # a manifest never describes a folder that is being changed
         common.remove(common.join(output, "manifest.json"))
     jobs = [(shard, str(database), output, config) for shard in todo]
-    for record in common.progress(pool.imap_unordered(write_shard, jobs), "write", len(jobs), "shard"):
+    for record in common.progress(pool.map(write_shard, jobs), "write", len(jobs), "shard"):
         records[record["name"]] = record
     print(f"shards: {len(shards)}, of which {len(mine) - len(todo)} were there already")
     if len(mine) < len(shards) and args.rank == 0 and args.shard_range is None:
@@ -597,8 +622,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     kept = read_kept(args.keep_split)
     rejects: list[dict] = []
     work = open_work(work_file, config)
-    os.environ.update(common.WORKER_ENVIRONMENT)
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+    with worker_pool(args.workers) as pool:
         count = scan(work, rows, args, images, config, pool, rejects)
         if not work.execute("SELECT 1 FROM items LIMIT 1").fetchone():
             raise Fail(f"{args.input[0]}: none of {count} rows is usable ({_reasons(rejects) or 'it has no rows'})")

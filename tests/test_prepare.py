@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import io
@@ -267,7 +268,7 @@ def test_killed_at_random_it_ends_the_same_and_redoes_no_shard(shop, tmp_path, m
 
 def test_a_change_rebuilds_only_what_it_touches(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_SAMPLES", 10)
-    monkeypatch.setattr(prepare.multiprocessing, "get_context", lambda _: _InProcess())
+    monkeypatch.setattr(prepare, "worker_pool", lambda _: contextlib.nullcontext(_InProcess()))
     rows = make_shop(tmp_path, 50)
     path, output = write_catalogue(tmp_path, rows), tmp_path / "out"
     assert run(path, output) == common.DONE
@@ -292,18 +293,9 @@ def test_a_change_rebuilds_only_what_it_touches(tmp_path, monkeypatch):
 
 
 class _InProcess:
-    """multiprocessing's Pool without processes, so that a patched constant holds."""
+    """An executor without processes, so that a patched constant holds."""
 
-    def Pool(self, *_):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def imap_unordered(self, function, jobs, *_):
+    def map(self, function, jobs, **_):
         return map(function, jobs)
 
 
