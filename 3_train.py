@@ -14,6 +14,7 @@ Writes  --output: adapter/ (PEFT and projections), model/ (merged; open_clip loa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -567,8 +568,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if config.micro_batch_size != "auto" and not (config.micro_batch_size.isdigit() and int(config.micro_batch_size)):
         parser.error(f"--micro-batch-size {config.micro_batch_size}: a number, or auto")
-    with common.exclusive(args.output / ".lock") as mine:
-        if not mine and not int(os.environ.get("RANK", 0)):
+    helping = bool(int(os.environ.get("RANK", 0)))  # the first process holds the lock for all of torchrun's
+    with contextlib.nullcontext(True) if helping else common.exclusive(args.output / ".lock") as mine:
+        if not mine:
             raise Fail(f"{args.output}: another run is writing here; wait for it, or choose another --output")
         try:
             run_scenario(config, args.shards, args.output)
