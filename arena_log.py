@@ -114,6 +114,8 @@ class Log:
             raise Fail(f"{path}: no such database; run `5_arena.py serve` first, or check --database")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._local = threading.local()
+        self._counted: dict[int, tuple[int, int, int]] = {}  # see `decided`
+        self._counting = threading.Lock()
         self._writer = threading.Lock()  # waiting writers queue here fairly; SQLite's own waiting polls
         try:
             with self._writer:
@@ -319,12 +321,23 @@ class Log:
         return dict.fromkeys(CHOICES, 0) | {row["choice"]: row["n"] for row in rows}
 
     def decided(self, experiment: int) -> int:
-        """Votes for either row, by all judges, planned repeats left out: what the question is still short of."""
-        return self.connection.execute(
-            "SELECT COUNT(*) FROM votes v JOIN trials t ON t.id = v.trial WHERE t.experiment = ? "
-            f"AND v.choice IN ('A', 'B') AND t.repeat_of IS NULL AND {STANDING}",
-            (experiment,),
-        ).fetchone()[0]
+        """Votes for either row, by all judges, planned repeats left out: what the question is still short of.
+
+        Asked with every trial, it counts only what has come since: the newest vote and revocation counted are kept.
+        """
+        db = self.connection
+        came, went = (  # CROSS JOIN: SQLite is to begin with the few new rows
+            f"SELECT COUNT(*) FROM {new} CROSS JOIN trials t ON t.id = v.trial WHERE {name}.id > ? AND {name}.id <= ? "
+            "AND t.experiment = ? AND v.choice IN ('A', 'B') AND t.repeat_of IS NULL"
+            for name, new in (("v", "votes v"), ("r", "revocations r CROSS JOIN votes v ON v.id = r.vote"))
+        )
+        with self._counting:
+            vote, revocation, count = self._counted.get(experiment, (0, 0, 0))
+            _, last_vote, last_revocation = self.state()
+            count += db.execute(came, (vote, last_vote or 0, experiment)).fetchone()[0]
+            count -= db.execute(went, (revocation, last_revocation or 0, experiment)).fetchone()[0]
+            self._counted[experiment] = last_vote or 0, last_revocation or 0, count
+        return count
 
     def votes(self, experiment: int) -> list[dict[str, Any]]:
         """Every vote ever cast in an experiment, oldest first; `revoked` is the time it was taken back, or None.
