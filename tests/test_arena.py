@@ -513,7 +513,7 @@ def all_sent(app, showings: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each showing all bytes and headers of trial, pictures and vote, token, sizes, times; and who stood left."""
     place, rows, left = app.extensions["arena"], [], []
     for number in range(showings):
-        if number % 200 == 0:
+        if number % 50 == 0:
             judge = Judge(app)
             cookie = f"judge={judge.client.get_cookie('judge', domain='127.0.0.1').value}"
             environ = EnvironBuilder(headers={"Host": judge.host, "Cookie": cookie}).get_environ()

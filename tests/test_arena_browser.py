@@ -360,7 +360,6 @@ def test_on_a_phone_rows_are_two_by_two_and_voting_opens_when_both_were_seen(bro
 def test_axe_finds_nothing_serious_and_targets_are_large(browser, served, catalogue, tmp_path, width, dark):
     browser.look(width, 800, dark)
     name = f"{'dark' if dark else 'light'}-{width}"
-    browser.driver.get(browser.home + "/")
 
     def check(page: str) -> None:
         browser.keep(f"{name}-{page}")
@@ -374,6 +373,10 @@ def test_axe_finds_nothing_serious_and_targets_are_large(browser, served, catalo
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), page
         assert browser.run("return document.querySelectorAll('h1').length"), page
 
+    browser.driver.get(f"{browser.home}/results?token={KEYS['admin_token']}")
+    browser.until("document.querySelector('h1')?.textContent === 'No votes yet'")
+    check("results-empty")
+    browser.driver.get(browser.home + "/")
     check("start")
     browser.start("Ada")
     check("vote")
@@ -428,6 +431,7 @@ def test_text_queries_show_words_that_stay_words(browser, tmp_path):
     assert browser.run("return document.images.length") == 8
     browser.ready()
     browser.keep("desktop-words")
+    assert not browser.axe()
     browser.key("b")
     browser.until("document.getElementById('count').textContent.startsWith('1 ')")
 
