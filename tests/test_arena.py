@@ -1095,6 +1095,19 @@ def test_serve_speaks_plainly(catalogue, tmp_path, capsys):
     assert "stopped" in process.stderr.read()
 
 
+def test_twenty_browsers_may_keep_six_connections_each(catalogue, tmp_path):
+    process, home = serve(*catalogue, tmp_path / "a.sqlite")
+    kept = [http.client.HTTPConnection(home.removeprefix("http://"), timeout=10) for _ in range(130)]
+    try:
+        for connection in kept:  # all stay open, as browsers leave them
+            connection.request("GET", "/static/icon.svg")
+            assert connection.getresponse().read().startswith(b"<svg")
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert {connection.sock is not None for connection in kept} == {True}
+
+
 def test_bad_use_gets_one_line(tmp_path, catalogue, capsys):
     master, images = catalogue
     vectors = world.random_vectors(24)

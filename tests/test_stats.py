@@ -686,6 +686,23 @@ def test_queries_close_by_schedule_and_never_by_outcome():
     assert (closed, waiting) == ([(-1.0, 1)], 49)  # a query on which all abstained waits for somebody who votes
 
 
+def test_null_logs_that_go_through_the_schedule():
+    """2,000 logs as people make them: five judges a query who agree, come late, abstain or never come."""
+    rng = np.random.default_rng(28)
+    alarms, forced = 0, 0
+    for _ in range(2000):
+        begun = np.repeat(np.arange(40.0), 5) + rng.exponential(8, size=200)  # of some a judge is still to come
+        chance = np.repeat(rng.choice([0.1, 0.9], size=40), 5)
+        chosen = np.where(rng.random(200) < 0.05, "N", np.where(rng.random(200) < chance, "A", "B"))
+        order = [n for n in np.argsort(begun) if rng.random() < 0.9]
+        log = [_vote(n, chosen[n], query=f"q{n // 5}", judges=5) for n in order]
+        closed, _ = stats.closed_scores(log)
+        forced += len(closed) > sum(count == 5 for count in Counter(vote["query"] for vote in log).values())
+        log_e = stats.query_log_e([score for score, _ in closed])
+        alarms += bool((log_e >= math.log(20)).any())  # E changes only where a query closes
+    assert alarms / 2000 <= 0.05 and forced > 1000  # and many were closed by patience, without all their judges
+
+
 def test_series_for_the_plots():
     log = [*_log(300, 200, 100), _vote(1000, "N")]
     series = _pair(log)["series"]
