@@ -88,7 +88,9 @@ class TrainingConfig:
         ("zero_shot", "linear_probe", "dual_lora", "vision_lora", "text_lora"),
     )
     model: str = setting("ViT-B-32", "open_clip name, or local-dir:FOLDER")
-    pretrained: str | None = setting(None, "open_clip tag (openai), weights file, or local-dir:FOLDER")
+    pretrained: str | None = setting(
+        None, "open_clip tag (openai), local-dir:FOLDER, or weights file (OpenAI's own: --model ViT-B-32-quickgelu)"
+    )
     epochs: int = setting(5, "passes over the train split")
     effective_batch_size: int | None = setting(
         None, "pairs contrasted with each other in one step (unset: an eighth of the train split, 32 to 1024)"
@@ -246,8 +248,10 @@ def _speak_utf8() -> None:
 def _refusal(error: Exception) -> str | None:
     """One line where the file system refused something; None for any other error."""
     number, text = getattr(error, "errno", None), " ".join(str(error).split())
-    if number is None and re.search(r"No space left|disk is full|requested and \d+ written", text):
-        number = errno.ENOSPC  # safetensors, SQLite and NumPy only say it in words
+    if told := re.search(r"\(os error (\d+)\)", text):  # as safetensors says it
+        number = int(told[1])
+    elif number is None and re.search(r"disk is full|requested and \d+ written", text):  # as SQLite and NumPy do
+        number = errno.ENOSPC
     hints = {
         errno.ENOSPC: "free some space and run the same command again; nothing finished is lost",
         errno.EDQUOT: "the quota is used up; free some space and run the same command again",
@@ -674,23 +678,22 @@ def _complete_upload(path: str, upload: str, parts: list[dict], size: int) -> No
             raise
 
 
-def abort_uploads(prefix: str, names: set[str] | None = None) -> int:
-    """End unfinished multipart uploads that killed processes left: of the key `prefix`, or of `names` below it.
+def abort_uploads(path: str) -> int:
+    """End unfinished multipart uploads that killed processes left: to this key or, where it ends in "/", below it.
 
     Returns how many. Nobody sees such parts, but they are paid for. A policy that forbids listing them is no failure.
     """
 
     def act(client, bucket: str, key: str) -> int:
         pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key)
-        wanted = {key} if names is None else {f"{key.rstrip('/')}/{name}".lstrip("/") for name in names}
         found = [upload for page in pages for upload in _told(page, "Bucket").get("Uploads", [])]
-        stale = [upload for upload in found if upload["Key"] in wanted]
+        stale = [upload for upload in found if upload["Key"] == key or key.endswith("/")]
         for upload in stale:
             client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(stale)
 
     try:
-        return _s3(str(prefix), act)
+        return _s3(path, act)
     except Fail as error:
         if "S3 answers" in str(error):
             return 0
