@@ -22,6 +22,7 @@ import random
 import re
 import sqlite3
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -37,7 +38,8 @@ from common import CleaningConfig, Fail
 ENDED = ("completed", "failed", "expired", "cancelled")
 MAX_BACKOFF = 600.0
 OVERDUE = 3600.0  # seconds past its expiry after which a batch counts as hanging
-PATIENCE = 5  # polls for which an output may be missing before its lines are asked again
+POLLS, PATIENCE = 5, 3600.0  # polls, and seconds, that a missing batch or output has before its lines are asked again
+MIN_SPLIT = 100  # requests down to which a file is halved for a full queue whose limit nobody states
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -49,9 +51,8 @@ class StateManager:
 
     def __init__(self, workspace: Path, processor: DataProcessor):
         self.path = workspace / "state.json"
-        processor.meta("workspace", processor.meta("workspace") or uuid.uuid4().hex)
-        processor.meta("since", processor.meta("since") or str(time.time() - 86400))
-        self.workspace, self.since = processor.meta("workspace"), float(processor.meta("since"))
+        self.workspace = processor.meta("workspace") or processor.meta("workspace", uuid.uuid4().hex)
+        self.since = float(processor.meta("since") or processor.meta("since", str(time.time() - 86400)))
         used = bool(processor.meta("used"))
         try:
             self.data = self.checked(json.loads(self.path.read_text(encoding="utf-8")))
@@ -65,7 +66,7 @@ class StateManager:
     @staticmethod
     def checked(data: Any) -> dict[str, Any]:
         """The state if it is one, every value of the kind that the code relies on; else ValueError."""
-        numbers = ("next_attempt", "failures", "refused_alone")
+        numbers = ("next_attempt", "failures", "refused_alone", "settled_before")
         maybe = ("doubt_since", "queue_limit", "started", "refreshed")
         kinds = {"state": str, "batches": dict, "completed_files": list, "uploads": dict, "intent": dict | None}
         kinds |= {"stopped": str | None, "refused_alone_file": str | None}
@@ -76,8 +77,7 @@ class StateManager:
             named = isinstance(batch, dict) and isinstance(batch.get("input_file"), str)
             if not named or not isinstance(batch.get("status"), str):
                 raise ValueError("not a batch")
-        intent = data["intent"]
-        if intent and not (isinstance(intent.get("file"), str) and isinstance(intent.get("at"), int | float)):
+        if data["intent"] and not isinstance(data["intent"].get("file"), str):
             raise ValueError("not an intent")
         return data
 
@@ -98,7 +98,8 @@ class StateManager:
             "completed_files": [name for (name,) in processor.query("SELECT name FROM files WHERE done ORDER BY name")],
             "uploads": {}, "intent": None, "doubt_since": time.time() if doubt else None, "queue_limit": None,
             "refused_alone": 0, "refused_alone_file": None,
-            "next_attempt": 0.0, "failures": 0, "stopped": None, "started": None, "refreshed": None,
+            "next_attempt": 0.0, "failures": 0, "stopped": None, "started": None, "settled_before": 0,
+            "refreshed": None,
         }  # fmt: skip
 
     def __getitem__(self, key: str) -> Any:
@@ -154,6 +155,9 @@ class Machine:
                 raise Fail(f"{later}; check OPENAI_BASE_URL and the network, then run again") from None
             self.postpone(later)
             return False
+        except Quota as quota:
+            self.stop(f"the account may spend no more ({quota})")
+            return False
         if self.state["failures"] or self.state["next_attempt"]:
             self.state.set(failures=0, next_attempt=0.0)
         return self.settled()
@@ -172,16 +176,17 @@ class Machine:
 
     # -- doubt: did a create reach the server?
     def clear_doubt(self) -> None:
-        intent, since = self.state["intent"], self.state["doubt_since"]
-        if not intent and not since:
+        """Look for batches whose answer was lost; time counts from the first look, for a create may be slow."""
+        if not self.state["intent"] and not self.state["doubt_since"]:
             return
+        state_lost = not self.state["intent"]
         self.look_through()
-        intent = self.state["intent"]
-        if not intent and not since:
-            return
-        wait = (since or intent["at"]) + self.settings.settle - time.time()
-        if wait > 0:
-            raise Later("a batch may have been created without an answer; giving it time to show up", wait)
+        if self.state["intent"] or state_lost:
+            since = self.state["doubt_since"] or time.time()
+            self.state.set(doubt_since=since)
+            wait = since + self.settings.settle - time.time()
+            if wait > 0:
+                raise Later("a batch may have been created without an answer; giving it time to show up", wait)
         self.state.set(intent=None, doubt_since=None)
 
     def look_through(self) -> None:
@@ -194,7 +199,7 @@ class Machine:
                 continue
             say(f"found {batch.id} for {metadata.get('file')}, whose answer was lost")
             batches[batch.id] = describe(batch, metadata.get("file", ""))
-            if intent and metadata.get("intent") == intent["id"]:
+            if intent and metadata.get("intent") == intent.get("id"):
                 intent = None
         self.state.set(batches=batches, intent=intent)
 
@@ -204,34 +209,38 @@ class Machine:
         try:
             batch = self.client.retrieve(id)
         except Missing:
-            known |= {
-                "missing": known.get("missing", 0) + 1,
-                "missing_since": known.get("missing_since") or time.time(),
-            }
-            self.state.set(refreshed=time.time())
-            if known["missing"] >= 3 and time.time() - known["missing_since"] >= self.settings.settle:
+            if not self.may_come(known, "missing"):
                 self.take_in(id, "vanished", [], Outcome("again", reason="batch vanished"))
             return
-        known |= describe(batch, known["input_file"]) | {"missing": 0, "missing_since": None}
+        known |= describe(batch, known["input_file"]) | {"missing": None}
         self.state.set(refreshed=time.time())
         if batch.status == "failed":
             self.failed(id, batch)
         elif batch.status in ENDED:
             self.collect(id, batch)
-        elif (batch.expires_at or math.inf) + OVERDUE < time.time():
+        elif (batch.expires_at or batch.created_at + 86400) + OVERDUE < time.time():
             self.overdue(id, batch)
 
+    def may_come(self, known: dict, what: str) -> bool:
+        """Note a poll at which a batch or its output was not there; gives whether to wait longer."""
+        polls, since = known.get(what) or (0, time.time())
+        known[what] = (polls + 1, since)
+        self.state.set(refreshed=time.time())
+        return polls + 1 < POLLS or time.time() - since < PATIENCE
+
     def overdue(self, id: str, batch: Any) -> None:
-        """Cancel a batch that hangs past its expiry; give it up when that does not help either."""
+        """Cancel a batch that hangs past its expiry; give it up when that does not help, or is refused."""
         known = self.state["batches"][id]
         if not known.get("cancelled_at"):
             say(f"{id} hangs in {batch.status} past its expiry; cancelling it to get what is done")
-            with contextlib.suppress(Missing):
-                self.client.cancel(id)
             known["cancelled_at"] = time.time()
             self.state.set()
         elif known["cancelled_at"] + OVERDUE < time.time():
             self.take_in(id, "given up", [], Outcome("again", reason="batch hung"))
+            return
+        if batch.status != "cancelling":
+            with contextlib.suppress(Missing, Refused, Later):
+                self.client.cancel(id)
 
     def collect(self, id: str, batch: Any) -> None:
         """Download what the batch made and take it in; wait some polls for outputs that are not there yet."""
@@ -243,16 +252,15 @@ class Machine:
             if file_id and not path.exists():
                 with contextlib.suppress(Missing):
                     self.client.download(file_id, path)
-            if path.exists() and kind == "output" and count_lines(path) < expected:
-                path.unlink()
+            held = 0
             if path.exists():
-                known[f"local_{kind}_path"] = str(path)
+                known[f"local_{kind}_path"], held = str(path), count_lines(path)
                 paths.append(path)
-            elif file_id or (kind == "output" and expected):
-                late.append(kind)
-        if late and known.get("waits", 0) < PATIENCE:
-            known["waits"] = known.get("waits", 0) + 1
-            self.state.set()
+            if (file_id and not path.exists()) or (kind == "output" and held < expected):
+                late.append(path)
+        if late and self.may_come(known, "late"):
+            for path in late:
+                path.unlink(missing_ok=True)
             return
         unanswered = {"expired": "batch_expired", "cancelled": "batch_cancelled"}.get(batch.status, "no result")
         self.take_in(id, batch.status, paths, Outcome("again", reason=unanswered))
@@ -324,20 +332,22 @@ class Machine:
         others = [batch["input_file"] for batch in self.state.live().values() if batch["status"] not in ENDED]
         ahead = self.processor.estimate(others)[1]
         own = self.processor.estimate([name])[1]
-        stated = re.search(r"[Ll]imit:? ([\d,]+)", message)
-        limits = [int(stated[1].replace(",", ""))] if stated else []
-        limit = min([*limits, *([ahead] if ahead else []), self.state["queue_limit"] or math.inf], default=None)
-        limit = None if limit == math.inf else limit
+        found = re.search(r"[Ll]imit:? ([\d,]+)", message)
+        stated = int(found[1].replace(",", "")) if found else None
+        limit = min(filter(None, (stated, ahead, self.state["queue_limit"])), default=None)
         self.state.set(queue_limit=limit)
         say(f"{name}: the queue is full ({message}); at most {limit or own} tokens in flight from now on")
         if others:
             return
-        # Alone and yet refused: too big for the queue, or others of the account fill it. Wait once, then halve it.
+        # Alone and yet refused: too big for the queue, or others of the account fill it. Wait once, then halve it; but
+        # what takes less than half of the limit is not too big: smaller files would be refused as well.
         alone = self.state["refused_alone"] + 1 if self.state["refused_alone_file"] == name else 1
         self.state.set(refused_alone=alone, refused_alone_file=name)
-        if self.processor.requests_of(name) > 1 and (alone > 1 or (limit and own > limit)):
+        requests = self.processor.requests_of(name)
+        too_big = requests > 1 and own > stated / 2 if stated else requests > MIN_SPLIT
+        if too_big and (alone > 1 or (stated and own > stated)):
             self.processor.put_back(name)
-            self.processor.regroup(max(1, min(int((limit or own) * 0.9), own // 2)))
+            self.processor.regroup(max(1, min(int((stated or own) * 0.9), own // 2)))
             return
         raise Later("the queue is full with other work of the account", max(self.settings.poll_interval, 1.0))
 
@@ -346,7 +356,7 @@ class Machine:
         if self.state.live() or self.state["stopped"] or self.processor.unsent(set()):
             return
         unproven = self.settings.pilot > 0 and not self.proven()
-        if count := self.processor.regroup(self.state["queue_limit"], pilot=unproven):
+        if count := self.processor.regroup(pilot=unproven):
             say(f"{count} requests are sent again")
 
     # -- sending
@@ -355,11 +365,7 @@ class Machine:
             name, sha256, *_ = file
             self.preflight()
             self.budget()
-            try:
-                self.send(name, sha256)
-            except Quota as quota:
-                self.state.set(intent=None)
-                self.stop(f"the account may spend no more ({quota})")
+            self.send(name, sha256)
 
     def next_file(self) -> tuple | None:
         """The file to send now, or None: all sent, queue full, or the pilot not back yet."""
@@ -377,7 +383,7 @@ class Machine:
                 if piloting:
                     return None
                 if self.processor.one("SELECT 1 FROM files WHERE pilot"):  # which brought no answer to judge by
-                    if self.processor.regroup(self.state["queue_limit"], pilot=True):
+                    if self.processor.regroup(pilot=True):
                         continue
                     self.stop("the pilot brought no usable answer; --pilot 0 would do without")
                     return None
@@ -423,7 +429,8 @@ class Machine:
             raise Fail(f"--max-cost needs a price for {self.settings.model}; give --price-input and --price-output")
         flying = [batch["input_file"] for batch in self.state.live().values()]
         files = [*flying, *(file[0] for file in self.processor.unsent(self.state.sent()))]
-        spent, (_, _, low, high) = self.processor.spent(), self.processor.estimate(files)
+        to_come = self.processor.estimate(None if self.settings.sync else files)
+        spent, (_, _, low, high) = self.processor.spent(), to_come
         if spent + high > self.settings.max_cost:
             raise Fail(
                 f"${spent:.4f} spent and ${low:.4f} to ${high:.4f} to come may exceed --max-cost"
@@ -436,8 +443,11 @@ class Machine:
         if name not in uploads:
             uploads[name] = self.client.upload(self.processor.requests / name)
             self.processor.meta("used", "1")
-            self.state.set(state="In Progress", started=self.state["started"] or time.time())
-        intent = {"id": uuid.uuid4().hex, "file": name, "at": time.time()}
+            if not self.state["started"]:
+                counts = self.processor.counts()
+                self.state.set(started=time.time(), settled_before=counts["cleaned"] + counts["rejected"])
+            self.state.set(state="In Progress")
+        intent = {"id": uuid.uuid4().hex, "file": name}
         self.state.set(intent=intent)
         metadata = {"workspace": self.state.workspace, "file": name, "sha256": sha256, "intent": intent["id"]}
         try:
@@ -446,7 +456,9 @@ class Machine:
             del uploads[name]
             self.state.set(intent=None)
             raise Later(f"the upload of {name} is gone; uploading it again") from None
-        except Fail:
+        except (Fail, Quota) as error:
+            if isinstance(error, Refused):
+                del uploads[name]  # it may be what was refused
             self.state.set(intent=None)
             raise
         except Later as later:
@@ -463,23 +475,34 @@ class Machine:
 
         if self.state.live():
             raise Fail("batches of this workspace are in flight; collect them with `poll` before using --sync")
-        self.patiently(self.preflight)
+        try:
+            self.patiently(self.preflight)
+        except (Later, Quota) as error:
+            raise Fail(f"{error}; nothing was sent; run again when the server is well") from None
         total, parsed, answered = self.processor.counts()["pending"], 0, 0
-        shown = time.monotonic()
+        shown, storing = time.monotonic(), threading.Lock()
+
+        def answer(item: tuple[str, bytes]) -> Outcome:
+            """Ask, and store before the thread asks anything else: a kill loses only what is in flight."""
+            outcome, text = self.ask(item[1])
+            with storing:
+                raw.write(json.dumps({"custom_id": item[0]} | text).encode() + b"\n")
+                raw.flush()
+                with self.processor.transaction():
+                    self.processor.store(item[0], outcome, "sync")
+            return outcome
+
         with (
-            ThreadPoolExecutor(self.settings.concurrency) as pool,
             open(self.processor.raw / "sync.jsonl", "ab") as raw,
+            ThreadPoolExecutor(self.settings.concurrency) as pool,
         ):
             while block := self.processor.next_lines(4 * self.settings.concurrency):
                 self.budget()
-                for key, (outcome, text) in zip(block, pool.map(self.ask, block.values()), strict=True):
-                    raw.write(json.dumps({"custom_id": key} | text).encode() + b"\n")
-                    raw.flush()
-                    with self.processor.transaction():
-                        self.processor.store(key, outcome, "sync")
-                    if outcome.kind == "quota":
-                        raise Fail(f"the account may spend no more ({outcome.reason}); what was answered is kept")
-                    parsed, answered = parsed + (outcome.kind == "ok"), answered + 1
+                outcomes = list(pool.map(answer, block.items()))
+                if quota := [outcome.reason for outcome in outcomes if outcome.kind == "quota"]:
+                    raise Fail(f"the account may spend no more ({quota[0]}); what was answered is kept")
+                answered += len(outcomes)
+                parsed += sum(outcome.kind == "ok" for outcome in outcomes)
                 if time.monotonic() - shown > 15:
                     shown = time.monotonic()
                     say(f"{parsed} of about {total} rows answered")
@@ -530,7 +553,7 @@ def describe(batch: Any, name: str) -> dict[str, Any]:
 
 def count_lines(path: Path) -> int:
     with open(path, "rb") as handle:
-        return sum(block.count(b"\n") for block in iter(lambda: handle.read(1 << 20), b""))
+        return sum(1 for line in handle if line.strip())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -555,25 +578,27 @@ def show_status(processor: DataProcessor, state: StateManager, settings: Cleanin
         rows.append(
             (batch["input_file"], id, requests, status, seen.get("completed", ""), seen.get("failed", ""), hours)
         )
-    unsent = processor.unsent(state.sent())
-    rows += [(name, "", requests, "waiting", "", "", "") for name, _, requests, *_ in unsent]
+    unsent = [(name, needed) for name, *_ in processor.unsent(state.sent()) if (needed := processor.needed(name))]
+    rows += [(name, "", needed, "waiting", "", "", "") for name, needed in unsent]
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows if len(rows) > 1 else []:
         say("  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
-    _, _, low, high = processor.estimate([f[0] for f in unsent] + [b["input_file"] for b in state.live().values()])
+    _, _, low, high = processor.estimate(None)
     if processor.prices():
         say(f"cost so far ${processor.spent():.4f}, to come ${low:.4f} to ${high:.4f}")
     if state["stopped"]:
         say(f"stopped: {state['stopped']}; `dispatch` or `run` goes on")
-    settled, start = counts["cleaned"] + counts["rejected"], state["started"]
+    start = state["started"]
     if counts["pending"] and start:
+        settled = counts["cleaned"] + counts["rejected"] - state["settled_before"]
         rate = settled / max(time.time() - start, 1)
         rounds = math.ceil(len(unsent) / settings.max_concurrent_batches) + bool(state.live())
         latest = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + rounds * 86400))
-        likely = (
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + counts["pending"] / rate)) if rate else "?"
-        )
-        say(f"expected end {likely} at the rate so far, {latest} at the latest")
+        likely = "unknown until the first rows are in"
+        if rate > 0:
+            end = time.localtime(time.time() + counts["pending"] / rate)
+            likely = time.strftime("%Y-%m-%d %H:%M at the rate so far", end)
+        say(f"expected end {likely}, {latest} at the latest")
 
 
 def loop(machine: Machine, settings: CleaningConfig) -> None:
@@ -581,7 +606,8 @@ def loop(machine: Machine, settings: CleaningConfig) -> None:
     while not machine.step():
         if machine.state["stopped"] and not machine.state.live():
             raise stopped(machine)
-        wait = max(settings.poll_interval, machine.state["next_attempt"] - time.time())
+        again = machine.state["next_attempt"]  # of a call that failed
+        wait = again - time.time() if again else settings.poll_interval
         if settings.poll_interval >= 1:
             say(counts_line(machine.processor.counts()))
         time.sleep(max(0.0, wait) if wait > 0 else 0.01)
@@ -618,7 +644,10 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
             return common.UNFINISHED
         if args.command == "dispatch":
             return common.DONE
-        state.set(state="Completed")
+        if args.command == "poll" and processor.is_written():
+            say(f"{args.output} is written; nothing to do here")
+            return common.DONE
+        state.set(state="Completed", started=None)
         code = processor.finalize(started)
         state.set(state="Finalized" if code == common.DONE else "Failed")
         return code

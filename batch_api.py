@@ -52,10 +52,12 @@ class BatchAPIClient:
         for name in ("openai", "httpx", "httpx2"):  # OPENAI_LOG=debug would write keys and images to the log
             logging.getLogger(name).setLevel(logging.WARNING)
         self.openai, self.settings = openai, settings
-        if not os.environ.get("OPENAI_API_KEY"):
-            if not os.environ.get("OPENAI_BASE_URL"):
-                raise Fail("OPENAI_API_KEY is not set; put it into .env, or OPENAI_BASE_URL for a server of your own")
-            os.environ["OPENAI_API_KEY"] = "none"
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not key and not os.environ.get("OPENAI_BASE_URL"):
+            raise Fail("OPENAI_API_KEY is not set; put it into .env, or OPENAI_BASE_URL for a server of your own")
+        if not re.fullmatch(r"[!-~]*", key):
+            raise Fail("OPENAI_API_KEY holds spaces or characters that no key has; copy it again")
+        os.environ["OPENAI_API_KEY"] = key or "none"
         self.client = openai.OpenAI(max_retries=0, timeout=settings.timeout)
         self.reached = False  # whether the server ever answered
 
@@ -74,7 +76,7 @@ class BatchAPIClient:
             raise Fail(f"{self.url}: the key was refused (401); check OPENAI_API_KEY") from None
         except openai.PermissionDeniedError as error:
             raise Fail(
-                f"{self.url}: access denied (403 {error.code or ''}); check the key's project and rights"
+                f"{self.url}: access denied (403 {scrub(error.code or '')}); check the key's project and rights"
             ) from None
         except openai.NotFoundError as error:
             raise Missing(scrub(error.message)) from None
@@ -90,6 +92,9 @@ class BatchAPIClient:
         except openai.APIConnectionError as error:
             cause = type(error).__name__ if error.__cause__ is None else str(error.__cause__)
             raise Later(f"{self.url}: {scrub(cause)}", None, True, True) from None
+        except (ValueError, AttributeError):  # a page in HTML, or JSON of something else
+            why = f"{self.url}: {what} brought an answer that is not the API's"
+            raise Later(why, None, True, unreachable=not self.reached) from None
         except Exception as error:
             if not type(error).__module__.startswith("http"):  # a download that broke off comes from the layer below
                 raise
@@ -99,7 +104,7 @@ class BatchAPIClient:
         """The model's description; Missing where there is none."""
         name = self.settings.model
         try:
-            return self.call("models", lambda: self.client.models.retrieve(name)).model_dump()
+            return self.call("models", lambda: self.client.models.retrieve(name).model_dump())
         except Missing:  # some servers only have the list
             with contextlib.suppress(Missing):
                 listed = [model.id for model in self.call("models", lambda: self.client.models.list()).data]
@@ -111,20 +116,22 @@ class BatchAPIClient:
     def upload(self, path: Path) -> str:
         def send() -> Any:
             with open(path, "rb") as handle:  # streamed, not read whole
-                return self.client.files.create(file=(path.name, handle, "application/jsonl"), purpose="batch")
+                return self.client.files.create(file=(path.name, handle, "application/jsonl"), purpose="batch").id
 
-        return self.call(f"upload of {path.name}", send).id
+        return self.call(f"upload of {path.name}", send)
 
     def create(self, file_id: str, metadata: dict[str, str]) -> Any:
         def send() -> Any:
-            return self.client.batches.create(
-                input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h", metadata=metadata
+            return whole(
+                self.client.batches.create(
+                    input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h", metadata=metadata
+                )
             )
 
         return self.call("creating a batch", send)
 
     def retrieve(self, batch: str) -> Any:
-        return self.call(f"batch {batch}", lambda: self.client.batches.retrieve(batch))
+        return self.call(f"batch {batch}", lambda: whole(self.client.batches.retrieve(batch)))
 
     def cancel(self, batch: str) -> Any:
         return self.call(f"cancelling {batch}", lambda: self.client.batches.cancel(batch))
@@ -150,17 +157,23 @@ class BatchAPIClient:
 
     def chat(self, body: dict) -> dict:
         """One chat completion (for --sync), as the server sent it."""
+        create = self.client.chat.completions.with_raw_response.create
         try:
-            raw = self.call("a request", lambda: self.client.chat.completions.with_raw_response.create(**body))
+            return self.call("a request", lambda: json.loads(create(**body).text))
         except Missing as error:
             raise Fail(
                 f"{self.url}{ENDPOINT.removeprefix('/v1')}: {error}; check OPENAI_BASE_URL and --model"
             ) from None
-        return json.loads(raw.text)
+
+
+def whole(batch: Any) -> Any:
+    """The batch, if it is one; AttributeError where the server sent something else (the client does not check)."""
+    batch.id, batch.status, batch.created_at, batch.request_counts, batch.metadata  # noqa: B018
+    return batch
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds of a Retry-After header, which may also be a date."""
+    """Seconds of a Retry-After header, which may also be a date; a day at most."""
     import email.utils
 
     text = headers.get("retry-after") or ""
@@ -171,4 +184,4 @@ def retry_after(headers: Any) -> float | None:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         except (TypeError, ValueError):
             return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+    return min(max(0.0, seconds), 86400.0) if math.isfinite(seconds) else None

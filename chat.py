@@ -58,10 +58,10 @@ def speakable(text: str) -> str:
 def scrub(text: Any, limit: int = 300) -> str:
     """A server's words on one short line, without key and image data."""
     text = speakable(" ".join(str(text).split()))
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
         text = text.replace(key, "***")
     text = re.sub(r"\b(sk-|Bearer )[\w*.-]+", "***", text)
-    return re.sub(r"(data:image/\w+;base64,)?[A-Za-z0-9+/=]{80,}", "[data]", text)[:limit]
+    return re.sub(r"(data:image/\w+;base64,)?[A-Za-z0-9+/=]{65,}", "[data]", text)[:limit]
 
 
 # --------------------------------------------------------------------------------------------------------------------

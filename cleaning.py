@@ -54,7 +54,7 @@ CREATE INDEX IF NOT EXISTS rows_by_digest ON rows (digest);
 CREATE TABLE IF NOT EXISTS items (  -- status: queued (in a request file), again, ok, failed
     digest TEXT PRIMARY KEY, status TEXT, attempts INTEGER DEFAULT 0, reason TEXT, detail TEXT,
     clean_title TEXT, style TEXT, material TEXT, color TEXT, object_type TEXT,
-    prompt_tokens INTEGER DEFAULT 0, output_tokens INTEGER DEFAULT 0,
+    prompt_tokens INTEGER DEFAULT 0, output_tokens INTEGER DEFAULT 0, usd REAL DEFAULT 0,
     file TEXT, offset INTEGER, length INTEGER, tokens INTEGER, patches INTEGER) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS items_by_file ON items (file, offset);
 CREATE INDEX IF NOT EXISTS items_by_status ON items (status);
@@ -106,10 +106,8 @@ class DataProcessor:
         self.path = self.workspace / "results.sqlite"
         fresh = not self.path.exists()
         try:
-            self.db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            self.db.executescript(
-                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA cache_size=-512;" + TABLES
-            )
+            self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            self.db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-512;" + TABLES)
         except sqlite3.OperationalError:  # a full disk, a forbidden folder
             raise
         except sqlite3.DatabaseError as error:
@@ -169,7 +167,11 @@ class DataProcessor:
         return catalogue, itertools.islice(catalogue, self.settings.limit)
 
     def planned(self) -> bool:
-        return self.meta("plan") == self.signature()
+        """Whether rows and request files are those of the present input, and the files are there."""
+        again = "SELECT DISTINCT file FROM items WHERE status = 'again' AND file IS NOT NULL"
+        needed = self.query(f"SELECT name FROM files WHERE NOT done UNION {again}")
+        there = all((self.requests / name).exists() for (name,) in needed)
+        return there and self.meta("plan") == self.signature()
 
     def prepare(self, sent: set[str]) -> int:
         """Give every row its digest or reason, and write request files for what was never asked; gives their number.
@@ -180,7 +182,7 @@ class DataProcessor:
         signature = self.signature()
         self.heal(sent)
         with self.transaction():
-            self.meta("plan", "")
+            self.meta("plan", ""), self.meta("written", "")
             self.db.execute("DELETE FROM rows")
 
         def blocks() -> Iterator[list]:
@@ -318,7 +320,8 @@ class DataProcessor:
 
     def refuse_lines(self, batch: str, name: str, bad: dict[int, tuple[str, str]]) -> None:
         """A batch that failed for some of its lines (counted from 1): those are rejected, the others go back."""
-        with open(self.requests / name, "rb") as source:
+        keys = {}
+        with contextlib.suppress(FileNotFoundError), open(self.requests / name, "rb") as source:
             keys = {n: json.loads(line)["custom_id"] for n, line in enumerate(source, 1) if n in bad}
         with self.transaction():
             for number, key in keys.items():
@@ -330,7 +333,7 @@ class DataProcessor:
         text = json.dumps(summary, ensure_ascii=False)
         self.db.execute("INSERT OR REPLACE INTO collected VALUES (?, ?, ?, ?)", (batch, name, status, text))
 
-    def regroup(self, max_tokens: int | None, pilot: bool = False) -> int:
+    def regroup(self, max_tokens: int | None = None, pilot: bool = False) -> int:
         """Copy the lines to be asked again into new request files; gives the number of lines."""
         sql = (
             "SELECT digest, file, offset, length, tokens, patches, reason FROM items WHERE status = 'again'"
@@ -377,8 +380,9 @@ class DataProcessor:
     # -- results
     def store(self, key: str, outcome: Outcome, batch: str) -> None:
         """Write an outcome to its item (inside a transaction)."""
-        tokens = (outcome.prompt_tokens, outcome.output_tokens, key)
-        used = "prompt_tokens = prompt_tokens + ?, output_tokens = output_tokens + ? WHERE digest = ?"
+        used_tokens = (outcome.prompt_tokens, outcome.output_tokens)
+        tokens = (*used_tokens, self.cost(*used_tokens), key)
+        used = "prompt_tokens = prompt_tokens + ?, output_tokens = output_tokens + ?, usd = usd + ? WHERE digest = ?"
         if outcome.kind == "ok":
             columns = ", ".join(f"{name} = ?" for name in FIELDS)
             values = [outcome.fields[name] for name in FIELDS]
@@ -438,15 +442,17 @@ class DataProcessor:
         return (prompt_tokens * prices[0] + output_tokens * prices[1]) / 1e6
 
     def spent(self) -> float:
-        """US dollars for every answer that came back, by its usage."""
-        return self.cost(*self.query("SELECT TOTAL(prompt_tokens), TOTAL(output_tokens) FROM items")[0])
+        """US dollars for every answer that ever came back, by its usage and the price of its model."""
+        return self.one("SELECT TOTAL(usd) FROM items")
 
-    def estimate(self, names: Iterable[str]) -> tuple[int, int, float, float]:
-        """(requests, high tokens, low cost, high cost) of request files."""
-        requests = tokens = patches = 0
-        for name in names:
-            r, t, p = self.query("SELECT requests, tokens, patches FROM files WHERE name = ?", name)[0]
-            requests, tokens, patches = requests + r, tokens + t, patches + p
+    def estimate(self, names: Iterable[str] | None) -> tuple[int, int, float, float]:
+        """(requests, high tokens, low cost, high cost) of request files; None: of all that rows still wait for."""
+        sums = "SELECT {}, COALESCE(SUM(tokens), 0), COALESCE(SUM(patches), 0) FROM"
+        waiting = "items WHERE status IN ('queued', 'again') AND digest IN (SELECT digest FROM rows)"
+        found = [self.query(f"{sums.format('COUNT(*)')} {waiting}")[0]] if names is None else [
+            self.query(f"{sums.format('COALESCE(SUM(requests), 0)')} files WHERE name = ?", name)[0] for name in names
+        ]  # fmt: skip
+        requests, tokens, patches = (sum(column) for column in zip((0, 0, 0), *found, strict=True))
         low, high = (
             self.cost(tokens + factor * patches, requests * answer)
             for factor, answer in zip(PATCH_FACTOR, ANSWER_TOKENS, strict=True)
@@ -457,6 +463,8 @@ class DataProcessor:
     def finalize(self, started: float) -> int:
         """Write the cleaned CSV, rejects, report and sidecar; gives the exit code."""
         output, counts = Path(self.args.output), self.counts()
+        if self.meta("plan") != self.signature():
+            raise Fail(f"{', '.join(self.args.input)} changed while the command ran; run it again")
         catalogue, rows = self.catalogue()
         columns = [*(name for name in catalogue.columns if name not in FIELDS), *FIELDS]
         sql = (
@@ -502,7 +510,16 @@ class DataProcessor:
                 " mend the rows or raise --max-failed"
             )
             return common.FAILED
+        self.meta("written", self.written())
         return common.DONE
+
+    def written(self) -> str:
+        """What the finished output was made from, and what it holds."""
+        return common.digest([self.signature(), self.settings.max_failed, common.file_digest(self.args.output)])
+
+    def is_written(self) -> bool:
+        """Whether the output is there as `finalize` would make it: a later poll leaves it, and its date, alone."""
+        return Path(self.args.output).exists() and self.meta("written") == self.written()
 
     def report(self) -> dict[str, Any]:
         """What failed and why: rejected rows per reason, failed attempts per reason, batches, cost."""
@@ -528,8 +545,13 @@ class DataProcessor:
 
 
 def read_at(path: Path, offset: int, length: int) -> bytes:
-    with common.open_read(path, offset) as handle:
-        return handle.read(length)
+    """Part of a request file. Raises Fail where somebody removed it."""
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(offset)
+            return handle.read(length)
+    except FileNotFoundError:
+        raise Fail(f"{path} is gone; run the same command again: it is built anew") from None
 
 
 def read_lines(path: Path) -> Iterator[dict]:

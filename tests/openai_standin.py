@@ -44,6 +44,7 @@ FAULTS = {
     "create_500": "TIMES the batch is made, the answer is 500",
     "list_late": "TIMES a new batch is missing from the list",
     "quota": "TIMES 429 insufficient_quota on create",
+    "quota_everywhere": "TIMES 429 insufficient_quota on any call",
     "quota_batch": "TIMES the batch fails with billing_hard_limit_reached",
     "quota_lines": "TIMES half of a batch's lines get 429 insufficient_quota",
     "token_limit": "TOKENS a batch that would exceed so many enqueued tokens fails",
@@ -51,9 +52,12 @@ FAULTS = {
     "expire": "SHARE:TIMES the batch expires with that share of its results",
     "vanish": "TIMES a batch is 404 from its first poll on; the number counts batches",
     "hang": "TIMES the batch stays in finalizing past its expiry until it is cancelled",
+    "cancel_refused": "TIMES a batch cannot be cancelled",
     "output_missing": "TIMES a completed batch has no output_file_id for so many polls",
     "output_late": "TIMES the output's content gets 404",
     "download_cut": "TIMES the output's content is cut",
+    "miscount": "the counts tell of one result more than there is, and the output's last line has no end",
+    "web_page": "TIMES a call is answered by a web page, with status 200",
     "skip_statuses": "a batch goes from validating to completed at once",
     "shuffle": "results come in another order",
     "duplicate": "every result comes twice, and one for an unknown id",
@@ -386,6 +390,10 @@ class StandIn:
             raise HttpError(429, "Rate limit reached" + echo, "rate_limit_exceeded", {"Retry-After": seconds})
         if self.spend("server_error"):
             raise HttpError(500, "The server had an error" + echo, "server_error")
+        if self.spend("quota_everywhere"):
+            raise HttpError(429, "You exceeded your current quota" + echo, "insufficient_quota")
+        if self.spend("web_page"):
+            return 200, b"<html>Back soon</html>"
         parts = path.strip("/").split("/")[1:]
         match (method, parts):
             case ("GET", ["models", *rest]):
@@ -515,6 +523,8 @@ class StandIn:
         return self.public(batch)
 
     def cancel(self, id: str) -> dict:
+        if self.spend("cancel_refused"):
+            raise HttpError(409, f"Batch {id} cannot be cancelled now", "conflict")
         with self.lock:
             batch = self.get("batch", id)
             if batch["status"] in ("validating", "in_progress", "finalizing"):
@@ -622,7 +632,7 @@ class StandIn:
                 errors.append(text)
         self.note("paid", batch["id"], paid)
         failed = 0 if end == "expired" else len(errors)
-        batch["request_counts"] |= {"completed": len(output), "failed": failed}
+        batch["request_counts"] |= {"completed": len(output) + ("miscount" in self.faults), "failed": failed}
         if "duplicate" in self.faults and output:
             output += [*output, json.dumps(json.loads(output[0]) | {"custom_id": "nobody"})]
         if "shuffle" in self.faults:
@@ -630,6 +640,7 @@ class StandIn:
         none = "" if "empty_ids" in self.faults else None
         for field, texts in (("output_file_id", output), ("error_file_id", errors)):
             data = "".join(text + "\n" for text in texts).encode()
+            data = data.rstrip(b"\n") if "miscount" in self.faults else data
             batch[field] = self.store(f"{batch['id']}_{field}.jsonl", "batch_output", data)["id"] if texts else none
         batch["_hide_output"] = int(self.faults["output_missing"][0]) if self.faults.get("output_missing") else 0
 
@@ -748,7 +759,7 @@ class StandIn:
                     standin.watch(self.command, path)
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if data[:1] == b"<" else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 for name, item in headers.items():
                     self.send_header(name, item)

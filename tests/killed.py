@@ -1,0 +1,66 @@
+"""Stage 1 with `kill -9` at the N-th line that the project's own code runs in a phase; 0 lets it live.
+
+    python tests/killed.py prepare 120 run --input catalogue.csv ...      (arguments of 1_clean.py from the third on)
+
+A run that lives prints `lines {"prepare": 512, ...}`: how many lines the first call of each phase took.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+clean = importlib.import_module("1_clean")
+
+PHASES = {
+    "prepare": (clean.DataProcessor, "prepare"),
+    "send": (clean.Machine, "send"),  # upload, intent, create
+    "download": (clean.Machine, "collect"),
+    "collect": (clean.DataProcessor, "collect"),
+    "settle": (clean.Machine, "done"),
+    "regroup": (clean.DataProcessor, "regroup"),
+    "finalize": (clean.DataProcessor, "finalize"),
+}
+
+
+def watch(phase: str, last: int, lines: collections.Counter) -> None:
+    """Count the lines of a phase and die at the last."""
+    kind, name = PHASES[phase]
+    true, calls = getattr(kind, name), collections.Counter()
+
+    def trace(frame, event, arg):
+        if not frame.f_code.co_filename.startswith(str(ROOT)) or ".venv" in frame.f_code.co_filename:
+            return None
+        lines[phase] += event == "line" and calls[phase] == 1
+        calls["all"] += event == "line"
+        if calls["all"] == last > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    def traced(*arguments, **named):
+        calls[phase] += 1
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            return true(*arguments, **named)
+        finally:
+            sys.settrace(before)
+
+    setattr(kind, name, traced)
+
+
+if __name__ == "__main__":
+    wanted, last, counted = sys.argv[1], int(sys.argv[2]), collections.Counter()
+    for phase in PHASES if last == 0 else [wanted]:
+        watch(phase, last, counted)
+    code = clean.main(sys.argv[3:])
+    print("lines", json.dumps(counted))
+    sys.exit(code)
