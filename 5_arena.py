@@ -614,14 +614,15 @@ def main(argv: list[str] | None = None) -> int:
     if (args.format or "") == ("csv" if args.command == "stats" else "text"):
         raise Fail(f"{args.command} has no --format {args.format}; see --help", USAGE)
     log = Log(args.database, create=False)
-    experiments = choose_experiments(log, args.embeddings, settings)
-    if args.command == "votes":
-        text = export(log, experiments, args.format or "csv")
-    else:
-        found = [results(log, experiment) for experiment in experiments]
-        text = "\n".join(map(report, found))
-        if args.format == "json":
-            text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    with log.sound():
+        experiments = choose_experiments(log, args.embeddings, settings)
+        if args.command == "votes":
+            text = export(log, experiments, args.format or "csv")
+        else:
+            found = [results(log, experiment) for experiment in experiments]
+            text = "\n".join(map(report, found))
+            if args.format == "json":
+                text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     if args.output:
         write_whole(args.output, text)
     else:

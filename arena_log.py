@@ -120,7 +120,7 @@ class Log:
         try:
             with self._writer:
                 self.connection.executescript(SCHEMA)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise Fail(f"{path}: cannot be used as the arena's database ({error}); check --database") from None
 
     @property
@@ -147,6 +147,15 @@ class Log:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+
+    @contextlib.contextmanager
+    def sound(self) -> Iterator[None]:
+        """Around what takes the log's content for whole: where it is not, one line says so."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise Fail(f"{self.path}: damaged, or not written by this program ({why}); go back to a copy") from None
 
     # ---------------------------------------------------------------------------------------------------------------
     # Experiments, judges, sessions

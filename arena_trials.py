@@ -50,15 +50,20 @@ class Items:
         self.path, self.cache = Path(path), cache
         try:
             self.file = pyarrow.parquet.ParquetFile(self.path)
+            missing = [name for name in (*COLUMNS, "base_embedding") if name not in self.file.schema_arrow.names]
+            if missing:
+                raise Fail(f"{path}: no column {', '.join(missing)}; make it with 4_embed.py")
+            self.table = self.file.read(columns=list(COLUMNS)).combine_chunks()
+            self.table.validate(full=True)  # that every text is UTF-8
+            self.facts = {k.decode(): v.decode() for k, v in (self.file.schema_arrow.metadata or {}).items()}
         except FileNotFoundError:
             raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise Fail(f"{path}: not a readable Parquet file ({error}); run 4_embed.py again") from None
-        missing = [name for name in (*COLUMNS, "base_embedding") if name not in self.file.schema_arrow.names]
-        if missing:
-            raise Fail(f"{path}: no column {', '.join(missing)}; make it with 4_embed.py")
-        self.table = self.file.read(columns=list(COLUMNS)).combine_chunks()
-        self.facts = {k.decode(): v.decode() for k, v in (self.file.schema_arrow.metadata or {}).items()}
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> Fail:
+        why = " ".join(str(error).split())  # pyarrow's messages may have several lines
+        return Fail(f"{self.path}: not a readable Parquet file ({why}); run 4_embed.py again")
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -110,6 +115,14 @@ class Items:
         for start in range(0, len(self), CHUNK):
             yield np.array(self.vectors(column)[start : start + CHUNK])
 
+    def _batches(self, column: str) -> Iterator:
+        import pyarrow as pa
+
+        try:
+            yield from self.file.iter_batches(CHUNK, columns=[column])
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from None
+
     def _unpack(self, column: str, target: Path) -> None:
         import numpy as np
 
@@ -120,7 +133,7 @@ class Items:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(self), width)}
         with whole_file(target) as temporary, open(temporary, "wb") as handle:
             np.lib.format.write_array_header_1_0(handle, header)
-            for batch in self.file.iter_batches(CHUNK, columns=[column]):
+            for batch in self._batches(column):
                 block = batch.column(0).flatten().to_numpy(zero_copy_only=False).astype("<f4", copy=False)
                 if block.size != batch.num_rows * width or not np.isfinite(block).all():
                     raise Fail(f"{self.path}: {column} has missing or not finite vectors; run 4_embed.py again")

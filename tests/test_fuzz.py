@@ -11,6 +11,7 @@ import json
 import os
 import tarfile
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -162,3 +163,68 @@ def test_any_bytes_as_manifest_are_one_or_one_line(tmp_path, content):
         common.shard_names(common.load_manifest(tmp_path), "train")
     except common.Fail as error:
         assert "manifest" in str(error) or "split" in str(error)
+
+
+# The arena -----------------------------------------------------------------------------------------------------------
+
+METHODS = st.sampled_from("GET POST PUT HEAD OPTIONS DELETE PATCH".split())
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="?#"), max_size=30)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.sampled_from("ABTN"),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["trial", "choice", "after"]), inner),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(master.parquet, an arena's database with votes, a judge on its application)."""
+    import arena_world
+
+    folder = tmp_path_factory.mktemp("arena")
+    master, images = arena_world.make_world(folder, count=60, pictures=False)
+    app = arena_world.arena.create_app(arena_world.setup(master, images, folder / "a.sqlite", reveal=True))
+    judge = arena_world.Judge(app)
+    for choice in "ABTNABT":
+        judge.vote(choice)
+    app.extensions["arena"].log.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return master, folder / "a.sqlite", judge
+
+
+@fuzz
+@given(
+    method=METHODS, page=st.sampled_from("start trial vote undo quit thanks results search item".split()),
+    name=NAMES, body=JSON, raw=st.binary(max_size=200), kind=st.sampled_from(["json", "form", "raw", "picture"]),
+)  # fmt: skip
+def test_any_request_gets_an_answer_that_is_no_fault(world, method, page, name, body, raw, kind):
+    given_ = {
+        "json": {"json": body},
+        "form": {"data": {"name": name, "token": name}},
+        "raw": {"data": raw, "content_type": "application/json"},
+        "picture": {"data": {"picture": (io.BytesIO(raw), "a.jpg")}},
+    }[kind]
+    judge = world[2]
+    for path in (f"/{page}", f"/{page}/{name}", f"/picture/{name}/1", f"/static/{name}"):
+        assert judge.client.open(path, method=method, headers=judge.headers, **given_).status_code < 500
+        given_ = {}
+
+
+@fuzz
+@given(data=st.data())
+def test_a_damaged_parquet_file_or_log_gets_one_line(world, tmp_path, capsys, data):
+    import arena_world
+
+    master, database = tmp_path / "m.parquet", tmp_path / "b.sqlite"
+    master.write_bytes(damaged(data.draw, world[0].read_bytes()))
+    try:
+        place = arena_world.arena.Arena(arena_world.setup(master, tmp_path, tmp_path / "a.sqlite"))
+        place.trial(place.log.start(place.number, None))
+    except common.Fail as error:
+        assert "\n" not in str(error)
+    for file in (database, tmp_path / "b.sqlite-wal", tmp_path / "b.sqlite-shm"):
+        file.unlink(missing_ok=True)
+    database.write_bytes(damaged(data.draw, world[1].read_bytes()))
+    for command in ("stats", "votes"):
+        capsys.readouterr()
+        code = arena_world.arena.main([command, "--database", str(database)])
+        assert code == 0 or capsys.readouterr().err.count("\n") == 1
