@@ -372,10 +372,10 @@ def guard(app) -> None:
 
 
 def admin_badge(app):
-    """Signs and reads the admin's cookie."""
+    """Signs and reads the admin's cookie; another admin token makes the old cookies worthless."""
     from itsdangerous import URLSafeSerializer
 
-    return URLSafeSerializer(app.secret_key, salt="admin")
+    return URLSafeSerializer(app.secret_key, salt="admin " + app.extensions["arena"].keys["admin_token"])
 
 
 def must_see(app, arena: Arena) -> bool:

@@ -145,6 +145,13 @@ def _pair_lines(pair: dict[str, Any]) -> list[str]:
         ("agreement", f"alpha {decimal(agreement['alpha'])}, raw {percent(agreement['agreement'])}"),
         ("object types", f"differ with p {p_value(pair['heterogeneity']['p'])}"),
     ]
+    held = pair["results"]
+    rows.append(("rows share", ", ".join(f"{n} of {held['k']}: {count}" for n, count in held["overlap"].items())))
+    differs = ", ".join(f"{rank}: {percent(share, 0)}" for rank, share in enumerate(held["differs"], start=1))
+    rows.append(("differ at rank", f"{differs}; {held['same_set']} queries with the same results in another order"))
+    for row in pair["attributes"]:
+        text = f"{percent(row['won'])} of results agree in rows that won, {percent(row['lost'])} in those that lost"
+        rows.append(("  " + row["attribute"], f"{text}, p {p_value(row['p'])}"))
     for row in pair["categories"]:
         if row["p"] is not None:
             text = f"{percent(row['win_rate'])} in {row['votes']} votes, Holm p {p_value(row['p_holm'])}"

@@ -218,9 +218,9 @@ def million() -> None:
             judge.vote("A")
             vote = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(
-                f"{what}: start {seconds:.1f} s, draw and vote {vote * 1e3:.0f} ms, largest resident set {peak:.2f} GiB"
-            )
+            mark = "met" if peak < 8 else "MISSED"
+            print(f"{what}: start {seconds:.1f} s, draw and vote {vote * 1e3:.0f} ms, "
+                  f"largest resident set {peak:.2f} GiB, limit 8 {mark}", flush=True)  # fmt: skip
 
 
 COLUMNS = ("base_embedding", "finetuned_embedding")

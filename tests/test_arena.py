@@ -739,6 +739,10 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     page = admin.get("/results").text
     assert "dual_lora" in page and "Wilson" in page and "<svg" in page
     assert admin.get("/results.json").json["votes"]["counted"] == 1
+    arena_of = app.extensions["arena"]
+    arena_of.keys = arena_of.keys | {"admin_token": "another"}
+    assert admin.get("/results").status_code == 403  # the cookie went with the token
+    arena_of.keys = KEYS
     assert admin.get("/votes.csv").text.count("\n") == 2
     open_app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
     judge = Judge(open_app, "Zoe")
@@ -856,6 +860,7 @@ def test_stats_and_votes_are_recomputed_from_the_log(app, place, tmp_path, capsy
     assert arena.main(["stats", "--database", database]) == 0
     text = capsys.readouterr().out
     assert f"{tally['wins']} wins, {tally['losses']} losses" in text and "confidence sequence" in text
+    assert "rows share      0 of 4: " in text and "  style" in text and "in rows that won" in text
     assert arena.main(["votes", "--database", database, "--output", str(tmp_path / "v.csv")]) == 0
     import csv
 
