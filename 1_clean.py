@@ -39,6 +39,12 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 MAX_BACKOFF = 600.0
 OVERDUE = 3600.0  # seconds past its expiry after which a batch counts as hanging
 POLLS, PATIENCE = 5, 3600.0  # polls, and seconds, that a missing batch or output has before its lines are asked again
+BOUNDS = {  # of settings: what the API takes, and what makes sense
+    "max_requests_per_file": (1, 50_000), "max_batch_file_size": (1, 200 << 20), "max_concurrent_batches": (1, 10_000),
+    "image_size": (1, 10_000), "jpeg_quality": (1, 100), "pilot": (0, 50_000), "max_attempts": (1, 100),
+    "limit": (1, math.inf), "workers": (1, 1000), "concurrency": (1, 1000), "max_cost": (0, math.inf),
+    "poll_interval": (0, 86_400), "timeout": (1, 86_400), "settle": (0, 86_400), "backoff": (0, MAX_BACKOFF),
+}  # fmt: skip
 MIN_SPLIT = 100  # requests down to which a file is halved for a full queue whose limit nobody states
 
 
@@ -678,6 +684,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = common.from_flags(CleaningConfig, args)
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise Fail(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}", common.USAGE)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):  # make exports them empty where they are not set
         if not os.environ.get(name):
             os.environ.pop(name, None)

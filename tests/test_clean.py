@@ -1066,6 +1066,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("flag", ["--concurrency 0", "--limit -1", "--max-requests-per-file 60000", "--timeout nan"])
+def test_a_setting_out_of_bounds_is_one_line(shop, flag, capsys):
+    assert shop.call("run", *flag.split()) == 2
+    error = capsys.readouterr().err
+    assert flag in error and "must be from" in error and len(error.splitlines()) == 1 and not shop.server.calls
+
+
 def test_bad_use_is_one_line(shop, capsys):
     shop.catalogue.write_text("id,title\n1,a\n")
     assert shop.call() == 2 and "no column name, image_path" in capsys.readouterr().err
