@@ -47,7 +47,7 @@ FAULTS = {
     "quota_everywhere": "TIMES 429 insufficient_quota on any call",
     "quota_batch": "TIMES the batch fails with billing_hard_limit_reached",
     "quota_lines": "TIMES half of a batch's lines get 429 insufficient_quota",
-    "token_limit": "TOKENS a batch that would exceed so many enqueued tokens fails",
+    "token_limit": "TOKENS[:unstated] a batch that would exceed so many enqueued tokens fails",
     "fail_batch": "CODE:TIMES the batch fails without naming a line",
     "expire": "SHARE:TIMES the batch expires with that share of its results",
     "vanish": "TIMES a batch is 404 from its first poll on; the number counts batches",
@@ -578,9 +578,9 @@ class StandIn:
         taken = sum(other["_tokens"] for other in self.all("batch") if other["status"] in LIVE)
         errors: list[tuple[str, str, int | None]] = []
         if "token_limit" in self.faults and taken + tokens > (limit := int(self.faults["token_limit"][0])):
-            message = (
-                f"Enqueued token limit reached for gpt-5-nano in organization org-x. Limit: {limit:,} enqueued tokens."
-            )
+            message = "Enqueued token limit reached for gpt-5-nano in organization org-x."
+            if "unstated" not in self.faults["token_limit"]:
+                message += f" Limit: {limit:,} enqueued tokens."
             errors.append(("token_limit_exceeded", message, None))
         elif self.spend("quota_batch"):
             errors.append(("billing_hard_limit_reached", "Billing hard limit has been reached.", None))

@@ -138,8 +138,7 @@ class Clock:
     """Stage 1's clock and pauses: `now` runs ahead by what is added to `ahead`, and nothing sleeps."""
 
     def __init__(self, monkeypatch):
-        self.ahead, self.slept = 0.0, []
-        self.time, self.true = self.now, time
+        self.ahead, self.slept, self.time = 0.0, [], self.now
         monkeypatch.setattr(clean, "time", self)
 
     def __getattr__(self, name: str):
@@ -370,7 +369,6 @@ def test_the_time_to_show_up_starts_after_the_call_however_long_that_took(shop, 
     shop.server.set_fault("create_lost:1")
     shop.server.set_fault("list_late:1")
     clock = Clock(monkeypatch)
-    shop.server.watch = lambda method, path: None
     assert shop.call("poll", "--settle", "30") == 75
     clock.ahead += 700  # the call was given up by its timeout, and the server went on
     assert shop.call("poll", "--settle", "30") == 75 and len(shop.server.ledger("batch")) == 1
@@ -535,14 +533,17 @@ def test_ten_files_through_a_queue_of_two(shop, capsys):
     assert 8 <= refused <= 10, "the limit was not learned"
 
 
-def test_a_file_that_is_too_big_for_the_queue_is_split(shop):
-    shop.server.set_fault("token_limit:5000")
+@pytest.mark.parametrize("limit", ["token_limit:5000", "token_limit:5000:unstated"])
+def test_a_file_that_is_too_big_for_the_queue_is_split(shop, limit, monkeypatch):
+    monkeypatch.setattr(clean, "MIN_SPLIT", 6)
+    shop.server.set_fault(limit)
     assert shop.call("run", "--pilot", "0") == 0
     assert len(shop.cleaned()) == 12 and set(shop.paid().values()) == {1} and len(shop.server.ledger("batch")) > 2
 
 
-def test_a_queue_that_others_fill_is_waited_for_without_splitting_the_file(shop, capsys):
-    shop.server.set_fault("token_limit:90000")
+@pytest.mark.parametrize("limit", ["token_limit:90000", "token_limit:90000:unstated"])
+def test_a_queue_that_others_fill_is_waited_for_without_splitting_the_file(shop, limit, capsys):
+    shop.server.set_fault(limit)
     other = {"id": "batch_other", "status": "in_progress", "_tokens": 89_000, "_unlisted": 0, "_vanished": False}
     shop.server.put("batch", other | {"created_at": 0, "metadata": {}})
     for _ in range(6):
@@ -555,7 +556,11 @@ def test_a_queue_that_others_fill_is_waited_for_without_splitting_the_file(shop,
     assert len(shop.server.ledger("upload")) == 1 and set(shop.paid().values()) == {1}
 
 
-def test_a_batch_that_cannot_be_cancelled_is_given_up(shop, monkeypatch, capsys):
+@pytest.mark.parametrize("expiry", ["told", "untold"])
+def test_a_batch_that_cannot_be_cancelled_is_given_up(shop, expiry, monkeypatch, capsys):
+    shown = StandIn.public
+    if expiry == "untold":
+        monkeypatch.setattr(StandIn, "public", lambda self, value: shown(self, value | {"expires_at": None}))
     shop.server.set_fault("hang:1")
     shop.server.set_fault("cancel_refused")
     clock = Clock(monkeypatch)
