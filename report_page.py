@@ -94,13 +94,13 @@ def bars(rows: list[tuple[str, list[dict]]], left: int = 300, width: int = 720, 
 def read_curve(path: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """(step, loss) of training, and of validation, from metrics.jsonl; a torn last line is left out."""
     found: dict[str, list[tuple[float, float]]] = {"step": [], "validation": []}
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
             point = (float(line["step"]), float(line["loss"]))
-            if math.isfinite(point[1]):
+            if all(map(math.isfinite, point)):
                 found[line["kind"]].append(point)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     steps = found["step"]
     return steps[:: max(1, math.ceil(len(steps) / POINTS))], found["validation"]
