@@ -5,23 +5,48 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
+import dataclasses
+import importlib
 import io
 import json
 import os
+import re
+import shutil
 import tarfile
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import arena_world
+import chat
+import cleaning
 import common
+import journal
+import loader
+import tiny
+import vectors
 
+clean, prepare, embed = (importlib.import_module(name) for name in ("1_clean", "2_prepare", "4_embed"))
+ROOT = Path(__file__).parents[1]
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
-fuzz = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+
+
+def fuzz_with(examples: int) -> settings:
+    """Settings of a test with so many cases; the same ones each time."""
+    slow = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=slow)
+
+
+fuzz, heavy = fuzz_with(EXAMPLES), fuzz_with(max(10, EXAMPLES // 5))
 
 
 def damaged(draw, whole: bytes) -> bytes:
@@ -39,7 +64,8 @@ def damaged(draw, whole: bytes) -> bytes:
 
 # CSV -----------------------------------------------------------------------------------------------------------------
 
-CELL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30)
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
+CELL = st.text(CHARACTERS, max_size=30)
 
 
 @fuzz
@@ -167,20 +193,10 @@ def test_any_bytes_as_manifest_are_one_or_one_line(tmp_path, content):
 
 # The arena -----------------------------------------------------------------------------------------------------------
 
-METHODS = st.sampled_from("GET POST PUT HEAD OPTIONS DELETE PATCH".split())
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="?#"), max_size=30)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.sampled_from("ABTN"),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["trial", "choice", "after"]), inner),
-    max_leaves=6,
-)
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(master.parquet, an arena's database with votes, a judge on its application)."""
-    import arena_world
-
     folder = tmp_path_factory.mktemp("arena")
     master, images = arena_world.make_world(folder, count=60, pictures=False)
     app = arena_world.arena.create_app(arena_world.setup(master, images, folder / "a.sqlite", reveal=True))
@@ -192,28 +208,8 @@ def world(tmp_path_factory):
 
 
 @fuzz
-@given(
-    method=METHODS, page=st.sampled_from("start trial vote undo quit thanks results search item".split()),
-    name=NAMES, body=JSON, raw=st.binary(max_size=200), kind=st.sampled_from(["json", "form", "raw", "picture"]),
-)  # fmt: skip
-def test_any_request_gets_an_answer_that_is_no_fault(world, method, page, name, body, raw, kind):
-    given_ = {
-        "json": {"json": body},
-        "form": {"data": {"name": name, "token": name}},
-        "raw": {"data": raw, "content_type": "application/json"},
-        "picture": {"data": {"picture": (io.BytesIO(raw), "a.jpg")}},
-    }[kind]
-    judge = world[2]
-    for path in (f"/{page}", f"/{page}/{name}", f"/picture/{name}/1", f"/static/{name}"):
-        assert judge.client.open(path, method=method, headers=judge.headers, **given_).status_code < 500
-        given_ = {}
-
-
-@fuzz
 @given(data=st.data())
 def test_a_damaged_parquet_file_or_log_gets_one_line(world, tmp_path, capsys, data):
-    import arena_world
-
     master, database = tmp_path / "m.parquet", tmp_path / "b.sqlite"
     master.write_bytes(damaged(data.draw, world[0].read_bytes()))
     try:
@@ -228,3 +224,428 @@ def test_a_damaged_parquet_file_or_log_gets_one_line(world, tmp_path, capsys, da
         capsys.readouterr()
         code = arena_world.arena.main([command, "--database", str(database)])
         assert code == 0 or capsys.readouterr().err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stage 1: what the API may send back, and what may have become of the files of the workspace
+
+SCALAR = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.sampled_from(["\ud800", "0" * 5000])
+)
+JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner,
+                    max_size=3), max_leaves=8)  # fmt: skip
+DEEP = "[" * 100_000
+
+
+def changed(draw, value):
+    """A JSON value with something in it replaced, added or gone, as a server of another version might send."""
+    value = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1, 3))):
+        place, parent = value, None
+        while isinstance(place, dict | list) and place and (parent is None or draw(st.booleans())):
+            parent = place
+            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            place = place[key]
+        if parent is None:
+            return draw(JSON)
+        if draw(st.booleans()):
+            parent[key] = draw(JSON)
+        else:
+            del parent[key]
+    return value
+
+
+def result_line(key: str, title: str = "Oak chair") -> dict:
+    """A line of a batch's output file."""
+    fields = dict.fromkeys(chat.FIELDS, "oak") | {"clean_title": title}
+    message = {"role": "assistant", "content": json.dumps(fields), "refusal": None}
+    body = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            "usage": {"prompt_tokens": 9, "completion_tokens": 3}}  # fmt: skip
+    return {"id": "r", "custom_id": key, "response": {"status_code": 200, "body": body}, "error": None}
+
+
+def make_shop(folder: Path, count: int = 6) -> None:
+    """A small catalogue with photos; every fourth row is broken."""
+    with open(folder / "c.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["id", "name", "image_path"])
+        for i in range(count):
+            (folder / f"{i}.png").write_bytes(PICTURES[2] if i % 4 else b"")
+            writer.writerow([f"p{i}", f"chair {i}", f"{i}.png"])
+
+
+def processor_of(folder: Path, **settings) -> cleaning.DataProcessor:
+    """A planned stage 1 over the shop of a folder, without a client."""
+    shutil.rmtree(folder / "w", ignore_errors=True)
+    places = argparse.Namespace(
+        input=[str(folder / "c.csv")], images=None, workspace=str(folder / "w"), output=str(folder / "cleaned.csv")
+    )
+    config = common.CleaningConfig(workers=1, max_failed=1.0, **settings)
+    processor = cleaning.DataProcessor(places, config)
+    with contextlib.redirect_stderr(io.StringIO()):
+        processor.prepare(set())
+    return processor
+
+
+@heavy
+@given(data=st.data())
+def test_whatever_a_batch_brings_back_every_row_is_cleaned_or_rejected(tmp_path, data):
+    if not (tmp_path / "c.csv").exists():
+        make_shop(tmp_path)
+    processor = processor_of(tmp_path, max_attempts=1, pilot=0)
+    (name,) = (file[0] for file in processor.unsent(set()))
+    keys = [key for (key,) in processor.query("SELECT digest FROM items WHERE file = ?", name)]
+    lines = [result_line(key) for key in keys if data.draw(st.integers(0, 4))]
+    lines = [changed(data.draw, line) if data.draw(st.booleans()) else line for line in lines]
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    if lines and data.draw(st.booleans()):
+        content = damaged(data.draw, content) + data.draw(st.sampled_from([b"", b"\n", DEEP.encode() + b"\n"]))
+    path = processor.raw / "batch.output.jsonl"
+    path.write_bytes(content)
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        processor.collect("batch", name, "completed", [path], chat.Outcome("again", reason="no result"))
+        while processor.counts()["pending"]:  # a line that says "quota" uses up no attempt
+            again = processor.regroup(None)
+            assert again == processor.counts()["pending"] > 0
+            (name,) = (file[0] for file in processor.unsent(set()))
+            processor.collect(f"again {name}", name, "completed", [], chat.Outcome("again", reason="no result"))
+        assert processor.finalize(0.0) == common.DONE
+    with open(tmp_path / "cleaned.csv", newline="", encoding="utf-8") as handle:
+        cleaned = [row["id"] for row in csv.DictReader(handle)]
+    rejected = [json.loads(line) for line in open(tmp_path / "cleaned.csv.rejects.jsonl", encoding="utf-8")]
+    assert sorted([*cleaned, *(row["id"] for row in rejected)]) == [f"p{i}" for i in range(6)]
+    assert all(row["reason"] for row in rejected)
+    processor.db.close()
+    (tmp_path / "w/results.sqlite").unlink()  # the store is lost: what the raw results hold is read back
+    store = cleaning.DataProcessor(processor.args, processor.settings)
+    assert store.one("SELECT COUNT(*) FROM items WHERE status = 'ok'") >= len(set(cleaned))
+    store.db.close()
+
+
+@fuzz
+@given(data=st.data())
+def test_any_state_file_is_one_or_set_aside(tmp_path, data):
+    if not (tmp_path / "c.csv").exists():
+        make_shop(tmp_path)
+        processor_of(tmp_path).db.close()
+    args = argparse.Namespace(input=[str(tmp_path / "c.csv")], images=None, workspace=str(tmp_path / "w"),
+                              output=str(tmp_path / "cleaned.csv"))  # fmt: skip
+    processor = cleaning.DataProcessor(args, common.CleaningConfig(workers=1))
+    batch = {"input_file": "000001.jsonl", "status": "in_progress", "output_file_id": None, "local_output_path": None,
+             "counts": {"total": 4, "completed": 1, "failed": 0}, "created_at": 1.0}  # fmt: skip
+    state = clean.StateManager.fresh(processor, doubt=False) | {"batches": {"batch_1": batch}, "started": 5.0}
+    content = json.dumps(changed(data.draw, state)).encode()
+    if data.draw(st.booleans()):
+        content = data.draw(st.sampled_from([damaged(data.draw, content), DEEP.encode()]))
+    (tmp_path / "w/state.json").write_bytes(content)
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet):
+        read = clean.StateManager(processor.workspace, processor)
+        clean.show_status(processor, read, processor.settings)
+    assert isinstance(read["batches"], dict) and isinstance(read["completed_files"], list)
+    assert read.sent() <= {"000001.jsonl", *(b["input_file"] for b in read["batches"].values()), *intents(read)}
+    processor.db.close()
+
+
+def intents(state) -> list[str]:
+    return [state["intent"]["file"]] if state["intent"] else []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Databases
+
+MESSAGES = re.compile(r"^\S+\.py: |^__main__\.py: ")
+
+
+def ends_well(main: Callable, arguments: list[str]) -> int:
+    """Run a command line in this process; what fails must fail in one line. Gives the exit code."""
+    said, told = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(said):
+        code = main(arguments)
+    assert code in (common.DONE, common.FAILED, common.USAGE, common.UNFINISHED)
+    errors = [line for line in said.getvalue().splitlines() if MESSAGES.match(line)]
+    assert code in (common.DONE, common.UNFINISHED) or len(errors) == 1 or "more than" in told.getvalue(), (
+        said.getvalue()
+    )
+    return code
+
+
+@fuzz
+@given(data=st.data())
+def test_a_damaged_results_database_is_one_line(tmp_path, data):
+    if not (tmp_path / "whole.sqlite").exists():
+        make_shop(tmp_path)
+        processor_of(tmp_path).db.close()
+        shutil.copyfile(tmp_path / "w/results.sqlite", tmp_path / "whole.sqlite")
+    for path in (tmp_path / "w").glob("results.sqlite*"):
+        path.unlink()
+    (tmp_path / "w/results.sqlite").write_bytes(damaged(data.draw, (tmp_path / "whole.sqlite").read_bytes()))
+    command = data.draw(st.sampled_from(["status", "prepare"]))
+    places = f"--input {tmp_path}/c.csv --workspace {tmp_path}/w --output {tmp_path}/cleaned.csv --workers 1"
+    ends_well(clean.main, [command, *places.split()])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cleaned rows through stage 2
+
+
+@heavy
+@given(data=st.data())
+def test_no_cleaned_row_is_lost_on_its_way_into_shards(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(prepare, "worker_pool", lambda _: contextlib.nullcontext(InProcess()))
+    columns = ["id", "name", "image_path", *chat.FIELDS, "more"]
+    names = [f"{i}.png" for i in range(4)]
+    for name in names:
+        whole = data.draw(st.sampled_from(PICTURES))
+        (tmp_path / name).write_bytes(damaged(data.draw, whole) if data.draw(st.booleans()) else whole)
+    row = st.tuples(CELL, CELL, st.one_of(st.sampled_from([*names, "", "../x.png"]), CELL), *[CELL] * 6)
+    rows = data.draw(st.lists(row, max_size=12))
+    with open(tmp_path / "cleaned.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(columns)
+        writer.writerows([["sound", "chair", "sound.png", *["oak"] * 6], *rows])
+    (tmp_path / "sound.png").write_bytes(PICTURES[2])
+    output = tmp_path / "shards"
+    places = f"--input {tmp_path}/cleaned.csv --output {output} --image-size 16 --workers 1 --max-failed 1"
+    assert ends_well(prepare.main, places.split()) == common.DONE
+    manifest = common.load_manifest(output)
+    counts = manifest["counts"]
+    assert counts["input"] == len(rows) + 1 == counts["written"] + counts["rejected"]
+    rejects = [json.loads(line) for line in open(output / "rejects.jsonl", encoding="utf-8")]
+    records = []
+    for split in common.SPLITS:
+        for shard in manifest["splits"][split]["shards"]:
+            for sample in common.index_shard(output / shard["name"]):
+                with open(output / shard["name"], "rb") as shard_file:
+                    records.append(json.loads(common.read_member(shard_file, sample.members["json"])))
+    assert sorted([r["id"] for r in records] + [r["id"] for r in rejects]) == sorted(["sound", *(r[0] for r in rows)])
+    assert all(reject["reason"] for reject in rejects)
+
+
+class InProcess:
+    """An executor without processes."""
+
+    def map(self, function, jobs, **_):
+        return map(function, jobs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Shards and models in stages 3 and 4
+
+
+def repaired(data: bytes) -> bytes:
+    """A tar file with the checksum of every header set right, so that damage in a header gets through."""
+    data = bytearray(data)
+    for at in range(0, len(data) - 511, 512):
+        if data[at + 257 : at + 262] == b"ustar":
+            data[at + 148 : at + 156] = b" " * 8
+            data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def tiny_world(tmp_path_factory) -> Path:
+    """Shards of 12 samples, a CLIP, and a checkpoint."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.make_shards(folder / "shards", train=4, validation=4, test=4)
+    tiny.make_clip(folder / "clip")
+    state = dataclasses.asdict(journal.State(step=3, best={"weights": {"a": torch.ones(9)}}, lines=["{}\n"]))
+    content = {"identity": {"seed": 1}, "micro": 8, "state": state, "weights": {"a": torch.ones(9)},
+               "optimizer": {"state": {}, "param_groups": []}, "scaler": {}}  # fmt: skip
+    torch.save(content, folder / "checkpoint.pt")
+    return folder
+
+
+@fuzz
+@given(data=st.data())
+def test_every_sample_of_a_damaged_shard_is_read_or_counted(tiny_world, tmp_path, data):
+    folder = tmp_path / "shards"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tiny_world / "shards", folder)
+    path = folder / "train/shard-000000.tar"
+    path.write_bytes(damaged(data.draw, path.read_bytes()))
+    if data.draw(st.booleans()):
+        path.write_bytes(repaired(path.read_bytes()))
+    config = common.TrainingConfig(workers=1, max_failed=1.0)
+    samples = loader.Samples(str(folder), common.load_manifest(folder), "train", tmp_path / "cache", 0)
+    half = loader.Data(samples, types.SimpleNamespace(size=32, tokenizer=lambda captions: [captions]), config, True)
+    good = 0
+    for i in range(len(samples)):
+        try:
+            pixels, caption, group = half.load(i, 0, True, True)
+            good += pixels.shape == (3, 32, 32) and isinstance(caption, str) and isinstance(group, str)
+        except common.BadImage as error:
+            samples.fail(i, str(error), 1.0)
+    lost, total = samples.lost()
+    assert total == 4 == good + lost
+    try:  # stage 4 holds every shard against its digest
+        vectors.Items(str(folder), tmp_path / "vectors", common.SPLITS, vectors.Ranks())
+    except common.Fail as error:
+        assert "shard-000000.tar" in str(error)
+    else:
+        assert path.read_bytes() == (tiny_world / "shards/train/shard-000000.tar").read_bytes()
+
+
+@fuzz
+@given(data=st.data())
+def test_any_bytes_as_checkpoint_are_one_or_one_line(tiny_world, tmp_path, data):
+    whole = (tiny_world / "checkpoint.pt").read_bytes()
+    content = damaged(data.draw, whole) if data.draw(st.integers(0, 3)) else data.draw(st.binary(max_size=200))
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    try:
+        found = journal.find_checkpoint(common.TrainingConfig(), tmp_path)
+    except common.Fail as error:
+        assert "checkpoint.pt: not a readable checkpoint" in str(error) and "--no-resume" in str(error)
+    else:  # the damage met what carries no data
+        assert found["state"]["step"] == 3 and bool((found["weights"]["a"] == 1).all())
+        with contextlib.suppress(common.Fail):
+            journal.check_identity(found, {"seed": 1})
+
+
+@heavy
+@given(data=st.data())
+def test_any_model_folder_is_a_clip_or_one_line(tiny_world, tmp_path, data):
+    from clip import load_clip
+
+    folder = tmp_path / "clip"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tiny_world / "clip", folder)
+    if data.draw(st.booleans()):
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        (folder / "open_clip_config.json").write_text(json.dumps(changed(data.draw, config)))
+    else:
+        path = folder / data.draw(st.sampled_from(["open_clip_config.json", "open_clip_model.safetensors"]))
+        content = path.read_bytes()
+        path.write_bytes(damaged(data.draw, content[:2000]) + content[2000 : data.draw(st.sampled_from([2500, None]))])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert load_clip(f"local-dir:{folder}").fingerprint
+        except common.Fail as error:
+            assert str(folder) in str(error)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_run_is_one_or_one_line(tmp_path, data):
+    import report_page
+
+    run = {"scenario": "dual_lora", "model_dir": "model", "inputs": {"base_fingerprint": "f"}, "identity": {}}
+    content = json.dumps(changed(data.draw, run)) if data.draw(st.booleans()) else data.draw(st.text(max_size=50))
+    (tmp_path / "train.json").write_text(content, errors="replace")
+    args = argparse.Namespace(model="local-dir:x", pretrained=None)
+    try:
+        found = embed.read_run(str(tmp_path), args)
+        assert isinstance(found.name, str) and isinstance(found.model, str)
+    except common.Fail as error:
+        assert "train.json" in str(error)
+    line = {"kind": "validation", "epoch": 1, "step": 2, "loss": 0.5, "mrr": 0.5}
+    lines = [json.dumps(changed(data.draw, line)) if data.draw(st.booleans()) else json.dumps(line) for _ in range(3)]
+    (tmp_path / "metrics.jsonl").write_bytes(damaged(data.draw, "\n".join(lines).encode()))
+    report_page.read_curve(tmp_path / "metrics.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parquet
+
+
+@fuzz
+@given(data=st.data())
+def test_search_in_any_bytes_as_parquet_gives_items_or_one_line(world, tmp_path, monkeypatch, data):
+    whole = world[0].read_bytes()
+    content = damaged(data.draw, whole)
+    if data.draw(st.booleans()):  # damage in the footer, where the shape of everything stands
+        content = whole[:-2500] + damaged(data.draw, whole[-2500:])
+    path = tmp_path / "master.parquet"
+    path.write_bytes(content)
+    monkeypatch.setattr(embed, "query_vector", lambda *_: np.ones((1, 16), np.float32))
+    args = argparse.Namespace(
+        words="x", image=None, embeddings=str(path), using="base", top_k=2, model=None, pretrained=None
+    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            embed.search(args)
+        assert said.getvalue().count("\n") == 2
+    except common.Fail as error:
+        assert "master.parquet" in str(error) or "vector" in str(error)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The arena
+
+
+PART = st.text(max_size=20) | st.sampled_from(["..", "%2e%2e", "%00", "%ff", "-1", "9" * 30, "arena.css"])
+ROUTES = "/ /start /trial /picture/{}/{} /picture/TOKEN/{} /vote /undo /quit /thanks /results /results?token={} "
+ROUTES += "/results.json /votes.csv /search /item/{} /static/{} /static/{}/{}/{} /{}/{} /?token={}"
+METHODS = "GET POST POST HEAD PUT DELETE PATCH OPTIONS TRACE"
+HEADERS = "Host Origin Cookie Content-Type Range Accept X-CSRF-Token If-None-Match Content-Length Transfer-Encoding"
+HEADER = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=30)
+HEADER |= st.sampled_from(["http://[", "bytes=5-1", "multipart/form-data; boundary=x", "chunked", "-5", "é"])
+
+
+def any_body(draw, token: str) -> dict:
+    """A request's body, as arguments of Flask's client."""
+    fields = JSON | st.sampled_from([token, *"ABTN"])
+    kind = draw(st.sampled_from(["json", "vote", "form", "raw", "deep", "picture"]))
+    if kind == "json":
+        return {"json": draw(JSON)}
+    if kind == "vote":
+        return {"json": draw(st.dictionaries(st.sampled_from(["trial", "choice", "after"]), fields))}
+    if kind == "form":
+        return {"data": draw(st.dictionaries(st.sampled_from(["name", "token", "csrf"]), st.text(CHARACTERS)))}
+    if kind == "picture":
+        content = damaged(draw, draw(st.sampled_from(PICTURES)))
+        return {"data": {"picture": (io.BytesIO(content), "x.png")}}
+    return {"data": "[" * 4000 if kind == "deep" else draw(st.binary(max_size=300)), "content_type": "application/json"}
+
+
+@fuzz
+@given(data=st.data())
+def test_any_request_gets_an_answer_that_is_no_fault(world, data):
+    judge = world[2]
+    token = judge.trial()["trial"] or "none"
+    path = data.draw(st.sampled_from(ROUTES.split())).replace("TOKEN", token)
+    while "{}" in path:
+        path = path.replace("{}", data.draw(PART | st.integers(-9, 99).map(str)).replace("{}", ""), 1)
+    method = data.draw(st.sampled_from(METHODS.split()))
+    headers = dict(judge.headers)
+    for name in data.draw(st.sets(st.sampled_from(HEADERS.split()), max_size=2)):
+        headers[name] = data.draw(HEADER)
+    before = votes(judge)
+    with contextlib.redirect_stderr(io.StringIO()):
+        response = judge.client.open(path, method=method, headers=headers, **any_body(data.draw, token))
+    assert response.status_code < 500, response.text
+    assert "Traceback" not in response.text and str(ROOT) not in response.text
+    assert arena_world.arena.HEADERS.items() <= dict(response.headers).items()
+    voted = path == "/vote" and method == "POST" and response.status_code == 200
+    assert votes(judge) - before <= voted  # a vote is written down when it is acknowledged, and only then
+    if response.status_code == 303:  # it quit, or began
+        judge.__init__(judge.client.application)
+
+
+def votes(judge) -> int:
+    log = judge.client.application.extensions["arena"].log
+    return log.connection.execute("SELECT COUNT(*) FROM votes").fetchone()[0]
+
+
+@fuzz
+@given(data=st.data())
+def test_any_file_of_keys_is_one_or_one_line(tmp_path, data):
+    whole = {"cookie_key": "c", "judge_token": "j", "admin_token": "a"}
+    content = (
+        json.dumps(changed(data.draw, whole)).encode()
+        if data.draw(st.booleans())
+        else data.draw(st.binary(max_size=90))
+    )
+    (tmp_path / "a.sqlite.keys.json").write_bytes(content)
+    try:
+        keys = arena_world.arena.read_keys(tmp_path / "a.sqlite")
+        assert set(keys) == set(whole) and all(keys.values())
+        assert all(isinstance(value, str) and value.encode() for value in keys.values())
+    except common.Fail as error:
+        assert "keys.json" in str(error)
