@@ -179,7 +179,7 @@ def band(xs: Sequence[float], low: Sequence[float], high: Sequence[float], box, 
     return points(xs, low, box, size) + " " + " ".join(reversed(points(xs, high, box, size).split()))
 
 
-def ticks(top: float, count: int = 4) -> list[int]:
+def ticks(top: float, count: int = 6) -> list[int]:
     """Round numbers from 0 to at most `top`."""
     step = max(1, round(top / count))
     magnitude = 10 ** (len(str(step)) - 1)
