@@ -40,24 +40,26 @@ def screen(browser: Browser) -> Image.Image:
     return Image.open(io.BytesIO(browser.driver.get_screenshot_as_png()))
 
 
-def serve(data: Path, folder: Path) -> Served:
+def serve(data: Path, database: Path) -> Served:
     """An arena on the vectors and photos that `make all` made, with a log of its own."""
-    setup = world.setup(data / "embeddings/master.parquet", data / "sample", folder / "a.sqlite", picture_size=480)
-    return Served(setup)
+    return Served(world.setup(data / "embeddings/master.parquet", data / "sample", database, picture_size=480))
 
 
 def answer(row: dict, chance: random.Random) -> str:
     """A voter's choice: four times in five the row that agrees with the query in more attributes."""
-    left, right = (sum(filter(None, row["facts"][f"{side}_attributes"].values())) for side in ("left", "right"))
-    if left == right or chance.random() < 0.2:
-        return chance.choice("ABTT")
-    return "A" if left > right else "B"
+    rows = []
+    for side, label in (("left", "A"), ("right", "B")):
+        rows.append((row[f"{side}_model"], sum(filter(None, row["facts"][f"{side}_attributes"].values())), label))
+    (_, one, first), (_, other, second) = sorted(rows)  # by model: on which side it stands is a coin's choice
+    if chance.random() < 0.2 or one == other:
+        return chance.choice([first, second, "T", "T"])
+    return first if one > other else second
 
 
 def simulate(served: Served, seed: int = 1) -> None:
     place, chance = served.place, random.Random(seed)
     place.log.connection.execute("PRAGMA synchronous = OFF")
-    voters = [place.log.start(place.number, None, f"Voter {number + 1}") for number in range(VOTERS)]
+    voters = [place.log.start(place.number, f"{number:032x}", f"Voter {number}") for number in range(1, VOTERS + 1)]
     for number in range(VOTES):
         voter = voters[number % VOTERS]
         token = place.trial(voter)["trial"]
@@ -72,6 +74,8 @@ def arena_picture(browser: Browser, served: Served) -> Image.Image:
     browser.home = served.home
     browser.look(WIDTH, 720)
     browser.fresh()
+    signer = served.app.session_interface.get_signing_serializer(served.app)
+    browser.driver.add_cookie({"name": "judge", "value": signer.dumps({"judge": "0" * 32, "_permanent": True})})
     row = world.shown(place.log, browser.start())
     while row["place"] < 12 or len({*row["left_items"], *row["right_items"]}) < 6:
         place.log.vote(place.number, row["judge"], row["token"], answer(row, chance))
@@ -107,8 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     browser = Browser("")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            served = serve(args.data, Path(folder))
+            served = serve(args.data, Path(folder, "arena.sqlite"))
             keep(arena_picture(browser, served), args.output / "arena.png")
+            served = serve(args.data, Path(folder, "results.sqlite"))
             simulate(served)
             keep(results_picture(browser, served), args.output / "results.png")
         keep(report_picture(browser, args.data / "embeddings/report.html"), args.output / "report.png")
