@@ -42,6 +42,8 @@ from common import CleaningConfig, Fail
 # Batch prices, US dollars for a million tokens (input, output). Without the Batch API it is twice as much.
 PRICES = {"gpt-5-nano": (0.025, 0.20), "gpt-5-mini": (0.125, 1.00), "gpt-5.4-nano": (0.10, 0.625)}
 
+FLUSH = 500  # planned rows that are held before they are written
+
 
 def say(text: str) -> None:
     print(text, flush=True)
@@ -243,7 +245,7 @@ class DataProcessor:
                 keys.add(row.digest)
                 fresh += 1
             rows.append((row.number, row.id, row.digest, row.reason, row.detail))
-            if len(rows) >= 500:
+            if len(rows) >= FLUSH:
                 with self.transaction():
                     flush()
         if file:

@@ -18,7 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
+import cleaning
+
 clean = importlib.import_module("1_clean")
+cleaning.FLUSH = 2  # so that a killed `prepare` leaves items whose request file was never finished
 
 PHASES = {
     "prepare": (clean.DataProcessor, "prepare"),
