@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import re
 import shlex
@@ -11,35 +10,19 @@ from pathlib import Path
 
 import pytest
 
-import common
+import readme
+from readme import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-CONFIGS = {
-    "1_clean.py": common.CleaningConfig,
-    "2_prepare.py": common.PrepConfig,
-    "3_train.py": common.TrainingConfig,
-    "4_embed.py": common.EmbeddingConfig,
-    "5_arena.py": common.ArenaConfig,
-}
 
 
-def settings_table() -> str:
-    """The README's settings, made from the dataclasses."""
-    rows = ["| script | flag | default | what it is |", "|---|---|---|---|"]
-    for script, config in CONFIGS.items():
-        for field in dataclasses.fields(config):
-            default = "" if field.default is None or field.default == "" else f"`{field.default}`"
-            flag = "--" + field.name.replace("_", "-")
-            rows.append(f"| `{script}` | `{flag}` | {default} | {field.metadata['help'].replace('|', '/')} |")
-    return "\n".join(rows)
-
-
-def test_the_settings_table_is_made_from_the_code():
-    between = re.search(r"<!-- settings -->\n(.*?)\n<!-- /settings -->", README, re.DOTALL)
-    assert between and between[1].strip() == settings_table(), "paste the output of: python tests/test_readme.py"
+def test_every_table_is_there_and_the_settings_are_those_of_the_code():
+    for name in readme.TABLES:
+        assert readme.block(name).search(README), f"README.md has no place for the table of {name}"
+    assert readme.block("settings").search(README)[1] == readme.settings(), "run: python tests/readme.py"
 
 
 def test_every_make_target_in_the_readme_exists_and_every_target_is_there():
@@ -72,7 +55,3 @@ def test_every_flag_in_the_readme_is_one_of_the_script(script):
 def test_every_file_the_readme_names_is_there():
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / path).exists(), path
-
-
-if __name__ == "__main__":
-    print(settings_table())

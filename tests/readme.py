@@ -1,0 +1,109 @@
+"""The README's tables: made from the code and from what was measured, never typed.
+
+    python tests/readme.py        rewrites each table whose source is there, and says which
+
+A table stands between <!-- name --> and <!-- /name -->. `settings` comes from the dataclasses of common.py, `results`
+from data/report/report.json (make ablation), `bench` from bench.jsonl (make bench), `growth` from growth.jsonl and
+docs/growth.svg with it (make growth).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import bench
+import common
+import growth
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    "1_clean.py": common.CleaningConfig,
+    "2_prepare.py": common.PrepConfig,
+    "3_train.py": common.TrainingConfig,
+    "4_embed.py": common.EmbeddingConfig,
+    "5_arena.py": common.ArenaConfig,
+}
+SHOWN = {  # metrics of the results table
+    "mrr": "MRR",
+    "text_to_image_recall@1": "text->image recall@1",
+    "image_to_text_recall@1": "image->text recall@1",
+    "agreement@4_object_type": "type agreement@4",
+}
+
+
+def settings() -> str:
+    """Every setting of every script."""
+    rows = ["| script | flag | default | what it is |", "|---|---|---|---|"]
+    for script, config in CONFIGS.items():
+        for field in dataclasses.fields(config):
+            default = "" if field.default is None or field.default == "" else f"`{field.default}`"
+            flag = "--" + field.name.replace("_", "-")
+            rows.append(f"| `{script}` | `{flag}` | {default} | {field.metadata['help'].replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def results(path: Path = ROOT / "data/report/report.json") -> str:
+    """Every run of the report against zero-shot."""
+    report = common.read_json(path)
+    rows = [f"| run | {' | '.join(SHOWN.values())} | MRR gained [95% interval] | p |", "|---|" + "---|" * 6]
+    base = " | ".join(f"{report['base']['metrics'][name]:.3f}" for name in SHOWN)
+    rows.append(f"| `zero_shot` | {base} | | |")
+    for run in report["runs"]:
+        values = " | ".join(f"{run['metrics'][name]['value']:.3f}" for name in SHOWN)
+        gain = run["metrics"]["mrr"]
+        if run["name"] != "zero_shot":
+            p = "< 0.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}"
+            gained = f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+            rows.append(f"| `{run['name']}` | {values} | {gained} | {p} |")
+    return "\n".join(rows) + f"\n\nn = {report['items']} products of the test split; p after Holm's correction."
+
+
+def measured_growth() -> str:
+    """The growth table; draws docs/growth.svg beside it."""
+    common.write_whole(ROOT / "docs/growth.svg", growth.plot())
+    return growth.markdown()
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "results": results,
+    "bench": lambda: bench.markdown(bench.RESULTS),
+    "growth": measured_growth,
+}
+
+
+def block(name: str) -> re.Pattern:
+    """What matches a table in the README: the marks and, as the only group, what stands between them."""
+    return re.compile(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", re.DOTALL)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+@common.entry_point
+def main(argv: list[str] | None = None) -> int:
+    build_parser().parse_args(argv)
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        try:
+            table = make()
+        except (FileNotFoundError, common.Fail) as error:
+            print(f"{name}: left as it is ({error})")
+            continue
+        text = block(name).sub(lambda _, name=name, table=table: f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text)
+        print(f"{name}: written")
+    common.write_whole(path, text)
+    return common.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
