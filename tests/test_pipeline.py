@@ -2,55 +2,122 @@
 
 from __future__ import annotations
 
-import hashlib
+import csv
+import dataclasses
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["SAMPLE_COUNT=80", "EPOCHS=2", "TRAIN_FLAGS=--workers 1"]
-# What the stages hand on. Sidecars hold seconds, logs hold dates: they are not among the bytes that must agree.
-FINAL = ["cleaned.csv", "shards/**/*.tar", "shards/manifest.json", "runs/*/model/*", "embeddings/master.parquet"]
+SMALL = ["SAMPLE_COUNT=60", "EPOCHS=2", "CLEAN_FLAGS=--settle 1", "TRAIN_FLAGS=--workers 1 --checkpoint-minutes 0"]
+STEPS = ("sample", "1_clean", "2_prepare", "3_train", "4_embed")  # what `make all` runs, one after another
+# All that the stages hand on, and their sidecars less the facts of the day; logs with times in them are left out.
+FINAL = ("cleaned.csv", "cleaned.csv.*", "shards/**/*.tar", "shards/*.*", "runs/*/adapter/*", "runs/*/model/*",
+         "runs/*/metrics.jsonl", "runs/*/curves.png", "runs/*/train.json", "embeddings/master.parquet*",
+         "embeddings/report.*")  # fmt: skip
+OF_THE_DAY = re.compile(r'"(seconds|memory_mb|resume|batch|image|text)": [^\n]*')
 
 
-def make(data: Path, *arguments: str, wait: bool = True) -> subprocess.CompletedProcess | subprocess.Popen:
-    """Run make in a process group of its own, with nothing of the caller's keys."""
+def environment() -> dict[str, str]:
+    """The caller's environment without keys, and with output line by line."""
     hidden = ("OPENAI_", "MAKE", "MFLAGS", "AWS_", "WANDB_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    command = ["make", f"DATA={data}", f"PYTHON={sys.executable}", *SMALL, *arguments]
-    options = {"cwd": ROOT, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    if wait:
-        return subprocess.run(command, timeout=600, **options)
-    return subprocess.Popen(command, start_new_session=True, **options)
+    return {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {"PYTHONUNBUFFERED": "1"}
 
 
-def digests(data: Path) -> dict[str, str]:
-    """sha256 of every final file."""
-    paths = sorted(path for pattern in FINAL for path in data.glob(pattern) if path.is_file())
-    return {path.relative_to(data).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+def command(data: Path, *arguments: str) -> list[str]:
+    return ["make", f"DATA={data}", f"PYTHON={sys.executable}", *SMALL, *arguments]
+
+
+def make(data: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run make to its end."""
+    options = {"cwd": ROOT, "env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(command(data, *arguments), timeout=600, **options)
+
+
+class Road:
+    """`make all` under way in a process group of its own."""
+
+    def __init__(self, data: Path):
+        self.start = time.monotonic()
+        self.process = subprocess.Popen(
+            command(data, "all"), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self.lines: list[tuple[float, str, str]] = []  # second, step, text
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self) -> None:
+        for text in self.process.stdout:
+            started = [name for name in STEPS if sys.executable in text and f"{name}.py" in text]
+            step = started[-1] if started else self.step
+            self.lines.append((time.monotonic() - self.start, step, text))
+
+    @property
+    def step(self) -> str:
+        """The step that is running."""
+        return self.lines[-1][1] if self.lines else STEPS[0]
+
+    def of(self, step: str) -> list[float]:
+        """Seconds at which a step printed its lines, the first being its start."""
+        return [second for second, name, _ in self.lines if name == step]
+
+    def end(self) -> int:
+        self.process.wait()
+        self.reader.join()
+        return self.process.returncode
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.end()
+
+
+def final(data: Path) -> dict[str, bytes | str]:
+    """What stands in every final file."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted({path for pattern in FINAL for path in data.glob(pattern) if path.is_file()}):
+        content: bytes | str = path.read_bytes()
+        if path.suffix == ".json" and path.name != "manifest.json":
+            content = OF_THE_DAY.sub("", content.decode()).replace(str(data), "")
+        found[path.relative_to(data).as_posix()] = content
+    return found
+
+
+@dataclasses.dataclass
+class Finished:
+    """A folder in which `make all` has ended undisturbed, and how it went."""
+
+    data: Path
+    road: Road
+
+    def __iter__(self):
+        return iter((self.data, "".join(text for *_, text in self.road.lines)))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, str]:
-    """A folder in which `make all` has ended, and what it printed."""
-    data = tmp_path_factory.mktemp("road") / "data"
-    ended = make(data, "all")
-    assert ended.returncode == 0, ended.stdout
-    return data, ended.stdout
+def finished(tmp_path_factory) -> Finished:
+    road = Road(data := tmp_path_factory.mktemp("road") / "data")
+    assert road.end() == 0, "".join(text for *_, text in road.lines)
+    return Finished(data, road)
 
 
 def test_the_whole_road_ends_with_a_table_and_the_way_to_vote(finished):
     data, printed = finished
     assert "local stand-in" in printed and "small CLIP" in printed  # a run on the default says so
     assert "zero" in printed and "MRR" in printed and "make arena" in printed
-    made = digests(data)
-    assert {"cleaned.csv", "shards/manifest.json", "embeddings/master.parquet"} <= set(made)
+    made = final(data)
+    assert {"cleaned.csv", "shards/manifest.json", "embeddings/master.parquet", "embeddings/report.html"} <= set(made)
     manifest = json.loads((data / "shards/manifest.json").read_text())
     counts = manifest["counts"]
     assert counts["written"] + counts["rejected"] == counts["input"]
@@ -93,27 +160,155 @@ def test_a_failing_recipe_leaves_no_target(tmp_path):
     assert not (tmp_path / "data/cleaned.csv").exists()
 
 
-def test_killed_fifteen_times_it_ends_with_the_same_bytes(finished, tmp_path):
-    undisturbed, _ = finished
-    data = tmp_path / "data"
-    moments = random.Random(15)
-    markers: dict[Path, int] = {}  # finished outputs and the time at which they were
-    for _ in range(15):
-        started = make(data, "all", wait=False)
-        try:
-            started.communicate(timeout=moments.uniform(0.3, 7.0))
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
-            started.communicate()
-        for marker, when in markers.items():
-            assert marker.stat().st_mtime_ns == when, f"{marker} was made again"
-        done = [data / "cleaned.csv", data / "runs/dual_lora/train.json", *data.glob("shards/*/*.tar")]
-        # A shard that is there is whole; make's own targets are finished once make has gone on to the next.
-        newer = {data / "cleaned.csv": data / "shards", data / "runs/dual_lora/train.json": data / "embeddings"}
-        markers |= {p: p.stat().st_mtime_ns for p in done if p.exists() and newer.get(p, p).exists()}
-        if started.returncode == 0:
-            break
+# --------------------------------------------------------------------------------------------------------------------
+# A changed photo
+
+
+def shards(data: Path) -> dict[str, int]:
+    """Each shard and the time at which it was made."""
+    return {path.relative_to(data).as_posix(): path.stat().st_mtime_ns for path in data.glob("shards/t*/*.tar")}
+
+
+def split_of(data: Path, split: str) -> str:
+    """The id of an item of a split that has no duplicate."""
+    with open(data / "shards/items.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    groups = [row["group"] for row in rows]
+    return next(row["id"] for row in rows if row["split"] == split and groups.count(row["group"]) == 1)
+
+
+def rows_of(data: Path) -> dict[str, dict]:
+    """The rows of master.parquet."""
+    import pyarrow.parquet
+
+    return {row["image_id"]: row for row in pyarrow.parquet.read_table(data / "embeddings/master.parquet").to_pylist()}
+
+
+def test_a_changed_photo_is_cleaned_once_and_rebuilds_its_shard(finished, tmp_path):
+    data, shop = tmp_path / "data", tmp_path / "shop"
+    shutil.copytree(finished.data, data, copy_function=shutil.copy2)
+    shutil.move(data / "sample", shop)
+    variables = [f"CATALOGUE={shop}/catalogue.csv"]
+    moved = make(data, "prepare", *variables)
+    assert moved.returncode == 0 and "prepared: 0 new requests" in moved.stdout, moved.stdout
+    made, cleaned, paid = shards(data), (data / "cleaned.csv").read_text(), bought(data)
+    assert made == shards(finished.data) and paid == bought(finished.data)  # the same photos in another folder
+    assert "Nothing to be done" in make(data, "prepare", *variables).stdout
+    wanted = split_of(data, "validation")
+    name = next(line["image_path"] for line in csv.DictReader(cleaned.splitlines()) if line["id"] == wanted)
+    from PIL import Image, ImageOps
+
+    with Image.open(shop / name) as photo:
+        turned = ImageOps.mirror(photo.convert("RGB"))
+    turned.save(shop / name, "PNG" if name.endswith(".png") else "JPEG")
+    ended = make(data, "prepare", *variables)
+    assert ended.returncode == 0 and "prepared: 1 new requests" in ended.stdout, ended.stdout
+    assert len(bought(data)) == len(paid) + 1
+    assert {name for name, when in shards(data).items() if made[name] != when} <= {"shards/validation/shard-000000.tar"}
+    assert (data / "shards/validation/shard-000000.tar").read_bytes() != (
+        finished.data / "shards/validation/shard-000000.tar"
+    ).read_bytes()
+    others = [line for line in (data / "cleaned.csv").read_text().splitlines() if not line.startswith(wanted)]
+    assert others == [line for line in cleaned.splitlines() if not line.startswith(wanted)]
+
+
+def bought(data: Path) -> list[str]:
+    """What the stand-in was asked and would have charged, line by line."""
+    with sqlite3.connect(data / "standin/ledger.sqlite") as ledger:
+        return [key for (key,) in ledger.execute("SELECT key FROM ledger WHERE event = 'paid' ORDER BY key")]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kills
+
+
+# Files that are whole as soon as they are there, and those that are finished when a later step has begun.
+ONCE = ("batch/requests/*.jsonl", "batch/raw/*.jsonl", "shards/*/*.tar", "embeddings/vectors/*/*/*.npy",
+        "embeddings/vectors/index/*.parquet")  # fmt: skip
+BEFORE = {"2_prepare": ["cleaned.csv"], "3_train": ["shards/manifest.json"],
+          "4_embed": ["runs/*/train.json", "runs/*/model/*"]}  # fmt: skip
+
+
+class Kept:
+    """Watches finished work: what is whole once stays as it is, whatever is killed."""
+
+    def __init__(self, data: Path):
+        self.data, self.times, self.steps_done = data, {}, 0
+
+    def look(self, step: str) -> None:
+        """Compare with what was there; `step` was running when it was killed."""
+        done = [name for later, names in BEFORE.items() if STEPS.index(step) >= STEPS.index(later) for name in names]
+        for path, when in self.times.items():
+            assert path.stat().st_mtime_ns == when, f"{path} was made again"
+        found = [path for pattern in (*ONCE, *done) for path in self.data.glob(pattern)]
+        self.times |= {path: path.stat().st_mtime_ns for path in found}
+        if (self.data / "runs/dual_lora/checkpoint.pt").exists():
+            import torch
+
+            reached = torch.load(self.data / "runs/dual_lora/checkpoint.pt", weights_only=True)["state"]["step"]
+            assert reached >= self.steps_done, "steps were trained again"
+            self.steps_done = reached
+
+
+def test_killed_fifteen_times_it_ends_with_the_same_bytes_and_redoes_nothing(finished, tmp_path):
+    """Three kills in each step, at moments drawn from three equal parts of the time that it took undisturbed."""
+    data, chance = tmp_path / "data", random.Random(15)
+    calm, hits, kept = finished.road, dict.fromkeys(STEPS, 0), Kept(data)
+    for kill in range(15):
+        step, part = STEPS[kill // 3], kill % 3
+        lines = calm.of(step)
+        following = [second for later in STEPS[STEPS.index(step) + 1 :] for second in calm.of(later)]
+        lasted = min(following, default=calm.lines[-1][0]) - lines[0]
+        moment = lasted * (part + chance.random()) / 3.2
+        ahead = sum(second - lines[0] <= moment for second in lines)  # lines printed by then
+        road = Road(data)
+        while road.process.poll() is None:  # a step that goes on where it was may get there sooner, seen by its lines
+            mine, past = road.of(step), STEPS.index(road.step) > STEPS.index(step)
+            late = mine and time.monotonic() - road.start - mine[0] >= moment
+            if late or past or (len(mine) >= ahead and moment - (lines[ahead - 1] - lines[0]) < 0.05):
+                break
+            time.sleep(0.005)
+        road.kill()
+        assert road.process.returncode == -signal.SIGKILL, f"kill {kill} came too late: {road.lines[-3:]}"
+        hits[road.step] += 1
+        kept.look(road.step)
+    assert all(hits.values()), hits
     ended = make(data, "all")
     assert ended.returncode == 0, ended.stdout
-    assert markers, "no kill came after finished work: the test proves nothing"
-    assert digests(data) == digests(undisturbed)
+    kept.look("4_embed")
+    assert {path.parts[-3] for path in kept.times} >= {"batch", "shards", "runs"} and kept.steps_done > 0
+    assert len(set(bought(data))) == len(bought(data)) and bought(data) == bought(finished.data)
+    mine, calm_ones = final(data), final(finished.data)
+    assert {name for name in calm_ones if mine.get(name) != calm_ones[name]} == set()
+    assert not [path for path in data.rglob("*.tmp") if "standin" not in path.parts]
+    assert "Nothing to be done" in make(data, "all").stdout
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A changed row
+
+
+def test_a_changed_row_rebuilds_its_shard_its_vectors_and_its_row(finished):
+    """In place, since another folder is another variable: the last test, for others compare with that folder."""
+    data = finished.data
+    before, made, model = rows_of(data), shards(data), (data / "runs/dual_lora/model/open_clip_model.safetensors")
+    weights, wanted = model.read_bytes(), split_of(data, "test")
+    with open(data / "cleaned.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    for row in rows:
+        if row["id"] == wanted:
+            row["clean_title"] = "Unheard-of Thing"
+    with open(data / "cleaned.csv", "w", newline="") as handle:
+        writer = csv.DictWriter(handle, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    ended = make(data, "all")
+    assert ended.returncode == 0, ended.stdout
+    assert "1_clean.py" not in ended.stdout and "2_prepare.py" in ended.stdout
+    assert {name for name, when in shards(data).items() if made[name] != when} == {"shards/test/shard-000000.tar"}
+    assert model.read_bytes() == weights  # no training sample changed
+    assert "computed: 0 pictures, 1 prompts" in ended.stdout
+    after = rows_of(data)
+    assert after[wanted]["title"] == "Unheard-of Thing" != before[wanted]["title"]
+    assert {id for id in after if after[id] != before[id]} == {wanted}
+    assert "Nothing to be done" in make(data, "all").stdout
