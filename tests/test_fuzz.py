@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import csv
 import dataclasses
@@ -649,3 +650,37 @@ def test_any_file_of_keys_is_one_or_one_line(tmp_path, data):
         assert all(isinstance(value, str) and value.encode() for value in keys.values())
     except common.Fail as error:
         assert "keys.json" in str(error)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Input that would like to be code
+
+
+def test_nothing_in_the_code_can_run_what_it_reads():
+    """No pickle, no YAML, no eval, no shell; torch.load takes tensors only."""
+    for path in ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "shelve", "marshal", "yaml", "joblib", "dill", "cloudpickle"} & set(names), path
+            if isinstance(node, ast.Call):
+                given_ = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "os.system", "os.popen"), f"{path.name}: {called}"
+                assert called != "torch.load" or given_.get("weights_only") == "True", path
+                assert "shell" not in given_ and given_.get("allow_pickle", "False") == "False", path
+
+
+def test_a_pickle_as_checkpoint_is_refused_and_not_run(tmp_path):
+    import torch
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "run",)
+
+    for content in (Evil(), {name: Evil() for name in journal.PARTS}):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        with pytest.raises(common.Fail, match=r"checkpoint\.pt: not a readable checkpoint"):
+            journal.find_checkpoint(common.TrainingConfig(), tmp_path)
+    assert not (tmp_path / "run").exists()
