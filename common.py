@@ -488,8 +488,8 @@ def _s3(path: str, act: Callable[[Any, str, str], Any]) -> Any:
                 break
         s3_pause(attempt)
     where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    cause = " ".join(cause.split())[:160]
-    raise Fail(f"{path}: {where} cannot be reached ({cause}); check AWS_ENDPOINT_URL and run again")
+    where, cause = (re.sub(r"//[^/@ ]*@", "//", text) for text in (where, " ".join(cause.split())))  # no password
+    raise Fail(f"{path}: {where} cannot be reached ({cause[:160]}); check AWS_ENDPOINT_URL and run again")
 
 
 def _told(answer: dict, *names: str) -> dict:
