@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 import common
+import splits
 from bench import Case
 
 PHOTOS, SIDE = 4000, 500
@@ -75,7 +76,6 @@ def ours(cleaned: Path, output: Path) -> float:
 
 def parts(cleaned: Path) -> str:
     """What one core spends on one photo, part by part."""
-    prepare = importlib.import_module("2_prepare")
     paths = [cleaned.parent / f"images/{i}.jpg" for i in range(60)]
 
     def each(act, items) -> tuple[float, list]:
@@ -86,7 +86,7 @@ def parts(cleaned: Path) -> str:
     datas = [path.read_bytes() for path in paths]
     decode, images = each(lambda data: common.load_image(data, 4 * 224), datas)
     scale, squares = each(lambda image: common.letterbox(image, 224), images)
-    looks, _ = each(prepare.gradients, squares)
+    looks, _ = each(splits.looks, squares)
     encode, _ = each(lambda square: square.save(io.BytesIO(), "JPEG", quality=95), squares)
     spent = {"decode": decode, "resize": scale, "compare": looks, "encode": encode}
     shares = ", ".join(f"{name} {ms:.1f}" for name, ms in spent.items())
