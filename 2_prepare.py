@@ -44,7 +44,7 @@ from shards import (
     wait_for_others,
     write_dataset,
 )
-from splits import group_items, keep_splits, looks, print_report, split_items, split_report
+from splits import LOOKS, group_items, keep_splits, looks, print_report, split_items, split_report
 
 SHEET = {"train": 32, "validation": 8, "test": 8}  # samples on the contact sheet
 BATCH = 256  # pictures asked for at once
@@ -104,7 +104,7 @@ def open_work(path: Path, config: PrepConfig) -> sqlite3.Connection:
         CREATE TABLE items (id TEXT PRIMARY KEY, fields TEXT, type TEXT, reason TEXT, path TEXT, size INT, changed INT,
             position INT, grp TEXT, split TEXT, place BLOB);"""
     )
-    settings = json.dumps(picture_settings(config))
+    settings = json.dumps([LOOKS, *picture_settings(config)])
     if work.execute("SELECT settings FROM made_by").fetchone() != (settings,):
         work.execute("DELETE FROM pictures")
         work.execute("DELETE FROM made_by")

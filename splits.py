@@ -21,7 +21,10 @@ from common import SPLITS, Fail
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 HASH_SIDE, GRID = 16, 8  # 16 x 16 gradients and 8 x 8 mean colours describe a picture
+LOOKS = 2  # version of what is kept of a picture; a new one has all pictures looked at again
 # Near duplicates: few gradients differ, and colours in fewer than five cells (a small product on white fills no more).
+# Of 400 shop photos all are found again that were encoded anew, scaled to a third, mirrored or watermarked, and 97% of
+# those cropped or padded by 2 to 5%. Of the 63 in full colour 2 to 5% pass for copies when they are dyed.
 GRADIENT_DISTANCE, COLOR_DISTANCE, COLOR_CELLS = 0.2, 14, 5
 BORDER = 16  # levels by which a picture differs from the colour of its border
 NEIGHBOURS = 64  # that a picture is compared with in each band
@@ -32,29 +35,37 @@ PAIRS = 1 << 13  # compared at once
 
 
 def looks(image) -> tuple[bytes, bytes]:
-    """(gradients, colours) of an RGB picture as it is, mirrored and, where it has a plain border, without that."""
-    from PIL import Image, ImageChops, ImageOps
+    """(gradients, colours) of an RGB picture as it is, mirrored and, where it has a plain border, without that.
 
-    views = [image, ImageOps.mirror(image)]
+    Each look is 256 bits of left-to-right and 256 of top-to-bottom gradients, and 8 x 8 x 3 mean colours.
+    """
+    from PIL import Image, ImageChops
+
+    seen = [shown := _small(image), [part[:, ::-1] for part in shown]]
     ground = Image.new("RGB", image.size, image.getpixel((0, 0)))
     box = ImageChops.difference(image, ground).convert("L").point(lambda level: 255 * (level > BORDER)).getbbox()
     if box and min(box[2] - box[0], box[3] - box[1]) > HASH_SIDE and box != (0, 0, *image.size):
-        views.append(image.crop(box))
-    bits, grids = zip(*map(_look, views), strict=True)
-    return b"".join(bits), b"".join(grids)
+        seen.append(_small(image.crop(box)))
+    return b"".join(_gradients(grey) for grey, _ in seen), b"".join(grid.tobytes() for _, grid in seen)
 
 
-def _look(image) -> tuple[bytes, bytes]:
-    """(256 bits of left-to-right and 256 of top-to-bottom gradients, 8 x 8 x 3 mean colours) of an RGB picture."""
+def _small(image) -> list:
+    """[int16 [17, 17] of grey, uint8 [8, 8, 3] of colour] of a picture."""
     import numpy as np
     from PIL import Image
 
     grey = np.asarray(image.resize((HASH_SIDE + 1, HASH_SIDE + 1), Image.BOX).convert("L"), np.int16)
+    return [grey, np.asarray(image.resize((GRID, GRID), Image.BOX), np.uint8)]
+
+
+def _gradients(grey) -> bytes:
+    """Where grey rises to the right, and where downwards, 512 bits."""
+    import numpy as np
+
     # A step of 3 levels and more: what is flat stays flat when a picture is encoded again.
     across = grey[:-1, 1:] - grey[:-1, :-1] > 2
     down = grey[1:, :-1] - grey[:-1, :-1] > 2
-    grid = np.asarray(image.resize((GRID, GRID), Image.BOX), np.uint8)
-    return np.packbits(np.stack([across, down])).tobytes(), grid.tobytes()
+    return np.packbits(np.stack([across, down])).tobytes()
 
 
 def near_pairs(bits, grids) -> Iterator[tuple[int, int]]:
