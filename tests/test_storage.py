@@ -203,8 +203,9 @@ def _read(path, results):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_read_alike(s3, method):
+def test_other_processes_read_alike(faulty, method):
     common.put_whole("s3://shop/p", CONTENT)
+    faulty.cut, faulty.refuse = 0.4, 0.1
     context = multiprocessing.get_context(method)
     results = context.Queue()
     processes = [context.Process(target=_read, args=("s3://shop/p", results)) for _ in range(2)]
