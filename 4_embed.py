@@ -58,11 +58,16 @@ def read_run(folder: str, args: argparse.Namespace) -> Run:
             return Run(path.name, f"local-dir:{path}", None, None)
         raise Fail(f"{path}: no finished run there (no train.json); train it with 3_train.py, or check the path")
     facts = common.read_json(place / "train.json", "run")
-    name = facts.get("scenario") or place.name
-    base = facts.get("inputs", {}).get("base_fingerprint")
-    if facts.get("model_dir") is None:
-        return Run(name, args.model, args.pretrained, place, base)
-    return Run(name, f"local-dir:{place / facts['model_dir']}", None, place, base)
+    try:
+        name, model = facts.get("scenario"), facts.get("model_dir")
+        base = facts.get("inputs", {}).get("base_fingerprint")
+        if not all(isinstance(text, str | None) for text in (name, base, model)):
+            raise TypeError("names are no text")
+    except (AttributeError, TypeError) as error:
+        raise Fail(f"{place}/train.json: not written by 3_train.py ({error!r}); train that run again") from None
+    if model is None:
+        return Run(name or place.name, args.model, args.pretrained, place, base)
+    return Run(name or place.name, f"local-dir:{place / model}", None, place, base)
 
 
 def load(run: Run, base: Any, device: str) -> Any:
@@ -86,26 +91,30 @@ def without_vector(items, encoders) -> list[int]:
     return [int(row) for row in np.flatnonzero(~np.all([e.image.has(items.image) for e in encoders], axis=0))]
 
 
+def why_unreadable(items, row: int) -> common.BadImage:
+    """What is wrong with a row's picture."""
+    from clip import decode_jpeg
+
+    data = items.jpegs([row])[0]
+    if isinstance(data, common.BadImage):
+        return data
+    try:
+        decode_jpeg(data, 32)
+    except common.BadImage as error:
+        return error
+    return common.BadImage("not encoded", "readable now; run again")
+
+
 def write_rejects(path: str, items, bad: list[int], max_failed: float) -> None:
     """Name the rows that are left out; Fail where they are too many."""
     import numpy as np
 
-    from clip import decode_jpeg
-    from common import BadImage
-
     lines = []
-    for row in bad:
-        fields = {
-            name: values[0] for name, values in items.fields(np.array([row]), ("id", "image_path", "title")).items()
-        }
-        try:
-            data = items.jpegs([row])[0]
-            error = data if isinstance(data, BadImage) else BadImage("not encoded")
-            decode_jpeg(data if isinstance(data, bytes) else b"", 32)
-        except BadImage as found:
-            error = found if isinstance(data, bytes) else error
-        line = {"id": fields["id"], "row": row, "reason": error.reason, "detail": error.detail}
-        lines.append(json.dumps(line | {"image_path": fields["image_path"], "name": fields["title"]}) + "\n")
+    columns = items.fields(np.array(bad, dtype=int), ("id", "image_path", "title"))
+    for row, name, image_path, title in zip(bad, *columns.values(), strict=True):
+        error = why_unreadable(items, row)
+        line = {"id": name, "row": row, "reason": error.reason, "detail": error.detail}
+        lines.append(json.dumps(line | {"image_path": image_path, "name": title}) + "\n")
     if lines or Path(path).is_file():
         common.write_whole(path, "".join(lines))
     if len(bad) > max_failed * len(items):
@@ -234,8 +243,7 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
             )  # fmt: skip
         print(f"{output}: input {len(items)} = written {counts['written']} + rejected {len(bad)}", flush=True)
         print("computed: {image} pictures, {text} prompts; the rest was there".format(**made), flush=True)
-        vectors = [judged_vectors(items, encoder, bad) for encoder in encoders]
-        make_report(items, bad, vectors[0], [(run, vectors[1])], config, output.parent)
+        make_report(items, bad, list(zip((base, run), encoders, strict=True)), config, output.parent)
     return DONE
 
 
@@ -258,7 +266,8 @@ def master_facts(items, encoders, run: Run, args: argparse.Namespace, output: Pa
     """master.parquet's metadata. No path of this machine is among it, so that the same work gives the same bytes."""
     folder = os.path.relpath(Path(run.model.removeprefix("local-dir:")).resolve(), output.parent.resolve())
     base = args.model if "local-dir:" in args.model else f"{args.model}/{args.pretrained}"
-    made_from = [common.digest([entry["sha256"] for _, entry in items.entries]), *(e.key for e in encoders), COLUMNS]
+    shards = [(split, entry["sha256"]) for split, entry in items.entries]
+    made_from = [shards, [encoder.key for encoder in encoders], COLUMNS]
     return {
         "base_model": base,
         "finetuned_model": f"local-dir:{folder}",
@@ -281,23 +290,26 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     with alone(folder, ranks):
         device = device_of(config.device, ranks)
         items = open_items(args, config, folder, ("test",), ranks)
-        encoders = []
+        models: list[tuple[Run, Any]] = []
         base = Run("zero_shot", args.model, args.pretrained, None)
         for run in (base, *(run for run in runs if run.model != args.model)):
-            clip = load(run, encoders[0][1].clip if encoders else None, device)
+            clip = load(run, models[0][1].clip if models else None, device)
             encoder = open_encoder(clip, items, config, ranks)
             compute(items, [encoder], config, ranks)
             clip.model = None  # one model in memory at a time
-            encoders.append((run, encoder))
+            models.append((run, encoder))
         if ranks.rank:
             return DONE
-        bad = without_vector(items, [encoder for _, encoder in encoders])
+        bad = without_vector(items, [encoder for _, encoder in models])
         output.mkdir(parents=True, exist_ok=True)
         write_rejects(str(output / "rejects.jsonl"), items, bad, config.max_failed)
-        judged = [(run, judged_vectors(items, encoder, bad)) for run, encoder in encoders]
-        make_report(items, bad, judged[0][1], judged[1:], config, output)
+        make_report(items, bad, models, config, output)
         items.forget_copies()
     return DONE
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The report
 
 
 def judged_rows(items, bad: list[int]):
@@ -306,43 +318,39 @@ def judged_rows(items, bad: list[int]):
 
     tested = np.array([split == "test" for split, _ in items.entries])[items.shard]
     tested[bad] = False
+    if not tested.any():
+        raise Fail(f"{items.shards}: no picture of the test split can be read; make the shards again")
     return np.flatnonzero(tested)
 
 
-@dataclasses.dataclass
-class Vectors:
-    """A model's vectors of the test split, float32 [N, D]."""
+def make_report(items, bad, models: list[tuple[Run, Any]], config: EmbeddingConfig, folder: Path) -> None:
+    """Judge every run against the first, the base; write report.json and report.html, print what they say.
 
-    images: Any
-    texts: Any
-    fingerprint: str
-    precision: str
-
-
-def judged_vectors(items, encoder, bad: list[int]) -> Vectors:
-    """What a store holds for the test split."""
-    rows = judged_rows(items, bad)
-    images, texts = encoder.image.get(items.image[rows]), encoder.text.get(items.text[rows])
-    return Vectors(images, texts, encoder.clip.fingerprint, encoder.precision)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The report
-
-
-def make_report(items, bad, base: Vectors, others: list[tuple[Run, Vectors]], config, folder: Path) -> None:
-    """Judge every run against the base; write report.json and report.html, print the table and what it says."""
+    models: runs with their encoders. Their vectors are read from the store a block at a time.
+    """
     import retrieval
     from report_page import write_page
+    from vectors import Vectors
 
     rows = judged_rows(items, bad)
     columns = items.fields(rows, ("id", "title", "prompt", "group", *common.ATTRIBUTES))
     judged = retrieval.Judged.of(columns)
     clusters = judged.clusters()
-    before = retrieval.judge(base.images, base.texts, judged)
-    scores = [retrieval.judge(vectors.images, vectors.texts, judged) for _, vectors in others]
-    compared = retrieval.compare(before, scores, clusters, config.draws, config.seed)
-    titles = retrieval.unique_names(run.name for run, _ in others)
+    vectors = [
+        (Vectors(encoder.image, items.image[rows]), Vectors(encoder.text, items.text[rows])) for _, encoder in models
+    ]
+    scores = [retrieval.judge(*pair, judged) for pair in vectors]
+    compared = retrieval.compare(scores[0], scores[1:], clusters, config.draws, config.seed)
+    names = ["zero_shot", *retrieval.unique_names(run.name for run, _ in models[1:])]
+    told = [
+        {
+            "name": name,
+            "fingerprint": encoder.clip.fingerprint,
+            "precision": encoder.precision,
+            "by_type": retrieval.by_type(score, columns["object_type"]),
+        }
+        for name, (_, encoder), score in zip(names, models, scores, strict=True)
+    ]
     facts: dict[str, Any] = {
         "split": "test",
         "items": len(judged),
@@ -350,40 +358,27 @@ def make_report(items, bad, base: Vectors, others: list[tuple[Run, Vectors]], co
         "shards": common.digest([entry["sha256"] for split, entry in items.entries if split == "test"]),
         "settings": {"draws": config.draws, "seed": config.seed, "nearest": retrieval.NEAREST},
         "headline": retrieval.HEADLINE,
-        "base": {
-            "name": "zero_shot",
-            "fingerprint": base.fingerprint,
-            "precision": base.precision,
-            "metrics": {name: retrieval.mean(before[name]) for name in retrieval.METRICS},
-            "by_type": retrieval.by_type(before, columns["object_type"]),
-        },
+        "base": told[0] | {"metrics": {name: retrieval.mean(scores[0][name]) for name in retrieval.METRICS}},
         "runs": [
-            {
-                "name": title,
-                "fingerprint": vectors.fingerprint,
-                "precision": vectors.precision,
-                "verdict": retrieval.verdict(title, metrics[retrieval.HEADLINE]),
-                "metrics": metrics,
-                "by_type": retrieval.by_type(score, columns["object_type"]),
-            }
-            for title, (_, vectors), metrics, score in zip(titles, others, compared, scores, strict=True)
+            run | {"metrics": metrics, "verdict": retrieval.verdict(run["name"], metrics[retrieval.HEADLINE])}
+            for run, metrics in zip(told[1:], compared, strict=True)
         ],
     }
     page: dict[str, Any] = {}
-    if others:
-        best = max(range(len(others)), key=lambda i: compared[i][retrieval.HEADLINE]["value"])
-        facts["moved"] = {"run": titles[best]} | {
-            kind: [moved_query(i, columns, before, scores[best]) for i in chosen]
-            for kind, chosen in zip(("gained", "lost"), retrieval.moved(before, scores[best], judged), strict=True)
+    if compared:
+        best = 1 + max(range(len(compared)), key=lambda i: compared[i][retrieval.HEADLINE]["value"])
+        gained, lost = retrieval.moved(scores[0], scores[best], judged)
+        facts["moved"] = {
+            "run": names[best],
+            "gained": [moved_query(i, columns, scores[0], scores[best]) for i in gained],
+            "lost": [moved_query(i, columns, scores[0], scores[best]) for i in lost],
         }
-        page = show_moved(facts["moved"], items, rows, judged, (base, others[best][1]), columns["title"])
-    curves = {
-        title: run.folder and run.folder / "metrics.jsonl" for title, (run, _) in zip(titles, others, strict=True)
-    }
+        page = show_moved(facts["moved"], items, rows, judged, (vectors[0], vectors[best]), columns["title"])
+    curves = {name: run.folder / "metrics.jsonl" for name, (run, _) in zip(names, models, strict=True) if run.folder}
     write_page(folder / "report.html", facts, curves, page)
     common.write_json(folder / "report.json", facts)
     print(f"\ntest split: {len(judged)} items, {facts['independent']} of them independent of each other\n")
-    print(retrieval.table(titles, facts["base"]["metrics"], compared))
+    print(retrieval.table(names[1:], facts["base"]["metrics"], compared))
     print()
     for run in facts["runs"]:
         print(run["verdict"])
@@ -396,21 +391,20 @@ def moved_query(i: int, columns: dict[str, list[str]], before: dict, after: dict
     return {"item": i} | {name: columns[name][i] for name in ("id", "title", "prompt")} | ranks
 
 
-def show_moved(moved: dict[str, Any], items, rows, judged, models: tuple[Vectors, Vectors], titles: list[str]) -> dict:
+def show_moved(moved: dict[str, Any], items, rows, judged, vectors: tuple, titles: list[str]) -> dict[str, Any]:
     """The queries that moved with the pictures that both models find, for report.html."""
     import functools
 
-    from common import BadImage
     from report_page import moved_queries, thumbnail
     from retrieval import NEAREST
 
     @functools.cache
     def picture(i: int) -> str:
         data = items.jpegs([int(rows[i])])[0]
-        return "" if isinstance(data, BadImage) else thumbnail(data)
+        return "" if isinstance(data, common.BadImage) else thumbnail(data)
 
     asked = [query["item"] for kind in ("gained", "lost") for query in moved[kind]]
-    found = [common.top_k(model.texts[asked], model.images, NEAREST)[1].tolist() for model in models]
+    found = [common.top_k(texts[asked], images.blocks(), NEAREST)[1].tolist() for images, texts in vectors if asked]
     results = {i: pair for i, *pair in zip(asked, *found, strict=True)}
     shown = {kind: moved_queries(moved[kind], results, judged, picture, titles) for kind in ("gained", "lost")}
     return {"run": moved["run"]} | shown
@@ -422,24 +416,33 @@ def show_moved(moved: dict[str, Any], items, rows, judged, models: tuple[Vectors
 
 def search(args: argparse.Namespace) -> int:
     """Print the items nearest to words, to a picture, or to both together."""
-    import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not args.words and not args.image:
         raise Fail("search for what? give words, or --image FILE", USAGE)
     try:
-        file = pq.ParquetFile(args.embeddings)
+        print_nearest(args)
     except FileNotFoundError:
         raise Fail(f"{args.embeddings}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # pyarrow tells of damage when it comes to it
         raise Fail(f"{args.embeddings}: not a readable Parquet file ({error}); run 4_embed.py again") from None
+    return DONE
+
+
+def print_nearest(args: argparse.Namespace) -> None:
+    """What `search` prints."""
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(args.embeddings)
     facts = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
     column = f"{args.using}_embedding"
-    if column not in file.schema_arrow.names or f"{args.using}_model" not in facts:
+    types = {field.name: field.type for field in file.schema_arrow}
+    width = getattr(types.get(column), "list_size", None)
+    known = {f"{args.using}_model", f"{args.using}_fingerprint"} <= facts.keys()
+    if width is None or not known or not {"image_id", "title", "image_path"} <= types.keys():
         raise Fail(f"{args.embeddings}: no {column} with its model in it; make it with 4_embed.py")
     query = query_vector(args, facts)
-    width = file.schema_arrow.field(column).type.list_size
     if query.shape[1] != width:
         raise Fail(f"{args.embeddings}: vectors of width {width}, the query's has {query.shape[1]}")
     chunks = (
@@ -448,17 +451,16 @@ def search(args: argparse.Namespace) -> int:
     )
     scores, rows = common.top_k(query, chunks, args.top_k)
     found = [(score, row) for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True) if row >= 0]
-    ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+    starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
     lines = []
     for place, (score, row) in enumerate(found, 1):
-        group = int(np.searchsorted(ends, row, side="right"))
+        group = int(np.searchsorted(starts, row, side="right")) - 1
         item = file.read_row_group(group, columns=["image_id", "title", "image_path"])
-        item = item.slice(row - (ends[group] - file.metadata.row_group(group).num_rows), 1).to_pylist()[0]
-        lines.append((str(place), f"{score:.3f}", item["image_id"], item["title"], item["image_path"]))
+        item = item.slice(row - starts[group], 1).to_pylist()[0]
+        lines.append((str(place), f"{score:.3f}", *(str(item[n] or "") for n in ("image_id", "title", "image_path"))))
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return DONE
 
 
 def query_vector(args: argparse.Namespace, facts: dict[str, str]):

@@ -51,7 +51,7 @@ def write_page(path: Path, facts: dict[str, Any], curves: dict[str, Path], moved
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Charts: where everything goes, in pixels
+# Charts: where everything goes
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -62,33 +62,28 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 10) + 0.0 for i in range(first, last + 1)]
 
 
-def bars(rows: list[tuple[str, list[dict]]], left: int = 300, width: int = 720, height: int = 18) -> dict[str, Any]:
-    """Differences to zero-shot as bars with their intervals; a group of one bar a run for each metric."""
+def bars(rows: list[tuple[str, list[dict]]]) -> dict[str, Any]:
+    """Differences to zero-shot as bars with their intervals, in percent of the width; a bar a run for each metric."""
     facts = [fact for _, runs in rows for fact in runs if "difference" in fact]
     ends = [0.0, *(v for f in facts for v in (f["difference"], f["low"], f["high"]) if v is not None)]
     marks = ticks(min(ends), max(ends)) if max(ends) > min(ends) else [-0.1, 0.0, 0.1]
-    scale = width / (marks[-1] - marks[0])
 
     def x(value: float) -> float:
-        return round(left + (value - marks[0]) * scale, 1)
+        return round(100 * (value - marks[0]) / (marks[-1] - marks[0]), 2)
 
-    groups, y = [], 6
+    def span(start: float, end: float) -> dict[str, float]:
+        return {"left": x(min(start, end)), "width": round(x(max(start, end)) - x(min(start, end)), 2)}
+
+    groups = []
     for label, runs in rows:
-        drawn = []
-        for number, fact in enumerate(runs):
-            if "difference" in fact:
-                start, end = sorted((x(0.0), x(fact["difference"])))
-                known = fact["low"] is not None
-                drawn.append(
-                    {"run": number, "y": y + number * height, "x": start, "width": round(end - start, 1), "fact": fact}
-                    | {"low": x(fact["low"]) if known else None, "high": x(fact["high"]) if known else None}
-                )
-        groups.append({"label": label, "y": y + len(runs) * height / 2, "bars": drawn})
-        y += len(runs) * height + 10
-    return {
-        "groups": groups, "ticks": [(x(mark), f"{mark:+g}" if mark else "0") for mark in marks], "zero": x(0.0),
-        "bottom": y, "height": y + 34, "width": left + width + 30, "left": left, "bar": height - 5,
-    }  # fmt: skip
+        drawn = [
+            {"run": number, "fact": fact, "bar": span(0.0, fact["difference"])}
+            | {"interval": None if fact["low"] is None else span(fact["low"], fact["high"])}
+            for number, fact in enumerate(runs)
+            if "difference" in fact
+        ]
+        groups.append({"label": label, "bars": drawn})
+    return {"groups": groups, "ticks": [(x(mark), f"{mark:+g}" if mark else "0") for mark in marks]}
 
 
 def read_curve(path: Path) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
@@ -107,7 +102,7 @@ def read_curve(path: Path) -> tuple[list[tuple[float, float]], list[tuple[float,
 
 
 def curve(name: str, training: list, validation: list, width: int = 300, height: int = 150) -> dict[str, Any]:
-    """Polylines of one run's losses."""
+    """Polylines of one run's losses, in pixels."""
     points = training + validation
     last = max((step for step, _ in points), default=1) or 1
     marks = ticks(0.0, max((loss for _, loss in points), default=1.0) or 1.0, 3)

@@ -16,15 +16,16 @@ rounded to float32, so that equal vectors tie.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import common
-from stats import holm, paired_bootstrap
+from stats import ALPHA, holm, paired_bootstrap
 
-BLOCK = 256  # queries judged at once: memory is this times N
+BLOCK = 256  # queries judged at once, at most
+SCORES = 1 << 23  # and scores: they take 32 MB, whatever N
 NEAREST = 4  # results of a picture that are judged, as many as the arena shows
 CUTS = (1, 5, 10)
 WAYS = ("text_to_image", "image_to_text")
@@ -87,7 +88,16 @@ def numbered(values: Sequence[str], unknown: str | None = None) -> np.ndarray:
 # Scores of each query
 
 
-def products(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+# Vectors are float32 [N, D]: an array, or what gives one when it is sliced (vectors.Vectors), so that N is not held.
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """The queries 0 to `count` in pieces that are judged at once."""
+    step = max(1, min(BLOCK, SCORES // max(count, 1)))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def products(queries: np.ndarray, gallery) -> np.ndarray:
     """float32 [q, N]: dot products in float64, rounded once; the gallery is widened a block at a time."""
     scores = np.empty((len(queries), len(gallery)), np.float32)
     wide = queries.astype(np.float64)
@@ -97,29 +107,28 @@ def products(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     return scores
 
 
-def retrieval_scores(queries: np.ndarray, gallery: np.ndarray, items: Judged) -> dict[str, np.ndarray]:
-    """{recall@k, mrr, map, rank: float64 [N]} of each query; queries[i] and gallery[i] (float32 [N, D]) are item i."""
+def retrieval_scores(queries, gallery, items: Judged) -> dict[str, np.ndarray]:
+    """{recall@k, mrr, map, rank: float64 [N]} of each query; queries[i] and gallery[i] are item i."""
     rank, precision = np.empty(len(items)), np.empty(len(items))
-    for start in range(0, len(items), BLOCK):
-        rows = slice(start, start + BLOCK)
-        scores, right = products(queries[rows], gallery), items.right(rows)
-        for i in range(len(scores)):
-            good, wrong = np.sort(scores[i][right[i]])[::-1], np.sort(scores[i][~right[i]])
+    for rows in blocks(len(items)):
+        for i, scores, right in zip(
+            range(rows.start, rows.stop), products(queries[rows], gallery), items.right(rows), strict=True
+        ):
+            good, wrong = np.sort(scores[right])[::-1], np.sort(scores[~right])
             m = np.arange(1, len(good) + 1)
             ranks = m + len(wrong) - np.searchsorted(wrong, good)
-            rank[start + i], precision[start + i] = ranks[0], (m / ranks).mean()
+            rank[i], precision[i] = ranks[0], (m / ranks).mean()
     return {f"recall@{k}": (rank <= k).astype(float) for k in CUTS} | {"mrr": 1 / rank, "map": precision, "rank": rank}
 
 
-def agreement_scores(images: np.ndarray, items: Judged, k: int = NEAREST) -> dict[str, np.ndarray]:
+def agreement_scores(images, items: Judged, k: int = NEAREST) -> dict[str, np.ndarray]:
     """{object_type, style, material, color, all: float64 [N]}; NaN where a query cannot be judged."""
     found = {name: np.full(len(items), np.nan) for name in (*items.attributes, "all")}
-    for start in range(0, len(items), BLOCK):
-        rows = slice(start, start + BLOCK)
+    for rows in blocks(len(items)):
         scores = products(images[rows], images)
         scores[items.group[rows, None] == items.group] = -np.inf
-        for i, row in enumerate(range(start, start + len(scores))):
-            weights, near = _nearest(scores[i], k)
+        for row, of_row in zip(range(rows.start, rows.stop), scores, strict=True):
+            weights, near = _nearest(of_row, k)
             if not len(near):
                 continue
             every = np.ones(len(near), bool)
@@ -146,7 +155,7 @@ def _nearest(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return weights, np.concatenate([above, tied])
 
 
-def judge(images: np.ndarray, texts: np.ndarray, items: Judged) -> dict[str, np.ndarray]:
+def judge(images, texts, items: Judged) -> dict[str, np.ndarray]:
     """{metric: float64 [N]} for every metric of METRICS, and the ranks; images, texts: float32 [N, D], normalised."""
     scores: dict[str, np.ndarray] = {}
     for way, queries, gallery in ((WAYS[0], texts, images), (WAYS[1], images, texts)):
@@ -181,6 +190,8 @@ def compare(base: dict, others: list[dict], clusters: np.ndarray, draws: int, se
             if judged.any():
                 found = paired_bootstrap(base[name][judged], scores[name][judged], draws, seed, clusters[judged])
                 facts |= {"difference": found.mean, "low": found.low, "high": found.high, "p": found.p}
+                if found.low == found.high == 0:  # no query differs: 0 wide would be too sure of those not asked
+                    facts |= {"low": None, "high": None}
             metrics[name] = facts
         compared.append(metrics)
     tested = [facts for metrics in compared for facts in metrics.values() if "p" in facts]
@@ -201,18 +212,22 @@ def by_type(scores: dict[str, np.ndarray], types: Sequence[str]) -> dict[str, di
 
 
 def verdict(name: str, facts: dict) -> str:
-    """In words: is this run better than the base, beyond its interval?"""
+    """In words: is this run better than the base, corrected for every difference that was tested?"""
     if "p" not in facts:
         return f"{name}: nothing could be judged"
     change = f"MRR {facts['value']:.3f}, {facts['difference']:+.3f} against zero-shot"
+    if facts["difference"] == 0 and facts["low"] is None:
+        return f"{name}: no query differs from zero-shot, MRR {facts['value']:.3f}"
     if facts["low"] is None:
         return f"{name}: {change}; too few independent queries for an interval"
-    interval = f"{change} [{facts['low']:+.3f}, {facts['high']:+.3f}]"
-    if facts["low"] > 0:
-        return f"{name} is better than zero-shot, beyond its 95% interval: {interval}"
-    if facts["high"] < 0:
-        return f"{name} is WORSE than zero-shot, beyond its 95% interval: {interval}"
-    return f"{name}: no difference to zero-shot is shown, the 95% interval holds 0: {interval}"
+    interval = f"{change}, 95% interval [{facts['low']:+.3f}, {facts['high']:+.3f}]"
+    p = f"p = {facts['p_holm']:.4f} after Holm's correction"
+    way = "better" if facts["difference"] > 0 else "WORSE"
+    if facts["p_holm"] <= ALPHA:
+        return f"{name} is {way} than zero-shot: {interval}, {p}"
+    if facts["p"] <= ALPHA:
+        return f"{name} looks {way.lower()}, but that is not certain: {interval}, {p}"
+    return f"{name}: no difference to zero-shot is shown: {interval}"
 
 
 def moved(base: dict, scores: dict, items: Judged, count: int = 10) -> tuple[list[int], list[int]]:
@@ -247,6 +262,7 @@ def table(names: Sequence[str], base: dict[str, float | None], runs: list[dict[s
             line = f"{LABELS[name]:<{width}}{base[name]:>10.3f}{facts['value']:>12.3f}{facts['difference']:>+12.3f}   "
             known = facts["low"] is not None
             interval = f"[{facts['low']:+.3f}, {facts['high']:+.3f}]" if known else "unknown"
+            interval = "no query differs" if not known and facts["difference"] == 0 else interval
             lines.append(f"{line}{interval:<18} {facts['p_holm']:.4f}{_star(facts)}")
     else:
         widths = [max(9, len(name) + 2) for name in names]
@@ -262,7 +278,7 @@ def table(names: Sequence[str], base: dict[str, float | None], runs: list[dict[s
 
 
 def _star(facts: dict) -> str:
-    return "*" if facts.get("p_holm", 1) <= 0.05 else " "
+    return "*" if facts.get("p_holm", 1) <= ALPHA else " "
 
 
 def unique_names(names: Iterable[str]) -> list[str]:

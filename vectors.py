@@ -316,6 +316,24 @@ class Store:
         return vectors
 
 
+class Vectors:
+    """The vectors of some digests, all there, read when they are asked for: float32 [N, D], of which N is not held."""
+
+    def __init__(self, store: Store, digests: np.ndarray):
+        self.store, self.digests = store, digests
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def __getitem__(self, rows: slice | list[int]) -> np.ndarray:
+        return self.store.get(self.digests[rows])
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """float32 [n, D] pieces, as common.top_k takes them."""
+        step = common.SEARCH_VECTORS
+        return (self[start : start + step] for start in range(0, len(self), step))
+
+
 def _rest(handle) -> tuple[int, tuple[int, int]]:
     """Where the second array of a part begins, and its shape."""
     np.lib.format.read_magic(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -250,30 +251,58 @@ def test_the_first_pictures_are_what_half_precision_is_checked_on(world, tmp_pat
 # The store: kill and go on, reuse
 
 
-def test_interrupted_at_every_write_it_ends_with_the_same_bytes(world, out, monkeypatch, capsys):
-    monkeypatch.setattr(vectors, "PART", 16)
-    add, left = vectors.Store.add, [0]
+def test_dead_after_every_file_it_ends_with_the_same_bytes(world, out, monkeypatch):
+    """Each run dies as its second new file is about to appear: an index, a part, master.parquet, the report ..."""
+    monkeypatch.setattr(vectors, "PART", 32)
+    replace, appeared = os.replace, []
 
-    def dying(self, digests, values):
-        if not left[0]:
+    class Dead(BaseException):
+        pass
+
+    def dying(source, target):
+        if not Path(target).exists():
+            if appeared:
+                raise Dead
+            appeared.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    everything, kept, code = [], {}, None
+    while code != common.DONE:
+        appeared.clear()
+        with contextlib.suppress(Dead):
+            code = embed(world, out)
+        assert appeared and all(path.stat().st_mtime_ns == when for path, when in kept.items()), "made again"
+        everything += appeared
+        made = [path for kind in ("npy", "parquet") for path in out.rglob(f"*.{kind}")]
+        kept = {path: path.stat().st_mtime_ns for path in made}
+    prompts = {row["txt"] for some in items_of().values() for row in some}
+    parts = 2 * (-(-72 // 32) + -(-len(prompts) // 32))
+    assert sum(name.endswith(".npy") for name in everything) == parts
+    assert everything[-4:] == ["master.parquet", "master.parquet.json", "report.html", "report.json"]
+    for name in ("master.parquet", "report.json", "report.html"):
+        assert (out / name).read_bytes() == (world / "out" / name).read_bytes()
+
+
+def test_ctrl_c_keeps_what_was_made(world, out, monkeypatch, capsys):
+    """The batches since the last part are written on the way out."""
+    images, calls = vectors.Encoder.images, []
+
+    def interrupted(self, pixels, batch_size):
+        calls.append(len(pixels))
+        if len(calls) == 6:
             raise KeyboardInterrupt
-        left[0] -= 1
-        add(self, digests, values)
+        return images(self, pixels, batch_size)
 
-    monkeypatch.setattr(vectors.Store, "add", dying)
-    runs = 0
-    while True:
-        runs += 1
-        left[0] = 1
-        before = len(list(out.rglob("*.npy")))
-        code = embed(world, out)
-        if code == common.DONE:
-            break
-        assert code == common.INTERRUPTED and not (out / "master.parquet").exists()
-        assert len(list(out.rglob("*.npy"))) == before + 1, "each run keeps what it made"
-    assert runs > 10
+    monkeypatch.setattr(vectors.Encoder, "images", interrupted)
+    assert embed(world, out, "--batch-size", "8") == common.INTERRUPTED
+    assert "Traceback" not in capsys.readouterr().err and not (out / "master.parquet").exists()
+    assert len(list(out.rglob("*.npy"))) == 2
+    calls.clear()
+    monkeypatch.setattr(vectors.Encoder, "images", lambda *args: calls.append(len(args[1])) or images(*args))
+    assert embed(world, out, "--batch-size", "8") == common.DONE
+    assert sum(calls) == 2 * 72 - 5 * 8
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
-    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_killed_while_it_computes_it_goes_on(world, tmp_path):
@@ -311,19 +340,41 @@ def test_nothing_changed_nothing_computed_and_the_file_is_left_alone(world, tmp_
 
 def test_another_finetuned_model_computes_its_own_columns_only(world, tmp_path, monkeypatch):
     assert embed(world, tmp_path) == 0
-    before = matrix(tmp_path / "master.parquet", "base_embedding").copy()
-    images, seen = vectors.Encoder.images, []
-
-    def watched(self, pixels, batch_size):
-        seen.append((self.clip.name, len(pixels)))
-        return images(self, pixels, batch_size)
-
-    monkeypatch.setattr(vectors.Encoder, "images", watched)
+    before = {name: matrix(tmp_path / "master.parquet", name).copy() for name in COLUMNS}
+    seen = {"images": [], "texts": []}
+    for method, calls in seen.items():
+        monkeypatch.setattr(vectors.Encoder, method, watched(getattr(vectors.Encoder, method), calls))
     assert embed(world, tmp_path, "--finetuned", str(world / "runs/text_lora")) == 0
-    assert {name for name, _ in seen} == {str(world / "runs/text_lora/model")}
-    assert sum(count for _, count in seen) == 72
-    assert np.array_equal(matrix(tmp_path / "master.parquet", "base_embedding"), before)
+    prompts = {row["txt"] for some in items_of().values() for row in some}
+    for method, count in (("images", 72), ("texts", len(prompts))):
+        assert {name for name, _ in seen[method]} == {str(world / "runs/text_lora/model")}
+        assert sum(rows for _, rows in seen[method]) == count
+    for name in COLUMNS:
+        same = np.array_equal(matrix(tmp_path / "master.parquet", name), before[name])
+        assert same == name.startswith("base"), name
     assert pq.read_schema(tmp_path / "master.parquet").metadata[b"scenario"] == b"text_lora"
+
+
+def watched(method, calls: list):
+    """An Encoder's method that writes down whose rows it is given, and how many."""
+
+    def call(self, rows, batch_size):
+        calls.append((self.clip.name, len(rows)))
+        return method(self, rows, batch_size)
+
+    return call
+
+
+def test_each_picture_is_read_and_decoded_once_for_both_models(world, tmp_path, monkeypatch):
+    import clip
+
+    decode, decoded, read, rows_read = clip.decode_jpeg, [], vectors.Items.jpegs, []
+    monkeypatch.setattr(clip, "decode_jpeg", lambda data, size: decoded.append(data) or decode(data, size))
+    monkeypatch.setattr(vectors.Items, "jpegs", lambda self, rows: rows_read.extend(rows) or read(self, rows))
+    shown = []
+    monkeypatch.setattr(stage, "make_report", lambda *_: shown.append(len(rows_read)))
+    assert embed(world, tmp_path) == 0
+    assert len(decoded) == len({*decoded}) == 72 and sorted(rows_read) == [*range(72)] and shown == [72]
 
 
 def test_new_products_compute_their_rows_only(world, tmp_path):
@@ -395,6 +446,34 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] <= 1.1 * peaks[0] + 200 * 2700, peaks
+
+
+def test_memory_of_judging_stays_flat_at_ten_times_the_rows(monkeypatch):
+    """A row keeps its metrics, 8 bytes each; vectors are read as they are needed."""
+    monkeypatch.setattr(retrieval, "SCORES", 1 << 13)
+    monkeypatch.setattr(common, "SEARCH_VECTORS", 64)
+
+    class Far:
+        def __init__(self, count: int, seed: int):
+            self.count, self.seed = count, seed
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, rows):
+            picked = np.arange(self.count)[rows]
+            return np.sin(np.outer(picked * 7 + self.seed, np.arange(1, 65))).astype(np.float32)
+
+    peaks = []
+    for count in (100, 1000):
+        label = np.arange(count)
+        judged = retrieval.Judged(label, label, dict.fromkeys(common.ATTRIBUTES, label % 3))
+        tracemalloc.start()
+        scores = retrieval.judge(Far(count, 1), Far(count, 2), judged)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert scores["mrr"].shape == (count,)
+    assert peaks[1] <= 1.1 * peaks[0] + 250 * 900, peaks
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -519,6 +598,26 @@ def test_an_empty_test_split_and_damaged_shards_get_one_line(world, tmp_path, ca
     one_line(capsys, embed(world, tmp_path, shards=shards), "test/shard-000001.tar", "missing shard")
     code = stage.main([*report_arguments(world, tmp_path / "report")[:-2], "--run", str(tmp_path / "none")])
     one_line(capsys, code, "no finished run")
+
+
+def test_a_test_split_without_a_readable_picture_gets_one_line(world, tmp_path, capsys):
+    splits = items_of(test=2)
+    for row in splits["test"]:
+        row["jpg"] = b"not a picture"
+    code = embed(world, tmp_path, shards=write_shards(tmp_path / "shards", splits))
+    one_line(capsys, code, "no picture of the test split can be read")
+
+
+def test_a_split_of_the_same_shards_that_changed_is_written_anew(world, tmp_path):
+    shards = write_shards(tmp_path / "shards", items_of(train=20, validation=10, test=20))
+    assert embed(world, tmp_path, shards=shards) == 0
+    manifest = json.loads((shards / "manifest.json").read_text())
+    splits = manifest["splits"]
+    splits["train"]["shards"] += splits["validation"]["shards"]
+    splits["validation"] = {"samples": 0, "shards": []}
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    assert embed(world, tmp_path, shards=shards) == 0
+    assert pq.read_table(tmp_path / "master.parquet")["split"].to_pylist() == ["train"] * 30 + ["test"] * 20
 
 
 def test_two_at_once_are_refused(world, tmp_path, capsys):
@@ -733,10 +832,15 @@ def test_holm_is_over_every_difference_shown():
     least = min(facts["p"] for facts in everything)
     assert min(facts["p_holm"] for facts in everything) == pytest.approx(least * len(everything))
     words = [retrieval.verdict(name, metrics["mrr"]) for name, metrics in zip("ab", found, strict=True)]
-    assert words[0].startswith("a is better than zero-shot, beyond its 95% interval: MRR 0.")
+    assert words[0].startswith("a is better than zero-shot: MRR 0.") and "after Holm's correction" in words[0]
+    unsure = found[0]["mrr"] | {"p_holm": 0.051}
+    assert retrieval.verdict("a", unsure).endswith("], p = 0.0510 after Holm's correction")
+    assert "a looks better, but that is not certain" in retrieval.verdict("a", unsure)
     assert "no difference to zero-shot is shown" in words[1]
-    worse = retrieval.compare(better, [base], np.arange(60), 2000, 1)[0]["mrr"]
+    worse, same = (m["mrr"] for m in retrieval.compare(better, [base, better], np.arange(60), 2000, 1))
     assert "c is WORSE than zero-shot" in retrieval.verdict("c", worse)
+    assert retrieval.verdict("d", same) == f"d: no query differs from zero-shot, MRR {same['value']:.3f}"
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, None, None, 1)
 
 
 def test_most_moved_queries_are_one_a_prompt():
