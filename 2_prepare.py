@@ -113,6 +113,17 @@ def open_work(path: Path, config: PrepConfig) -> sqlite3.Connection:
     return work
 
 
+def damaged(database: Path) -> bool:
+    """Whether a SQLite file is. Its errors do not tell: for some damage SQLite says that the disk is full."""
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        try:
+            return db.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]
+        except sqlite3.OperationalError:  # a disk that is full indeed, or may not be written to
+            return False
+        except sqlite3.DatabaseError:
+            return True
+
+
 @contextlib.contextmanager
 def work_file(folder: Path) -> Iterator[Path]:
     """The first scratch database in `folder` that no living process uses; what a dead one left beside it is removed.
@@ -127,7 +138,14 @@ def work_file(folder: Path) -> Iterator[Path]:
                 break
         for left in folder.glob(f"{path.name}.*.tmp"):
             left.unlink(missing_ok=True)
-        yield path
+        try:
+            yield path
+        except sqlite3.DatabaseError as error:
+            if not damaged(path):
+                raise
+            for left in folder.glob(f"{path.name}*"):
+                left.unlink()
+            raise Fail(f"{path}: was damaged, and is removed ({error}); run the same command again") from None
 
 
 def scan(
@@ -379,7 +397,10 @@ def rejects_file(rejects: list[dict]) -> bytes:
 
 
 def shard_range(text: str) -> tuple[int, int]:
+    """A:B as two numbers, for argparse."""
     low, _, high = text.partition(":")
+    if not (low.isdecimal() and high.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text}: write two numbers, 0:8 for the first eight shards")
     return int(low), int(high)
 
 
@@ -402,16 +423,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def machine() -> tuple[int, int]:
     """RANK and WORLD_SIZE as torchrun and the like set them; (0, 1) for one machine."""
-    try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if not 0 <= rank < world:
-            raise ValueError
-    except ValueError:
-        said = f"RANK={os.environ.get('RANK')} WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
-        raise Fail(
-            f"{said}: these must be numbers, 0 <= RANK < WORLD_SIZE; unset both on one machine", common.USAGE
-        ) from None
-    return rank, world
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        said = "these must be numbers, RANK below WORLD_SIZE; unset both on one machine"
+        raise Fail(f"RANK={rank} WORLD_SIZE={world}: {said}", common.USAGE)
+    return int(rank), int(world)
 
 
 @common.entry_point

@@ -610,9 +610,14 @@ def test_verify_finds_every_damage_and_running_again_mends_it(shop, tmp_path, ca
         assert content(copy) == content(output)
 
 
-def test_wrong_use_is_one_line(tmp_path, capsys):
+def test_wrong_use_is_one_line(tmp_path, capsys, monkeypatch):
     rows = make_shop(tmp_path, 4)
     path = write_catalogue(tmp_path, rows)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(path, tmp_path / "o") == common.USAGE
+    assert "RANK=2 WORLD_SIZE=2: these must be numbers, RANK below WORLD_SIZE" in capsys.readouterr().err
+    monkeypatch.undo()
     for argv, code, said in [
         (["--output", "x"], 2, "--input is needed"),
         (["--input", "no.csv", "--output", "x"], 2, "no.csv: no such CSV"),
