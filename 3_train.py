@@ -17,12 +17,10 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -31,12 +29,14 @@ from typing import Any
 
 import common
 from common import DONE, Fail, TrainingConfig
-from journal import Log, State, check_identity, draw_curves, find_checkpoint, save_checkpoint, table
+from contrast import accumulate, one_way_loss
+from journal import Log, State, check_identity, draw_curves, find_checkpoint, save_checkpoint, write_result
 from loader import Batch, Data, Samples, epoch_plan, hashed, in_order, keep
 from towers import SCENARIOS, Towers, World, fitting_micro_batch
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
+NO_MEMORY = "out of memory|not enough memory|can't allocate memory"  # as torch words it
 MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper
 FREE_SETTINGS = (  # may differ when a run goes on: they do not change what is computed, or only how exactly it adds up
     *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "wandb_artifacts", "resume", "device"),
@@ -58,6 +58,7 @@ class Run:
     towers: Towers
     train: Data
     validation: Data
+    probe: Batch | None = None  # pictures and captions away from the catalogue
     effective: int = 0  # pairs contrasted in one step, over all processes
     micro: int = 64  # pairs in memory at once, per process
 
@@ -65,6 +66,13 @@ class Run:
         """Print a line, once whatever the number of processes."""
         if self.world.main:
             print(line, flush=True)
+
+    def share_lost(self) -> None:
+        """Let every process know what any could not read. Fail, on all of them, where it is too much."""
+        for samples in (self.train.samples, self.validation.samples):
+            found = self.world.share(sorted(samples.bad.items()))
+            samples.bad = {i: reason for some in found for i, reason in some}
+            samples.check(self.config.max_failed)
 
 
 def keep_features(run: Run, data: Data) -> None:
@@ -89,84 +97,6 @@ def keep_features(run: Run, data: Data) -> None:
         folder = run.output / "cache" / f"{data.samples.split}-{tower}-{known}"
         with run.world.first_on_this_machine():
             keep(data, tower, folder, encode, run.micro, variants)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The loss and its gradient, exact for the whole effective batch
-
-
-def one_way_loss(queries, gallery, query_keys, keys, scale, bias=None):
-    """Sum over queries [B, D] of their loss against the gallery [N, D].
-
-    Pairs that agree in any column of their keys (int64 [B, K], [N, K]) are all positives: a duplicate product or the
-    same caption is no negative. Softmax cross-entropy with the positives sharing the target (CLIP), or the sigmoid
-    loss of SigLIP (arXiv 2303.15343) where the model has a bias.
-    """
-    import torch.nn.functional as F
-
-    logits = scale.exp() * (queries @ gallery.T)  # (B, N)
-    positive = (query_keys[:, None] == keys[None]).any(dim=-1)
-    if bias is not None:
-        return -F.logsigmoid((logits + bias) * (2.0 * positive - 1.0)).sum()
-    target = positive / positive.sum(dim=1, keepdim=True)
-    return -(target * logits.log_softmax(dim=1)).sum()
-
-
-def pair_loss(images, texts, keys, scale, bias=None):
-    """The mean of both directions over N pairs."""
-    both = one_way_loss(images, texts, keys, keys, scale, bias) + one_way_loss(texts, images, keys, keys, scale, bias)
-    return both / (2 * len(images))
-
-
-def reseed(seed: int, step: int, position: int) -> None:
-    """Random numbers that depend on the place in the run alone: a second pass, a resumed run and any number of
-    processes draw the same dropout."""
-    import torch
-
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {position}".encode()).digest()[:8], "little"))
-
-
-def accumulate(run: Run, batch: Batch, step: int, scale_up=lambda loss: loss):
-    """Leave in .grad the gradient of the whole effective batch, over all processes; returns the loss.
-
-    Two passes where memory does not hold the batch (GradCache, arXiv 2101.06983): all embeddings without a graph, the
-    loss over all pairs, then each micro batch again with its share of the gradient. Plain accumulation would contrast
-    pairs with their micro batch only, which is another loss. `scale_up` is a GradScaler's.
-    """
-    import torch
-
-    towers, world = run.towers, run.world
-    parts = [batch.part(start, run.micro) for start in range(0, len(batch.positions), run.micro)]
-    fits = len(parts) == 1
-    embedded = []
-    for part in parts:
-        reseed(run.config.seed, step, int(part.positions[0]))
-        with torch.set_grad_enabled(fits):
-            embedded.append(towers.embed(part))
-    dim, scale = run.clip.config["embed_dim"], towers.model.logit_scale
-    local = [torch.cat([e[side].detach() for e in embedded] or [scale.new_empty(0, dim)]) for side in (0, 1)]
-    images, texts = (world.gather(batch.total, batch.positions, side) for side in local)
-    keys = world.gather(batch.total, batch.positions, batch.keys.view(-1, 2).to(world.device))
-    there = world.gather(batch.total, batch.positions, torch.ones(len(batch.positions), device=world.device)) > 0
-    leaves = [side[there].requires_grad_() for side in (images, texts)]
-    loss = pair_loss(*leaves, keys[there], scale, towers.model.logit_bias)
-    scale_up(loss).backward()  # the temperature has its whole gradient now, on every process
-    for side, leaf in zip((images, texts), leaves, strict=True):
-        side[there] = leaf.grad
-    for k, part in enumerate(parts):
-        if not fits:
-            reseed(run.config.seed, step, int(part.positions[0]))
-            embedded[k] = towers.embed(part)
-        rows = part.positions.to(world.device)
-        ends = [(e, g[rows]) for e, g in zip(embedded[k], (images, texts), strict=True) if e.requires_grad]
-        torch.autograd.backward(*zip(*ends, strict=True))
-        embedded[k] = None  # its graph is done with
-    if world.size > 1:
-        shared = [p for name, p in towers.trained.items() if not name.endswith(("logit_scale", "logit_bias"))]
-        flat = world.sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in shared]))
-        for p, part in zip(shared, flat.split([p.numel() for p in shared]), strict=True):
-            p.grad = part.view_as(p).clone()
-    return loss.detach()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -200,38 +130,41 @@ def evaluate(run: Run, data: Data) -> dict[str, float]:
         for rows in (slice(start, start + 1024) for start in range(0, len(keys), 1024)):
             loss += one_way_loss(images[rows], texts, keys[rows], keys, scale, bias).item()
             loss += one_way_loss(texts[rows], images, keys[rows], keys, scale, bias).item()
+    run.share_lost()
     return {"loss": loss / (2 * len(keys))} | retrieval_metrics(images, texts, keys)
 
 
-def general_probe(run: Run, path: str) -> dict[str, float]:
-    """Retrieval over the pictures and captions of a CSV (image_path,caption) that is not about the catalogue."""
+def load_probe(path: str, clip) -> Batch:
+    """Pictures and captions of a CSV (image_path,caption) that is not about the catalogue."""
     import numpy as np
     import torch
-    from PIL import Image
-
-    from clip import retrieval_metrics
 
     try:
         with open(path, newline="", encoding="utf-8") as handle:
             rows = [(Path(path).parent / row["image_path"], row["caption"]) for row in csv.DictReader(handle)]
-    except (OSError, KeyError) as error:
-        raise Fail(f"--probe {path}: {error}; it wants a CSV with image_path,caption") from None
-    size, embedded, captions = run.clip.size, [], [hashed(caption) for _, caption in rows]
+        if not rows:
+            raise ValueError("no rows")
+        pictures = [np.array(common.letterbox(common.load_image(source, clip.size), clip.size)) for source, _ in rows]
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    except (OSError, KeyError, TypeError, ValueError, common.BadImage) as error:
+        what = f"no column {error}" if isinstance(error, KeyError) else error
+        raise Fail(f"--probe {path}: {what}; it wants a CSV with image_path,caption and its pictures") from None
+    captions = [caption for _, caption in rows]
+    keys = torch.tensor([hashed(caption) for caption in captions])
+    return Batch(len(rows), torch.arange(len(rows)), keys, images, clip.tokenizer(captions))
+
+
+def general_probe(run: Run) -> dict[str, float]:
+    """Retrieval over the probe, which shows what was forgotten."""
+    import torch
+
+    from clip import retrieval_metrics
+
     run.towers.train(False)
-    for start in range(0, len(rows), run.micro):
-        some = rows[start : start + run.micro]
-        squares = []
-        for source, _ in some:
-            picture = common.load_image(source, size)
-            picture.thumbnail((size, size))
-            square = Image.new("RGB", (size, size), "white")
-            square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-            squares.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
-        texts = run.clip.tokenizer([caption for _, caption in some])
-        with torch.no_grad():
-            embedded.append(run.towers.embed(Batch(len(some), None, None, torch.stack(squares), texts)))
-    images, texts = (torch.cat(side) for side in zip(*embedded, strict=True))
-    return retrieval_metrics(images, texts, torch.tensor(captions, device=images.device))
+    parts = [run.probe.part(start, run.micro) for start in range(0, run.probe.total, run.micro)]
+    with torch.no_grad():
+        images, texts = (torch.cat(side) for side in zip(*map(run.towers.embed, parts), strict=True))
+    return retrieval_metrics(images, texts, run.probe.keys.to(images.device))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -290,7 +223,8 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
     loss = accumulate(run, batch, state.step, scaler.scale)
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(towers.trained.values(), config.clip_norm)
-    if not (loss.isfinite() and (norm.isfinite() or scaler.is_enabled())):
+    overflow = scaler.get_scale() > 1  # of fp16, which a smaller scale mends
+    if not (loss.isfinite() and (norm.isfinite() or overflow)):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
     before = scaler.get_scale()
     scaler.step(optimizer)
@@ -327,6 +261,7 @@ def train(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None,
         run.say(f"going on after step {state.step}, in epoch {min(state.epoch + 1, config.epochs)}")
 
     def save() -> None:
+        run.share_lost()
         state.bad = dict(samples.bad)
         save_checkpoint(run, state, optimizer, scaler, known)
 
@@ -372,7 +307,8 @@ def one_epoch(run: Run, state: State, optimizer, scaler, log: Log, save: Callabl
         bar.update()
         if state.step % LOG_EVERY == 0 or state.batch == steps:
             log.write(kind="step", epoch=state.epoch + 1, step=state.step, **numbers)
-        if time.monotonic() - saved >= config.checkpoint_minutes * 60 and state.batch < steps:
+        due = time.monotonic() - saved >= config.checkpoint_minutes * 60 and state.batch < steps
+        if any(run.world.share(due)):
             save()
             saved = time.monotonic()
     bar.close()
@@ -389,49 +325,17 @@ def out_of_patience(state: State, config: TrainingConfig) -> bool:
 # What remains of a run
 
 
-def choose_alpha(run: Run, fine: dict[str, Any], log: Log) -> tuple[float, list[dict[str, Any]]]:
-    """The interpolation between base and fine-tuned weights to export, and what each validates at (WiSE-FT)."""
+def sweep_alpha(run: Run, fine: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+    """The interpolation between base and fine-tuned weights that validates best, and what each gives (WiSE-FT)."""
     swept = []
     for alpha in ALPHAS:
         run.towers.interpolate(alpha, fine)
         facts = {"alpha": alpha, "validation": evaluate(run, run.validation)}
-        if run.config.probe:
-            facts["probe"] = general_probe(run, run.config.probe)
+        if run.probe:
+            facts["probe"] = general_probe(run)
         swept.append(facts)
     best = max(swept, key=lambda facts: (facts["validation"]["mrr"], facts["alpha"]))
-    return best["alpha"] if run.config.wise else 1.0, swept
-
-
-def export(run: Run, alpha: float, fine: dict[str, Any]) -> None:
-    """Write adapter/ and model/ for the weights at alpha; the towers become the plain open_clip model again."""
-    from safetensors.torch import save_file
-
-    from clip import fuse_attention, return_projections, save_clip
-
-    towers = run.towers
-    towers.interpolate(alpha, fine)
-    with common.whole_folder(run.output / "adapter") as folder:
-        if towers.peft is not None:  # it drops what is no LoRA: the rest stands beside it
-            towers.peft.peft_config["default"].lora_alpha *= alpha
-            towers.peft.save_pretrained(folder)
-        rest = {name: parameter for name, parameter in towers.trained.items() if "lora_" not in name}
-        save_file(
-            {name: parameter.detach().cpu().contiguous() for name, parameter in rest.items()},
-            folder / "projections.safetensors",
-        )
-    if towers.peft is not None:
-        towers.peft.merge_and_unload()
-    fuse_attention(return_projections(towers.model, towers.projections))
-    save_clip(run.clip, run.output / "model")
-
-
-def parameter_counts(run: Run) -> dict[str, Any]:
-    """How many parameters there are, are trained, and belong to LoRA."""
-    towers = run.towers
-    trained = {name: parameter.numel() for name, parameter in towers.trained.items()}
-    lora = sum(count for name, count in trained.items() if "lora_" in name)
-    every = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters())
-    return {"base": every - lora, "trained": sum(trained.values()), "lora": lora, "lora_share": lora / (every - lora)}
+    return best["alpha"], swept
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -446,6 +350,8 @@ def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dic
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
     manifest = common.load_manifest(shards)
+    clip = load_clip(config.model, config.pretrained, world.device)
+    probe = load_probe(config.probe, clip) if config.probe else None
     with world.first_on_this_machine():
         room = config.cache_gb * 1e9
         splits = [
@@ -454,9 +360,8 @@ def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dic
         ]
     for samples in splits:
         samples.check(config.max_failed)
-    clip = load_clip(config.model, config.pretrained, world.device)
     train, validation = (Data(samples, clip, config, k == 0) for k, samples in enumerate(splits))
-    run = Run(config, output, world, clip, Towers(clip, config), train, validation)
+    run = Run(config, output, world, clip, Towers(clip, config), train, validation, probe)
     run.effective = config.effective_batch_size or min(1024, max(32, len(train) // 8))
     if run.effective > len(train):
         run.effective = len(train)
@@ -466,9 +371,9 @@ def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dic
 
 def fine_tune(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     """Train, judge and export; returns what train.json says about it."""
-    log = Log(run)
-    if run.config.micro_batch_size != "auto":
-        run.micro = int(run.config.micro_batch_size)
+    log, config = Log(run), run.config
+    if config.micro_batch_size != "auto":
+        run.micro = int(config.micro_batch_size)
     else:  # found out once: another split of the same batch adds up in another order
         run.micro = (
             checkpoint["micro"]
@@ -481,20 +386,26 @@ def fine_tune(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | N
     run.say(
         f"effective batch {run.effective} = {run.world.size} processes x {parts} micro batches of up to {run.micro}"
     )
-    counts = parameter_counts(run)
+    counts = run.towers.counts()
     state = train(run, manifest, checkpoint, log)
     fine = state.best["weights"]
-    alpha, swept = choose_alpha(run, fine, log)
+    best_alpha, swept = sweep_alpha(run, fine)
+    alpha = best_alpha if config.wise else 1.0
+    for facts in swept:
+        forgotten = f", general probe {facts['probe']['mrr']:.4f}" if run.probe else ""
+        run.say(f"  WiSE-FT: alpha {facts['alpha']:.2f}, validation MRR {facts['validation']['mrr']:.4f}{forgotten}")
+    run.say(f"  the best alpha is {best_alpha}; exported is {alpha}" + ("" if config.wise else " (--wise: the best)"))
     known = identity(run, manifest)
     if run.world.main:
-        export(run, alpha, fine)
+        run.towers.export(run.output, alpha, fine)
         draw_curves(log, run.output / "curves.png")
-        log.close(run.output / "model" if run.config.wandb_artifacts else None)
+        log.close(run.output / "model" if config.wandb_artifacts else None)
     before, best = swept[0]["validation"], next(f["validation"] for f in swept if f["alpha"] == alpha)
     return {
         "model_dir": "model",
         "validation": {"zero_shot": before, "best": best, "best_epoch": state.best["epoch"]},
         "alpha": alpha,
+        "best_alpha": best_alpha,
         "wise_ft": swept,
         "parameters": counts,
         "batch": {"effective": run.effective, "micro": run.micro, "processes": run.world.size},
@@ -510,10 +421,13 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
     checkpoint = find_checkpoint(config, output) if SCENARIOS[config.scenario][2] else None
     run, manifest = prepare(config, shards, output)
+    found = run.world.share(checkpoint and checkpoint["state"]["step"])
+    if len(set(found)) > 1:
+        raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
     marker = output / "train.json"
     known = json.loads(json.dumps(identity(run, manifest)))
-    if config.resume and marker.is_file() and common.read_json(marker).get("identity") == known:
-        print(f"{marker}: finished already; --no-resume trains again", flush=True)
+    if run.world.share(config.resume and is_finished(marker, config, known))[0]:
+        run.say(f"{marker}: finished already; --no-resume trains again")
         return
     if run.world.main:
         common.remove(marker)
@@ -521,31 +435,15 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
         facts = fine_tune(run, manifest, checkpoint)
     else:
         facts = {"model_dir": None, "validation": {"zero_shot": evaluate(run, run.validation)}, "identity": known}
-    if not run.world.main:
-        return
-    if run.world.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    lost = {data.samples.split: data.samples for data in (run.train, run.validation)}
-    common.write_sidecar(
-        marker,
-        run.config,
-        {split: {"samples": s.lost()[1], "unreadable": s.lost()[0]} for split, s in lost.items()},
-        {"shards": shards, "base": run.clip.name, "base_fingerprint": known["model"]},
-        time.monotonic() - start,
-        scenario=config.scenario,
-        model=config.model,
-        pretrained=config.pretrained,
-        memory_mb=round(memory / 1e6),
-        unreadable=[*(line for s in lost.values() for line in (*s.damaged, *s.bad.values()))][:1000],
-        versions=common.versions("torch", "open_clip_torch", "peft"),
-        **facts,
-    )
-    for split, samples in lost.items():
-        if samples.lost()[0]:
-            print(f"{split}: {samples.lost()[0]} of {samples.lost()[1]} samples were unreadable; named in {marker}")
-    print(table(facts["validation"]["zero_shot"], facts["validation"].get("best")), flush=True)
+    if run.world.main:
+        write_result(run, marker, shards, time.monotonic() - start, facts)
+
+
+def is_finished(marker: Path, config: TrainingConfig, known: dict[str, Any]) -> bool:
+    """Whether the marker belongs to a run that gave all that this one would."""
+    facts = common.read_json(marker) if marker.is_file() else {}
+    before = facts.get("settings", {})
+    return facts.get("identity") == known and all(before[name] == getattr(config, name) for name in ("wise", "probe"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -574,8 +472,10 @@ def main(argv: list[str] | None = None) -> int:
             raise Fail(f"{args.output}: another run is writing here; wait for it, or choose another --output")
         try:
             run_scenario(config, args.shards, args.output)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
+            if re.search("Connection (closed|reset) by (remote )?peer", str(error)):
+                raise Fail("another process of this run stopped, and says why; start them all again") from None
+            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
                 raise
             raise Fail("out of memory; lower --micro-batch-size, or use --grad-checkpointing") from None
     return DONE

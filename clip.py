@@ -80,6 +80,8 @@ def load_clip(model: str, pretrained: str | None = None, device: str | torch.dev
         raise _explain(name, pretrained, error) from None
     finally:
         logging.disable(logging.NOTSET)
+    if hasattr(loaded, "text_decoder"):
+        raise Fail(f"{name}: a CoCa, which writes captions too, is not supported; take a plain CLIP such as ViT-B-32")
     loaded = loaded.float().to(device).eval()  # stored half precision would make training and fingerprints drift
     preprocess = dict(open_clip.get_model_preprocess_cfg(loaded))
     size = preprocess["size"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,10 @@ def save_checkpoint(run, state: State, optimizer, scaler, known: dict[str, Any])
 
 
 def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint of the output folder and --checkpoint-url; None without one or with --no-resume."""
+    """The newest whole checkpoint of the output folder and --checkpoint-url; None without one or with --no-resume.
+
+    Fail where all that there is is damaged: to start over would cost what a person may still save.
+    """
     import zipfile
 
     import torch
@@ -63,13 +67,13 @@ def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | No
         return None
     places = [str(output / "checkpoint.pt")]
     places += [common.join(config.checkpoint_url, "checkpoint.pt")] if config.checkpoint_url else []
-    found = []
+    found, damaged = [], []
     for place in places:
         if common.exists(place):
             try:
                 data = io.BytesIO(common.read_bytes(place))
-                if damaged := zipfile.ZipFile(data).testzip():  # torch.load looks at no checksum
-                    raise ValueError(f"{damaged} is damaged")
+                if torn := zipfile.ZipFile(data).testzip():  # torch.load looks at no checksum
+                    raise ValueError(f"{torn} is damaged")
                 data.seek(0)
                 checkpoint = torch.load(data, map_location="cpu", weights_only=True)
                 if not checkpoint.keys() >= PARTS or State(**checkpoint["state"]).step < 0:
@@ -79,7 +83,11 @@ def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | No
                 raise
             except Exception as error:  # torch raises many kinds for a damaged file
                 reason = " ".join(str(error).split())[:100]
-                raise Fail(f"{place}: not a readable checkpoint ({reason}); remove it, or use --no-resume") from None
+                damaged.append(f"{place}: not a readable checkpoint ({reason})")
+    if damaged and not found:
+        raise Fail(f"{damaged[0]}; remove it, or use --no-resume")
+    for line in damaged:
+        print(f"{line}; going on from the other one", flush=True)
     return max(found, key=lambda checkpoint: checkpoint["state"]["step"], default=None)
 
 
@@ -103,8 +111,9 @@ class Log:
             import wandb
 
             settings = dataclasses.asdict(run.config)
-            name = f"{run.output.name}"
-            self.wandb = wandb.init(project="catalogue-clip", name=name, dir=str(run.output), config=settings)
+            self.wandb = wandb.init(
+                project="catalogue-clip", name=run.output.name, dir=str(run.output), config=settings
+            )
 
     def start(self, state: State) -> None:
         """Go on from a state: what was logged after it is forgotten."""
@@ -162,3 +171,32 @@ def table(before: dict[str, float], after: dict[str, float] | None) -> str:
         if name not in ("kind", "epoch", "step"):
             lines.append(f"{name:<26}{before[name]:>10.4f}" + (f"{after[name]:>12.4f}" if after else ""))
     return "\n".join(lines)
+
+
+def write_result(run, marker: Path, shards: str, seconds: float, facts: dict[str, Any]) -> None:
+    """Write train.json, and say what came out."""
+    import torch
+
+    if run.world.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lost = {data.samples.split: data.samples for data in (run.train, run.validation)}
+    common.write_sidecar(
+        marker,
+        run.config,
+        {split: {"samples": s.lost()[1], "unreadable": s.lost()[0]} for split, s in lost.items()},
+        {"shards": shards, "base": run.clip.name, "base_fingerprint": facts["identity"]["model"]},
+        seconds,
+        scenario=run.config.scenario,
+        model=run.config.model,
+        pretrained=run.config.pretrained,
+        memory_mb=round(memory / 1e6),
+        unreadable=[*(line for s in lost.values() for line in (*s.damaged, *s.bad.values()))][:1000],
+        versions=common.versions("torch", "open_clip_torch", "peft"),
+        **facts,
+    )
+    for split, samples in lost.items():
+        if samples.lost()[0]:
+            print(f"{split}: {samples.lost()[0]} of {samples.lost()[1]} samples were unreadable; named in {marker}")
+    print(table(facts["validation"]["zero_shot"], facts["validation"].get("best")), flush=True)

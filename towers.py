@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import Fail, TrainingConfig
+from common import Fail, TrainingConfig, whole_folder
 from loader import Batch
 
 # scenario: (LoRA in the vision tower, LoRA in the text tower, projections and temperature trained)
@@ -62,6 +63,17 @@ class World:
         whole = local.new_zeros((total, *local.shape[1:]))
         whole[positions.to(whole.device)] = local
         return self.sum(whole)
+
+    def share(self, value: Any) -> list[Any]:
+        """What each process gives here (what JSON holds), in the order of their ranks."""
+        import torch
+
+        if self.size == 1:
+            return [value]
+        data, mine = torch.tensor([list(json.dumps(value).encode())], device=self.device), torch.tensor([self.rank])
+        sizes = self.gather(self.size, mine, torch.tensor([data.shape[1]], device=self.device)).tolist()
+        rows = self.gather(self.size, mine, torch.nn.functional.pad(data, (0, max(sizes) - data.shape[1]))).tolist()
+        return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
     @contextlib.contextmanager
     def first_on_this_machine(self) -> Iterator[None]:
@@ -196,6 +208,31 @@ class Towers:
             embedded.append(F.normalize(x.to(self.model.logit_scale.dtype), dim=-1))
         return tuple(embedded)
 
+    def counts(self) -> dict[str, Any]:
+        """How many parameters there are, are trained, and belong to LoRA."""
+        trained = {name: parameter.numel() for name, parameter in self.trained.items()}
+        lora = sum(count for name, count in trained.items() if "lora_" in name)
+        base = sum(p.numel() for part in (self.model, self.projections) for p in part.parameters()) - lora
+        return {"base": base, "trained": sum(trained.values()), "lora": lora, "lora_share": lora / base}
+
+    def export(self, output: Path, alpha: float, fine: dict[str, Any]) -> None:
+        """Write adapter/ and model/ for the weights at alpha; this becomes the plain open_clip model again."""
+        from safetensors.torch import save_file
+
+        from clip import fuse_attention, return_projections, save_clip
+
+        self.interpolate(alpha, fine)
+        with whole_folder(output / "adapter") as folder:
+            if self.peft is not None:  # it drops what is no LoRA: the rest stands beside it
+                self.peft.peft_config["default"].lora_alpha *= alpha
+                self.peft.save_pretrained(folder)
+            rest = {name: p.detach().cpu().contiguous() for name, p in self.trained.items() if "lora_" not in name}
+            save_file(rest, folder / "projections.safetensors")
+        if self.peft is not None:
+            self.peft.merge_and_unload()
+        fuse_attention(return_projections(self.model, self.projections))
+        save_clip(self.clip, output / "model")
+
 
 def memory_limit() -> int:
     """Bytes of memory that this process may use."""
@@ -223,15 +260,16 @@ def fitting_micro_batch(towers: Towers, share: int) -> int:
     size = 1
     if clip.device.type == "cpu":
         kept: dict[int, int] = {}
+        weights = {p.data_ptr() for part in (towers.model, towers.projections) for p in part.parameters()}
 
         def note(tensor):
-            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            if tensor.data_ptr() not in weights:
+                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             attempt(2)
-        weights = sum(p.numel() * p.element_size() for p in towers.model.parameters())
-        pair = max(1, sum(kept.values()) - weights) / 2
+        pair = sum(kept.values()) / 2
         while size < share and size * 2 * pair < memory_limit() / 8:
             size *= 2
     else:
