@@ -203,9 +203,9 @@ def read_keys(database: str | Path) -> dict[str, str]:
     keys = {name: secrets.token_urlsafe(24) for name in names}
     if path.is_file():
         kept = read_json(path, "file of keys")
-        if not isinstance(kept, dict) or not all(isinstance(kept.get(name, ""), str) for name in names):
+        if not isinstance(kept, dict) or not all(str(kept.get(name)).isascii() for name in names):
             raise Fail(f"{path}: not a file of keys; remove it, and give judges and admin the new links")
-        keys |= {name: kept[name] for name in names if kept.get(name)}
+        keys |= {name: str(kept[name]) for name in names if kept.get(name)}
     else:
         with whole_file(path) as temporary:
             temporary.touch(mode=0o600)
@@ -417,7 +417,10 @@ def add_judge_pages(app, arena: Arena) -> None:
 
     def posted(*names: str) -> list:
         """Fields of a JSON object in the request's body."""
-        body = request.get_json()
+        try:
+            body = request.get_json()
+        except RecursionError:  # lists in lists in lists
+            body = None
         if not isinstance(body, dict) or not all(isinstance(body.get(name), str | None) for name in names):
             raise Refused(400, "A JSON object is expected.")
         return [body.get(name) for name in names]

@@ -264,7 +264,8 @@ def _refusal(error: Exception) -> str | None:
     }
     if number in hints:
         return f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number)}; {hints[number]}"
-    if type(error).__module__ == "sqlite3" and re.search("readonly|unable to open|disk I/O|malformed|not a da", text):
+    told = re.search("readonly|unable to open|disk I/O|malformed|not a database|unsupported file", text)
+    if told and type(error).__module__ == "sqlite3":
         return f"SQLite: {text}; check the disk, its permissions and free space, then run the same command again"
     return None
 

@@ -380,11 +380,30 @@ def test_a_damaged_results_database_is_one_line(tmp_path, data):
         processor_of(tmp_path).db.close()
         shutil.copyfile(tmp_path / "w/results.sqlite", tmp_path / "whole.sqlite")
     for path in (tmp_path / "w").glob("results.sqlite*"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     (tmp_path / "w/results.sqlite").write_bytes(damaged(data.draw, (tmp_path / "whole.sqlite").read_bytes()))
     command = data.draw(st.sampled_from(["status", "prepare"]))
     places = f"--input {tmp_path}/c.csv --workspace {tmp_path}/w --output {tmp_path}/cleaned.csv --workers 1"
     ends_well(clean.main, [command, *places.split()])
+
+
+@heavy
+@given(data=st.data())
+def test_a_damaged_scratch_database_costs_a_second_call_at_most(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(prepare, "worker_pool", lambda _: contextlib.nullcontext(InProcess()))
+    scratch = tmp_path / "shards/.work/scan-0.sqlite"
+    places = f"--input {tmp_path}/c.csv --output {tmp_path}/shards --image-size 16 --workers 1 --max-failed 1".split()
+    if not scratch.exists():
+        make_shop(tmp_path)
+        assert ends_well(prepare.main, places) == common.DONE
+        shutil.copyfile(scratch, tmp_path / "whole")
+    for path in scratch.parent.glob("scan-0.sqlite*"):
+        path.unlink(missing_ok=True)
+    scratch.write_bytes(damaged(data.draw, (tmp_path / "whole").read_bytes()))
+    if ends_well(prepare.main, places) != common.DONE:
+        assert ends_well(prepare.main, places) == common.DONE
+    counts = common.load_manifest(tmp_path / "shards")["counts"]
+    assert counts["input"] == 6 == counts["written"] + counts["rejected"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -466,6 +485,7 @@ def test_every_sample_of_a_damaged_shard_is_read_or_counted(tiny_world, tmp_path
     folder = tmp_path / "shards"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tiny_world / "shards", folder)
+    shutil.rmtree(tmp_path / "vectors", ignore_errors=True)
     path = folder / "train/shard-000000.tar"
     path.write_bytes(damaged(data.draw, path.read_bytes()))
     if data.draw(st.booleans()):
