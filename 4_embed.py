@@ -421,16 +421,19 @@ def search(args: argparse.Namespace) -> int:
     if not args.words and not args.image:
         raise Fail("search for what? give words, or --image FILE", USAGE)
     try:
-        print_nearest(args)
+        lines = nearest(args)
     except FileNotFoundError:
         raise Fail(f"{args.embeddings}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
     except (pa.ArrowException, OSError, ValueError) as error:  # pyarrow tells of damage when it comes to it
         raise Fail(f"{args.embeddings}: not a readable Parquet file ({error}); run 4_embed.py again") from None
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:  # outside: a closed pipe says nothing about the file
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return DONE
 
 
-def print_nearest(args: argparse.Namespace) -> None:
-    """What `search` prints."""
+def nearest(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """(place, score, id, title, path) of each item that is found, best first."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -458,9 +461,7 @@ def print_nearest(args: argparse.Namespace) -> None:
         item = file.read_row_group(group, columns=["image_id", "title", "image_path"])
         item = item.slice(row - starts[group], 1).to_pylist()[0]
         lines.append((str(place), f"{score:.3f}", *(str(item[n] or "") for n in ("image_id", "title", "image_path"))))
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return lines
 
 
 def query_vector(args: argparse.Namespace, facts: dict[str, str]):

@@ -15,6 +15,7 @@ from bench import Case
 from bench_train import operations
 
 PHOTOS = 128
+QUERIES, GALLERY, WIDTH, NEAREST = 5000, 1_000_000, 64, 10  # of the search
 
 
 @functools.cache
@@ -79,6 +80,51 @@ def plain(folder: Path, batch: int) -> float:
     return (time.perf_counter() - start) / len(files)
 
 
+@functools.cache
+def unit_vectors(count: int, seed: int):
+    """float32 [count, WIDTH], L2-normalised."""
+    import numpy as np
+
+    vectors = np.random.default_rng(seed).standard_normal((count, WIDTH), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def search_ours() -> float:
+    """Seconds a query, of all queries at once."""
+    import common
+
+    queries, gallery = unit_vectors(QUERIES, 1), unit_vectors(GALLERY, 2)
+    start = time.perf_counter()
+    common.top_k(queries, gallery, NEAREST)
+    return (time.perf_counter() - start) / QUERIES
+
+
+def search_plain(count: int = 100) -> float:
+    """Seconds a query of whole rows of scores, in float32, of which the best are taken."""
+    import numpy as np
+
+    queries, gallery = unit_vectors(QUERIES, 1)[:count], unit_vectors(GALLERY, 2)
+    start = time.perf_counter()
+    for first in range(0, count, 50):
+        scores = queries[first : first + 50] @ gallery.T
+        best = np.argpartition(-scores, NEAREST, axis=1)[:, :NEAREST]
+        np.take_along_axis(scores, best, 1).argsort(axis=1)
+    return (time.perf_counter() - start) / count
+
+
+def search_memory() -> str:
+    """What the search allocates beside queries and vectors."""
+    import tracemalloc
+
+    unit_vectors(QUERIES, 1), unit_vectors(GALLERY, 2)
+    tracemalloc.start()
+    search_ours()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return f"{peak / 1e6:.0f} MB beside the vectors; all scores would take {4 * QUERIES * GALLERY / 1e9:.0f} GB"
+
+
 def cases(workdir: Path) -> list[Case]:
     """The cases of stage 4."""
 
@@ -95,4 +141,13 @@ def cases(workdir: Path) -> list[Case]:
             functools.partial(bound, precision),
         )
         for precision, batch, aim in (("auto", 1, 2.0), ("auto", 32, 2.0))
+    ] + [
+        Case(
+            f"search of {QUERIES:,} queries in {GALLERY:,} vectors of width {WIDTH}, exact / whole rows of scores",
+            search_ours,
+            search_plain,
+            1.0,
+            "query",
+            search_memory,
+        )
     ]

@@ -931,6 +931,20 @@ def test_search_with_words_and_picture_is_between_the_two(world, tmp_path, capsy
     assert float(both[0][1]) < float(alone[0][1])
 
 
+def test_a_closed_pipe_is_no_damaged_file(world, monkeypatch, capsys):
+    """search ... | head"""
+
+    def closed(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", closed)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    with open(os.devnull, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        assert stage.main(["search", "chair", "--embeddings", str(world / "out/master.parquet")]) == common.DONE
+    assert capsys.readouterr().err == ""
+
+
 def test_bad_searches_get_one_line(world, tmp_path, capsys):
     embeddings = ["--embeddings", str(world / "out/master.parquet")]
     one_line(capsys, stage.main(["search", *embeddings]), "search for what?")
