@@ -264,6 +264,7 @@ def train(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None,
         run.share_lost()
         state.bad = dict(samples.bad)
         save_checkpoint(run, state, optimizer, scaler, known)
+        run.world.share(None)  # no process goes on, or stops all, before it is written
 
     log.start(state)
     if not checkpoint:

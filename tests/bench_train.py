@@ -1,12 +1,20 @@
-"""Speed of stage 3 at ViT-B/32, batch 32, 16 tokens a caption: against what one would do instead, and its caches."""
+"""Speed of stage 3 at ViT-B/32, batch 32, 16 tokens a caption: against what one would do instead, and its caches.
+
+python tests/bench_train.py        parameters and memory of each scenario against full fine-tuning, as a table
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import multiprocessing
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import tiny
 from bench import Case
@@ -24,18 +32,25 @@ def caption_tokens():
     return tokens
 
 
-def our_step(scenario: str, precision: str, kept: bool = True) -> Callable[[], object]:
-    """One update of the real training code on random weights; kept: frozen towers' features are there already."""
-    import torch
-
+def our_run(scenario: str, precision: str, **settings):
+    """A Run of the real training code on random weights, without data."""
     import common
-    from loader import Batch
 
     stage = importlib.import_module("3_train")
     clip = tiny.vit_b32()
-    config = common.TrainingConfig(scenario=scenario, precision=precision)
-    world = stage.World("cpu")
-    run = stage.Run(config, Path(), world, clip, stage.Towers(clip, config), None, None, BATCH, BATCH)
+    config = common.TrainingConfig(scenario=scenario, precision=precision, **settings)
+    towers = stage.Towers(clip, config)
+    return stage.Run(config, Path(), stage.World("cpu"), clip, towers, None, None, None, BATCH, BATCH)
+
+
+def our_step(scenario: str, precision: str, kept: bool = True, run=None) -> Callable[[], object]:
+    """One update of the real training code; kept: frozen towers' features are there already."""
+    import torch
+
+    from loader import Batch
+
+    stage = importlib.import_module("3_train")
+    run = run or our_run(scenario, precision)
     vision, text, _ = stage.SCENARIOS[scenario]
     images = torch.randint(0, 256, (BATCH, 3, 224, 224)).byte() if vision or not kept else torch.randn(BATCH, 768)
     texts = caption_tokens() if text or not kept else torch.randn(BATCH, 512)
@@ -187,3 +202,51 @@ def cases(workdir: Path) -> list[Case]:
     load, bound = loading(workdir)
     found.append(Case("loading 224 px pictures / 2,000 a second a core", load, lambda: 1 / 2000, 1.0, "picture", bound))
     return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def measure_memory(scenario: str | None, settings: dict, answer) -> None:
+    """In a process of its own: send (trained parameters, LoRA's share, bytes that three steps added at their peak)."""
+    import open_clip  # noqa: F401  what importing takes is nobody's
+    import peft  # noqa: F401
+    import torch
+
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if scenario:
+        run = our_run(scenario, "fp32", **settings)
+        counts, step = run.towers.counts(), our_step(scenario, "fp32", run=run)
+    else:
+        step = full_step("fp32")
+        total = sum(p.numel() for p in open_clip.create_model("ViT-B-32", device=torch.device("meta")).parameters())
+        counts = {"trained": total, "lora_share": 0.0}
+    for _ in range(3):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.put((counts["trained"], counts["lora_share"], (peak - imported) * 1024))
+
+
+def memory_table() -> str:
+    """Each scenario, at rank 16 and at rank 1, against open_clip's full fine-tuning: ViT-B/32, float32, batch 32."""
+    context = multiprocessing.get_context("spawn")
+    cases = [("full fine-tuning", None, {})]
+    cases += [(name, name, {}) for name in ("linear_probe", "text_lora", "vision_lora", "dual_lora")]
+    cases += [("dual_lora, rank 1", "dual_lora", {"lora_r": 1}),
+              ("dual_lora, --grad-checkpointing", "dual_lora", {"grad_checkpointing": True})]  # fmt: skip
+    lines = ["| what | parameters trained | LoRA's share | memory, MB | of full |", "|---|---|---|---|---|"]
+    whole = 0
+    for name, scenario, settings in cases:
+        answer = context.Queue()
+        process = context.Process(target=measure_memory, args=(scenario, settings, answer))
+        process.start()
+        trained, share, peak = answer.get(timeout=600)
+        process.join()
+        whole = whole or peak
+        lines.append(f"| {name} | {trained:,} | {share:.2%} | {peak / 1e6:.0f} | {peak / whole:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(memory_table())

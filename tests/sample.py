@@ -748,6 +748,16 @@ def probe(count: int, seed: int = 7) -> Iterator[tuple[Image.Image, str]]:
         yield draw_shape(shape, PALETTE[color], rng), f"a drawing of a {color} {shape}"
 
 
+def make_probe(folder: Path, count: int) -> None:
+    """Write such pairs as probe.csv (image_path,caption) and pictures beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["image_path,caption"]
+    for index, (image, caption) in enumerate(probe(count)):
+        image.save(folder / f"{index:04d}.png")
+        rows.append(f"{index:04d}.png,{caption}")
+    common.write_whole(folder / "probe.csv", "\n".join(rows) + "\n")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -769,6 +779,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=1200, help="products (default 1200)")
     parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
     parser.add_argument("--workers", type=int, default=2, help="drawing processes (default 2)")
+    parser.add_argument("--probe", type=int, default=0, help="pictures away from furniture, for 3_train.py --probe")
     parser.add_argument("--sheet", action="store_true", help="write sheet.png of the first 48 products too")
     return parser
 
@@ -777,6 +788,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     path = make_catalogue(Path(args.output), args.count, args.seed, args.workers)
+    if args.probe:
+        make_probe(path.with_name("probe"), args.probe)
     if args.sheet:
         sheet(min(48, args.count), args.seed).save(path.with_name("sheet.png"))
     print(f"{path}: {args.count} products")
