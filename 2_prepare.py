@@ -34,7 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import DONE, SPLITS, BadImage, Fail, PrepConfig
+import imaging
+import storage
+from common import DONE, Fail, PrepConfig
+from imaging import BadImage
 from shards import (
     FORMAT,
     create_mini_train,
@@ -45,6 +48,7 @@ from shards import (
     write_dataset,
 )
 from splits import LOOKS, group_items, keep_splits, looks, print_report, split_items, split_report
+from storage import SPLITS
 
 SHEET = {"train": 32, "validation": 8, "test": 8}  # samples on the contact sheet
 BATCH = 256  # pictures asked for at once
@@ -59,9 +63,9 @@ def scan_image(job: tuple[int, str, PrepConfig]) -> tuple[int, str, bytes, bytes
     try:
         data = Path(path).read_bytes()
         # Above four times the size wanted, decoding at half scale changes nothing that Lanczos would keep.
-        inner = common.fit(common.load_image(data, 4 * config.image_size), config.image_size)
+        inner = imaging.fit(imaging.load_image(data, 4 * config.image_size), config.image_size)
         out = io.BytesIO()
-        common.on_square(inner, config.image_size).save(out, "JPEG", quality=config.quality)
+        imaging.on_square(inner, config.image_size).save(out, "JPEG", quality=config.quality)
         bits, grid = looks(inner)
     except BadImage as error:
         return number, "", b"", b"", b"", json.dumps([error.reason, error.detail])
@@ -73,7 +77,7 @@ def scan_image(job: tuple[int, str, PrepConfig]) -> tuple[int, str, bytes, bytes
 @contextlib.contextmanager
 def worker_pool(count: int) -> Iterator[Executor]:
     """Processes that read photos. Fails where one dies, for which a multiprocessing.Pool would wait without end."""
-    os.environ.update(common.WORKER_ENVIRONMENT)
+    os.environ.update(imaging.WORKER_ENVIRONMENT)
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _live_with_parent)
     try:
         yield pool
@@ -222,7 +226,7 @@ def take_row(work: sqlite3.Connection, row: common.Row, images: Path, rejects: l
     try:
         if not row.fields["image_path"].strip():
             raise BadImage("missing image_path")
-        path = common.resolve_image(images, row.fields["image_path"])
+        path = imaging.resolve_image(images, row.fields["image_path"])
         stat = path.stat()
         key = (str(path), stat.st_size, stat.st_mtime_ns)
     except BadImage as error:
@@ -263,14 +267,14 @@ def sheet_samples(records: list[dict], output: str) -> Iterator[tuple[str, Any, 
         for record in records:
             if not left or not record["name"].startswith(f"{split}/"):
                 continue
-            path = common.join(output, record["name"])
-            samples = common.index_shard(path)
+            path = storage.join(output, record["name"])
+            samples = storage.index_shard(path)
             chosen = samples[:: max(1, len(samples) // left)][:left]
             left -= len(chosen)
-            with common.open_read(path) as handle:
+            with storage.open_read(path) as handle:
                 for sample in chosen:
-                    jpg, prompt, meta = (common.read_member(handle, sample.members[e]) for e in ("jpg", "txt", "json"))
-                    yield split, common.load_image(jpg), prompt.decode(), json.loads(meta)
+                    jpg, prompt, meta = (storage.read_member(handle, sample.members[e]) for e in ("jpg", "txt", "json"))
+                    yield split, imaging.load_image(jpg), prompt.decode(), json.loads(meta)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -282,12 +286,12 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     rows = common.Catalogue(args.input)
     images = common.images_folder(args.images, args.input)
     output = args.output
-    if common.is_s3(output):  # a refusal is told now, not after the scan
-        common.put_whole(common.join(output, ".writable"), b"")
-        common.remove(common.join(output, ".writable"))
+    if storage.is_s3(output):  # a refusal is told now, not after the scan
+        storage.put_whole(storage.join(output, ".writable"), b"")
+        storage.remove(storage.join(output, ".writable"))
     rejects: list[dict] = []
     # Beside the shards, or for S3 beside the CSV: what is known of each picture serves the next run.
-    folder = Path(f"{args.input[0]}.work") if common.is_s3(output) else Path(output, ".work")
+    folder = Path(f"{args.input[0]}.work") if storage.is_s3(output) else Path(output, ".work")
     with work_file(folder) as database, contextlib.closing(open_work(database, config)) as work:
         keep_splits(work, args.keep_split)
         with worker_pool(args.workers) as pool:
@@ -328,9 +332,9 @@ def finish(
     output = args.output
 
     def put(name: str, data: bytes) -> None:
-        common.put_whole(common.join(output, name), data)
+        storage.put_whole(storage.join(output, name), data)
 
-    common.remove(common.join(output, "manifest.json"))
+    storage.remove(storage.join(output, "manifest.json"))
     mini = create_mini_train(records, output, config.mini_shards)
     splits = {}
     for split in (*SPLITS, "mini_train"):
@@ -359,9 +363,9 @@ def finish(
     put("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     print_report(report)
     if rejects:
-        print(f"rejected: {_reasons(rejects)}; see {common.join(output, 'rejects.jsonl')}")
+        print(f"rejected: {_reasons(rejects)}; see {storage.join(output, 'rejects.jsonl')}")
     print(f"input {count} = written {written} + rejected {len(rejects)}")
-    print(f"{count / max(seconds, 1e-9):.0f} rows a second; look at {common.join(output, 'contact_sheet.jpg')}")
+    print(f"{count / max(seconds, 1e-9):.0f} rows a second; look at {storage.join(output, 'contact_sheet.jpg')}")
     if len(rejects) > config.max_failed * count:
         raise Fail(f"{len(rejects)} of {count} rows were rejected, more than --max-failed {config.max_failed}")
     return DONE
@@ -370,13 +374,13 @@ def finish(
 def remove_stale(output: str, splits: dict[str, dict]) -> None:
     """Remove shards and records of an older, larger catalogue, and parts of uploads that were killed."""
     for split, content in splits.items():
-        folder = common.join(output, split)
+        folder = storage.join(output, split)
         wanted = {Path(shard["name"]).stem for shard in content["shards"]}
-        for name, _ in common.list_files(folder):
+        for name, _ in storage.list_files(folder):
             if Path(name).stem not in wanted:
-                common.remove(common.join(folder, name))
-        if common.is_s3(output):
-            common.abort_uploads(f"{folder}/")
+                storage.remove(storage.join(folder, name))
+        if storage.is_s3(output):
+            storage.abort_uploads(f"{folder}/")
 
 
 def write_items(work: sqlite3.Connection) -> bytes:

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import common
+import imaging
+import storage
 from common import DONE, Fail, TrainingConfig
 from contrast import accumulate, one_way_loss
 from journal import Log, State, check_identity, draw_curves, find_checkpoint, save_checkpoint, write_result
@@ -144,9 +146,9 @@ def load_probe(path: str, clip) -> Batch:
             rows = [(Path(path).parent / row["image_path"], row["caption"]) for row in csv.DictReader(handle)]
         if not rows:
             raise ValueError("no rows")
-        pictures = [np.array(common.letterbox(common.load_image(source, clip.size), clip.size)) for source, _ in rows]
+        pictures = [np.array(imaging.letterbox(imaging.load_image(source, clip.size), clip.size)) for source, _ in rows]
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    except (OSError, KeyError, TypeError, ValueError, common.BadImage) as error:
+    except (OSError, KeyError, TypeError, ValueError, imaging.BadImage) as error:
         what = f"no column {error}" if isinstance(error, KeyError) else error
         raise Fail(f"--probe {path}: {what}; it wants a CSV with image_path,caption and its pictures") from None
     captions = [caption for _, caption in rows]
@@ -350,7 +352,7 @@ def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dic
     world = World(config.device)
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
-    manifest = common.load_manifest(shards)
+    manifest = storage.load_manifest(shards)
     clip = load_clip(config.model, config.pretrained, world.device)
     probe = load_probe(config.probe, clip) if config.probe else None
     with world.first_on_this_machine():
@@ -431,7 +433,7 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
         run.say(f"{marker}: finished already; --no-resume trains again")
         return
     if run.world.main:
-        common.remove(marker)
+        storage.remove(marker)
     if SCENARIOS[config.scenario][2]:
         facts = fine_tune(run, manifest, checkpoint)
     else:

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import common
+import imaging
+import storage
 from common import DONE, USAGE, EmbeddingConfig, Fail
 
 DESCRIBED = ("image_id", "split", "image_path", "title", "prompt", *common.ATTRIBUTES)
@@ -91,18 +93,18 @@ def without_vector(items, encoders) -> list[int]:
     return [int(row) for row in np.flatnonzero(~np.all([e.image.has(items.image) for e in encoders], axis=0))]
 
 
-def why_unreadable(items, row: int) -> common.BadImage:
+def why_unreadable(items, row: int) -> imaging.BadImage:
     """What is wrong with a row's picture."""
     from clip import decode_jpeg
 
     data = items.jpegs([row])[0]
-    if isinstance(data, common.BadImage):
+    if isinstance(data, imaging.BadImage):
         return data
     try:
         decode_jpeg(data, 32)
-    except common.BadImage as error:
+    except imaging.BadImage as error:
         return error
-    return common.BadImage("not encoded", "readable now; run again")
+    return imaging.BadImage("not encoded", "readable now; run again")
 
 
 def write_rejects(path: str, items, bad: list[int], max_failed: float) -> None:
@@ -225,7 +227,7 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         clips = [load(base, None, device)]
         clips.append(load(run, clips[0], device))
         check_widths(*clips)
-        items = open_items(args, config, folder, common.SPLITS, ranks)
+        items = open_items(args, config, folder, storage.SPLITS, ranks)
         encoders = [open_encoder(clip, items, config, ranks) for clip in clips]
         made = compute(items, encoders, config, ranks)
         if ranks.rank:
@@ -395,16 +397,20 @@ def show_moved(moved: dict[str, Any], items, rows, judged, vectors: tuple, title
     """The queries that moved with the pictures that both models find, for report.html."""
     import functools
 
+    import retrieval
     from report_page import moved_queries, thumbnail
-    from retrieval import NEAREST
 
     @functools.cache
     def picture(i: int) -> str:
         data = items.jpegs([int(rows[i])])[0]
-        return "" if isinstance(data, common.BadImage) else thumbnail(data)
+        return "" if isinstance(data, imaging.BadImage) else thumbnail(data)
 
     asked = [query["item"] for kind in ("gained", "lost") for query in moved[kind]]
-    found = [common.top_k(texts[asked], images.blocks(), NEAREST)[1].tolist() for images, texts in vectors if asked]
+    found = [
+        retrieval.top_k(texts[asked], images.blocks(), retrieval.NEAREST)[1].tolist()
+        for images, texts in vectors
+        if asked
+    ]
     results = {i: pair for i, *pair in zip(asked, *found, strict=True)}
     shown = {kind: moved_queries(moved[kind], results, judged, picture, titles) for kind in ("gained", "lost")}
     return {"run": moved["run"]} | shown
@@ -437,6 +443,8 @@ def nearest(args: argparse.Namespace) -> list[tuple[str, ...]]:
     import numpy as np
     import pyarrow.parquet as pq
 
+    import retrieval
+
     file = pq.ParquetFile(args.embeddings)
     facts = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
     column = f"{args.using}_embedding"
@@ -450,9 +458,9 @@ def nearest(args: argparse.Namespace) -> list[tuple[str, ...]]:
         raise Fail(f"{args.embeddings}: vectors of width {width}, the query's has {query.shape[1]}")
     chunks = (
         batch.column(0).flatten().to_numpy().reshape(-1, width)
-        for batch in file.iter_batches(common.SEARCH_VECTORS, columns=[column])
+        for batch in file.iter_batches(retrieval.SEARCH_VECTORS, columns=[column])
     )
-    scores, rows = common.top_k(query, chunks, args.top_k)
+    scores, rows = retrieval.top_k(query, chunks, args.top_k)
     found = [(score, row) for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True) if row >= 0]
     starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
     lines = []
@@ -470,8 +478,8 @@ def query_vector(args: argparse.Namespace, facts: dict[str, str]):
     import torch.nn.functional as F
     from PIL import ImageOps
 
-    from clip import encode_image, encode_text, load_clip
-    from common import BadImage, load_image, model_place
+    from clip import encode_image, encode_text, load_clip, model_place
+    from imaging import BadImage, load_image
 
     named = (args.model, args.pretrained) if args.model else model_place(facts[f"{args.using}_model"], args.embeddings)
     parts = []

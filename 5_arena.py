@@ -37,22 +37,18 @@ from common import (
     DONE,
     USAGE,
     ArenaConfig,
-    BadImage,
     Fail,
     add_flags,
     entry_point,
     exclusive,
     from_flags,
     images_folder,
-    letterbox,
-    load_image,
-    model_place,
     read_json,
-    resolve_image,
-    top_k,
     whole_file,
     write_whole,
 )
+from imaging import BadImage, letterbox, load_image, resolve_image
+from retrieval import top_k
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_LIMIT = 4_096  # bytes of a vote or a name
@@ -101,7 +97,7 @@ class Pictures:
     def encode(self, image) -> bytes:
         """A picture of any size as a square JPEG on white, without metadata.
 
-        Pillow scales it, not common.letterbox: threads of BLAS in threads of a server burn ten times the processor.
+        Pillow scales it, not imaging.letterbox: threads of BLAS in threads of a server burn ten times the processor.
         """
         from PIL import Image, ImageOps
 
@@ -134,7 +130,7 @@ class Finder:
 
     def models(self) -> list:
         """(model, CLIP) of each model. Raises Fail where the weights are not those that made the vectors."""
-        from clip import load_clip
+        from clip import load_clip, model_place
 
         with self.lock:
             if self.loaded is None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from arena_log import Log
-from common import ATTRIBUTES, USAGE, ArenaConfig, Fail, digest, file_digest, top_k, whole_file
+from common import ATTRIBUTES, USAGE, ArenaConfig, Fail, digest, file_digest, whole_file
+from retrieval import top_k
 
 COLUMNS = ("image_id", "split", "image_path", "title", "prompt", *ATTRIBUTES, "group", "image_digest")
 CHUNK = 16_384  # vectors held in memory at once

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import imaging
 from common import CleaningConfig, Fail
 
 FIELDS = ("clean_title", "style", "material", "color", "object_type")
@@ -119,14 +120,14 @@ def plain_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
 
 
 def photo_jpeg(data: bytes, side: int, quality: int) -> tuple[bytes, int, int]:
-    """JPEG bytes of a photo scaled down to `side` px at most, its width and height. Raises common.BadImage."""
+    """JPEG bytes of a photo scaled down to `side` px at most, its width and height. Raises imaging.BadImage."""
     import io
 
     from PIL import Image
 
     if ready := plain_jpeg(data, side):
         return ready
-    image = common.load_image(data, side)
+    image = imaging.load_image(data, side)
     scale = side / max(image.size)
     if scale < 1:  # averages areas; within 0.8 of 255 levels of LANCZOS from the full size, in a third of its time
         size = tuple(max(1, round(length * scale)) for length in image.size)
@@ -192,19 +193,19 @@ class Builder:
     def row(self, number: int, id: str, name: str, image_path: str) -> Built:
         title = " ".join(name.split())[:MAX_TITLE]
         try:
-            path = common.resolve_image(self.folder, image_path)
+            path = imaging.resolve_image(self.folder, image_path)
             try:
-                data = path.read_bytes() if path.stat().st_size <= 2 * common.MAX_PIXELS else None
+                data = path.read_bytes() if path.stat().st_size <= 2 * imaging.MAX_PIXELS else None
             except OSError as error:
-                raise common.BadImage("unreadable file", error.strerror or str(error)) from None
+                raise imaging.BadImage("unreadable file", error.strerror or str(error)) from None
             if data is None:
-                raise common.BadImage("image too large", f"{path.stat().st_size} bytes")
+                raise imaging.BadImage("image too large", f"{path.stat().st_size} bytes")
             photo = hashlib.sha256(data).hexdigest()
             key = common.digest([self.settings.model, PROMPT_VERSION, title, photo])
             if self.known.execute("SELECT 1 FROM items WHERE digest = ?", (key,)).fetchone():
                 return Built(number, id, key)
             jpeg, width, height = photo_jpeg(data, self.settings.image_size, self.settings.jpeg_quality)
-        except common.BadImage as bad:
+        except imaging.BadImage as bad:
             return Built(number, id, None, bad.reason, bad.detail)
         head, text, image, tail = self.template
         escaped = json.dumps(title)[1:-1].encode()
@@ -234,7 +235,7 @@ def build_rows(blocks: Iterable[list], workers: int, *arguments: Any) -> Iterato
     import multiprocessing
 
     # Not fork: a forked child would hold the workspace's lock, and its siblings' pipes, after its parent's death.
-    os.environ.update(common.WORKER_ENVIRONMENT)
+    os.environ.update(imaging.WORKER_ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
     pipes = []
     for _ in range(workers):

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import BadImage, Fail, canonical, read_json, whole_folder, write_json
+from common import Fail, canonical, read_json, whole_folder, write_json
+from imaging import BadImage
 
 LOCAL = "local-dir:"
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
@@ -440,3 +441,16 @@ def retrieval_metrics(images: Tensor, texts: Tensor, relevant: Tensor) -> dict[s
         metrics[f"{name}_mrr"] = (1.0 / ranks.double()).mean().item()
     metrics["mrr"] = (metrics["text_to_image_mrr"] + metrics["image_to_text_mrr"]) / 2
     return metrics
+
+
+def model_place(name: str, embeddings: str | Path) -> tuple[str, str | None]:
+    """(model, pretrained) for clip.load_clip, from a model's name in the metadata of master.parquet.
+
+    A folder is relative to where the Parquet file lies, so that the data can be moved; else to the working directory.
+    """
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        beside = Path(embeddings).parent / folder
+        return f"local-dir:{beside if beside.is_dir() else folder}", None
+    model, _, pretrained = name.partition("/")
+    return model, pretrained or None

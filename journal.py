@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import storage
 from common import Fail, TrainingConfig
 
 PARTS = {"identity", "micro", "state", "weights", "optimizer", "scaler"}  # of a checkpoint
@@ -51,7 +52,7 @@ def save_checkpoint(run, state: State, optimizer, scaler, known: dict[str, Any])
     torch.save(content, buffer)
     common.write_whole(path, buffer.getvalue())
     if run.config.checkpoint_url:
-        common.put_whole(common.join(run.config.checkpoint_url, "checkpoint.pt"), path)
+        storage.put_whole(storage.join(run.config.checkpoint_url, "checkpoint.pt"), path)
 
 
 def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | None:
@@ -66,12 +67,12 @@ def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | No
     if not config.resume:
         return None
     places = [str(output / "checkpoint.pt")]
-    places += [common.join(config.checkpoint_url, "checkpoint.pt")] if config.checkpoint_url else []
+    places += [storage.join(config.checkpoint_url, "checkpoint.pt")] if config.checkpoint_url else []
     found, damaged = [], []
     for place in places:
-        if common.exists(place):
+        if storage.exists(place):
             try:
-                data = io.BytesIO(common.read_bytes(place))
+                data = io.BytesIO(storage.read_bytes(place))
                 if torn := zipfile.ZipFile(data).testzip():  # torch.load looks at no checksum
                     raise ValueError(f"{torn} is damaged")
                 data.seek(0)

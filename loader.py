@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
-from common import BadImage, Fail, TrainingConfig
+import storage
+from common import Fail, TrainingConfig
+from imaging import BadImage
 
 READ_TOGETHER = 8  # samples a thread reads in one go: a future for each would cost a fifth of the decoding
 FAR_THREADS = 64  # where each read waits for the network
@@ -43,7 +45,7 @@ class Samples:
     def __init__(self, shards: str, manifest: dict[str, Any], split: str, cache: Path, cache_bytes: float, limit=None):
         import numpy as np
 
-        common.shard_names(manifest, split)  # Fail where the split is empty
+        storage.shard_names(manifest, split)  # Fail where the split is empty
         self.split, self.entries = split, manifest["splits"][split]["shards"]
         self.bad: dict[int, str] = {}  # sample -> what is wrong with it
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
@@ -58,7 +60,7 @@ class Samples:
         places: list[list[tuple[int, int]]] = []
         for number, (entry, path) in enumerate(zip(self.entries, self.paths, strict=True)):
             try:
-                index = common.index_shard(path)
+                index = storage.index_shard(path)
                 if len(index) != entry["samples"]:
                     raise Fail(f"{len(index)} of {entry['samples']} samples are left in it")
             except Fail as error:
@@ -75,18 +77,18 @@ class Samples:
     @staticmethod
     def place(shards: str, entry: dict[str, Any], cache: Path | None) -> str:
         """Where a shard is read: at its own place, or in a local copy of an S3 object."""
-        path = common.join(shards, entry["name"])
-        if common.is_s3(path) and cache is not None:
+        path = storage.join(shards, entry["name"])
+        if storage.is_s3(path) and cache is not None:
             local = cache / f"{entry['sha256']}.tar"
             if not local.is_file() or local.stat().st_size != entry["bytes"]:
                 with (
                     common.whole_file(local) as temporary,
-                    common.open_read(path) as source,
+                    storage.open_read(path) as source,
                     open(temporary, "wb") as target,
                 ):
                     shutil.copyfileobj(source, target, 1 << 20)
             path = str(local)
-        if not common.is_s3(path) and not Path(path).is_file():
+        if not storage.is_s3(path) and not Path(path).is_file():
             raise Fail(f"{path}: missing shard; run 2_prepare.py again, or copy the folder again, whole")
         return path
 
@@ -100,7 +102,7 @@ class Samples:
         start, end = min(offset for offset, _ in wanted), max(offset + size for offset, size in wanted)
         if min(size for _, size in wanted) < 0:
             raise BadImage(f"a member is missing ({', '.join(kinds)} wanted)")
-        with common.open_read(self.paths[self.shard[i]], start, end - start) as handle:
+        with storage.open_read(self.paths[self.shard[i]], start, end - start) as handle:
             data = handle.read(end - start)
         if len(data) < end - start:
             raise BadImage("the shard ends early")
@@ -271,7 +273,7 @@ class Data:
 
         Threads, not processes: decoding leaves the interpreter's lock, and nothing passes through /dev/shm.
         """
-        far = any(common.is_s3(path) for path in self.samples.paths)  # then threads wait, rather than work
+        far = any(storage.is_s3(path) for path in self.samples.paths)  # then threads wait, rather than work
         chunk = 1 if far else READ_TOGETHER
         queue: collections.deque[tuple[Step, list]] = collections.deque()
 

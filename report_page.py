@@ -126,7 +126,7 @@ def curve(name: str, training: list, validation: list, width: int = 300, height:
 
 def thumbnail(data: bytes) -> str:
     """A small JPEG as a data: address; "" for a picture that cannot be read."""
-    from common import BadImage, load_image
+    from imaging import BadImage, load_image
 
     try:
         image = load_image(data)

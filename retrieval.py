@@ -101,8 +101,8 @@ def products(queries: np.ndarray, gallery) -> np.ndarray:
     """float32 [q, N]: dot products in float64, rounded once; the gallery is widened a block at a time."""
     scores = np.empty((len(queries), len(gallery)), np.float32)
     wide = queries.astype(np.float64)
-    for start in range(0, len(gallery), common.SEARCH_VECTORS):
-        part = slice(start, start + common.SEARCH_VECTORS)
+    for start in range(0, len(gallery), SEARCH_VECTORS):
+        part = slice(start, start + SEARCH_VECTORS)
         scores[:, part] = wide @ gallery[part].astype(np.float64).T
     return scores
 
@@ -289,3 +289,92 @@ def unique_names(names: Iterable[str]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         result.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Search: the exact nearest neighbours, a block at a time
+
+SEARCH_QUERIES, SEARCH_VECTORS = 1024, 4096  # a block of scores takes 16 MB, whatever the catalogue's size
+
+
+def top_k(queries, vectors, k: int, exclude: tuple | None = None) -> tuple:
+    """The k vectors with the largest dot product for each query; exact, and the same on every machine.
+
+    queries: float32 [Q, D]. vectors: float32 [N, D], also memory-mapped, or an iterable of such chunks in order.
+    exclude: labels (integers [Q], integers [N]); a vector is no result of a query that has the same label.
+    Returns scores float32 [Q, k], best first, and indices int64 [Q, k]; where fewer than k remain, -inf and -1.
+    A fast product in float32 proposes; what its rounding error lets come into question is computed again in float64 and
+    rounded to float32 once, so equal vectors get equal scores, and of equal scores the smaller index wins.
+    """
+    import numpy as np
+
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    count, width = queries.shape
+    best = np.full((count, k), -np.inf, np.float32)
+    found = np.full((count, k), -1, np.int64)
+    lengths = np.sqrt(np.einsum("ij,ij->i", queries, queries, dtype=np.float64))
+    if not np.isfinite(lengths).all():
+        raise common.Fail(f"query vector {int(np.flatnonzero(~np.isfinite(lengths))[0])} holds NaN or infinity")
+    first = 0
+    for block in _blocks(vectors):
+        if block.shape[1] != width:
+            raise common.Fail(f"vectors of width {block.shape[1]} cannot be searched with queries of width {width}")
+        longest = np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float64))
+        if not np.isfinite(longest).all():
+            bad = first + int(np.flatnonzero(~np.isfinite(longest))[0])
+            raise common.Fail(f"vector {bad} holds NaN or infinity; make the vectors again")
+        for start in range(0, count, SEARCH_QUERIES):
+            part = slice(start, start + SEARCH_QUERIES)
+            error = (width + 4) * 2.0**-23 * lengths[part] * longest.max(initial=0) + 1e-30  # [q], of a float32 product
+            same = None
+            if exclude is not None:
+                same = (np.asarray(exclude[0])[part], np.asarray(exclude[1])[first : first + len(block)])
+            _search_block(queries[part], block, first, error, same, best[part], found[part])
+        first += len(block)
+    return best, found
+
+
+def _blocks(vectors):
+    """float32 [n, D] pieces of an array or of an iterable of arrays."""
+    import numpy as np
+
+    for chunk in [vectors] if hasattr(vectors, "shape") else vectors:
+        for start in range(0, len(chunk), SEARCH_VECTORS):
+            yield np.ascontiguousarray(chunk[start : start + SEARCH_VECTORS], dtype=np.float32)
+
+
+def _search_block(queries, block, first: int, error, same, best, found) -> None:
+    """Merge one block of vectors, whose first has index `first`, into best and found, in place."""
+    import numpy as np
+
+    k = best.shape[1]
+    scores = queries @ block.T  # (q, n)
+    floor = best[:, -1] - 2 * error  # what lies below cannot enter: neither it nor the k-th best is off by more
+    hits = scores >= floor[:, None]
+    if hits.sum() > 8 * k * len(queries):  # the first blocks: what is not among the block's own k best cannot enter
+        if same is not None:
+            scores[same[0][:, None] == same[1][None, :]] = -np.inf
+        if k < len(block):
+            kth = np.partition(scores, len(block) - k, axis=1)[:, len(block) - k]
+            floor = np.maximum(floor, kth - 2 * error)
+        hits = (scores >= floor[:, None]) & (scores > -np.inf)
+    rows, columns = np.nonzero(hits)
+    if same is not None:
+        kept = same[0][rows] != same[1][columns]
+        rows, columns = rows[kept], columns[kept]
+    if not len(rows):
+        return
+    exact = np.empty(len(rows), np.float32)
+    step = max(1, (1 << 22) // queries.shape[1])  # pairs in float64 at once
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        exact[some] = np.einsum("ij,ij->i", queries[rows[some]], block[columns[some]], dtype=np.float64)
+    touched = np.unique(rows)
+    row = np.concatenate([np.repeat(touched, k), rows])
+    score = np.concatenate([best[touched].ravel(), exact])
+    index = np.concatenate([found[touched].ravel(), columns + first])
+    order = np.lexsort((index, -score, row))
+    row, score, index = row[order], score[order], index[order]
+    place = np.arange(len(row)) - np.searchsorted(row, row)  # rank within the query
+    kept = place < k
+    best[row[kept], place[kept]], found[row[kept], place[kept]] = score[kept], index[kept]

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import DONE, FAILED, SPLITS, Fail, PrepConfig
+import storage
+from common import DONE, FAILED, Fail, PrepConfig
+from storage import SPLITS
 
 FORMAT = 1  # of manifest and records; a new one rebuilds every shard
 SHARD_SAMPLES, SHARD_BYTES = 1000, 500_000_000  # at most, tar headers counted
@@ -114,7 +116,7 @@ def write_shard(job: tuple[Shard, str, str, PrepConfig]) -> dict[str, Any]:
     An older shard goes, the record comes, then the shard, whole: a shard at its place is always that of its record.
     """
     shard, database, output, config = job
-    target = common.join(output, shard.name)
+    target = storage.join(output, shard.name)
     temporary = Path(f"{database}.{os.getpid()}.tmp")
     try:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -128,8 +130,8 @@ def write_shard(job: tuple[Shard, str, str, PrepConfig]) -> dict[str, Any]:
         }  # fmt: skip
         if record["bytes"] > SHARD_BYTES:
             raise Fail(f"{shard.name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
-        common.remove(target)
-        common.put_whole(common.join(output, shard.record), common.canonical(record))
+        storage.remove(target)
+        storage.put_whole(storage.join(output, shard.record), common.canonical(record))
         _publish(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -138,8 +140,8 @@ def write_shard(job: tuple[Shard, str, str, PrepConfig]) -> dict[str, Any]:
 
 def _publish(temporary: Path, target: str) -> None:
     """Put a finished file at its place: uploaded, or renamed, for the scratch database lies on the same disk."""
-    if common.is_s3(target):
-        common.put_whole(target, temporary)
+    if storage.is_s3(target):
+        storage.put_whole(target, temporary)
         return
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "rb") as handle:
@@ -165,7 +167,7 @@ def finished(output: str, shard: Shard, present: dict[str, int]) -> dict[str, An
     if shard.name not in present or shard.record not in present:
         return None
     try:
-        record = json.loads(common.read_bytes(common.join(output, shard.record)))
+        record = json.loads(storage.read_bytes(storage.join(output, shard.record)))
         return record if record["plan"] == shard.plan and record["bytes"] == present[shard.name] else None
     except (ValueError, KeyError, TypeError):
         return None
@@ -178,7 +180,7 @@ def write_dataset(
     records = look_for(shards, output)
     todo = [shard for shard in mine if shard.name not in records]
     if len(records) < len(shards):  # a manifest never describes a folder that is being changed
-        common.remove(common.join(output, "manifest.json"))
+        storage.remove(storage.join(output, "manifest.json"))
     jobs = [(shard, str(database), output, config) for shard in todo]
     for record in common.progress(pool.map(write_shard, jobs), "write", len(jobs), "shard"):
         records[record["name"]] = record
@@ -188,7 +190,7 @@ def write_dataset(
 
 def look_for(shards: list[Shard], output: str) -> dict[str, dict]:
     """{name: record} of those shards that are finished."""
-    present = dict(common.list_files(output))
+    present = dict(storage.list_files(output))
     return {shard.name: record for shard in shards if (record := finished(output, shard, present))}
 
 
@@ -212,7 +214,7 @@ def create_mini_train(records: list[dict], output: str, count: int) -> list[dict
     mini = []
     for record in [record for record in records if record["name"].startswith("train/")][:count]:
         name = record["name"].replace("train/", "mini_train/")
-        common.copy_whole(common.join(output, record["name"]), common.join(output, name))
+        storage.copy_whole(storage.join(output, record["name"]), storage.join(output, name))
         mini.append(record | {"name": name})
     return mini
 
@@ -223,8 +225,8 @@ def create_mini_train(records: list[dict], output: str, count: int) -> list[dict
 
 def verify(output: str) -> int:
     """Hold a shard folder against its manifest; prints each fault and returns the exit code."""
-    manifest = common.load_manifest(output)
-    present = dict(common.list_files(output))
+    manifest = storage.load_manifest(output)
+    present = dict(storage.list_files(output))
     listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     faults = []
     for shard in common.progress(listed, "verify", len(listed), "shard"):
@@ -233,7 +235,7 @@ def verify(output: str) -> int:
             faults.append(f"{name}: missing")
             continue
         total, size = hashlib.sha256(), 0
-        with common.open_read(common.join(output, name)) as handle:
+        with storage.open_read(storage.join(output, name)) as handle:
             while block := handle.read(1 << 20):
                 total.update(block)
                 size += len(block)

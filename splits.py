@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import common
-from common import SPLITS, Fail
+import storage
+from common import Fail
+from storage import SPLITS
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 HASH_SIDE, GRID = 16, 8  # 16 x 16 gradients and 8 x 8 mean colours describe a picture
@@ -238,13 +240,13 @@ def keep_splits(work: sqlite3.Connection, path: str | None) -> None:
     if not path:
         return
     base = path.removesuffix("manifest.json") or "."
-    items = common.join(base, "items.csv")
-    listed = common.exists(items)
-    if common.exists(common.join(base, "manifest.json")) or not listed:
-        expected = common.load_manifest(base).get("items_sha256")
-        if not listed or common.digest(common.read_bytes(items)) != expected:
+    items = storage.join(base, "items.csv")
+    listed = storage.exists(items)
+    if storage.exists(storage.join(base, "manifest.json")) or not listed:
+        expected = storage.load_manifest(base).get("items_sha256")
+        if not listed or common.digest(storage.read_bytes(items)) != expected:
             raise Fail(f"{items}: does not belong to that manifest; give --keep-split a whole shard folder")
-    with common.open_read(items) as handle:
+    with storage.open_read(items) as handle:
         rows = csv.DictReader(io.TextIOWrapper(handle, encoding="utf-8", newline=""))
         work.executemany("INSERT INTO kept VALUES (:id, :split)", rows)
 

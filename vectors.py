@@ -26,7 +26,10 @@ from typing import Any
 import numpy as np
 
 import common
-from common import BadImage, EmbeddingConfig, Fail
+import retrieval
+import storage
+from common import EmbeddingConfig, Fail
+from imaging import BadImage
 
 FORMAT = 1  # of the folder; another one shares nothing with it
 PART = 1024  # vectors in a part file
@@ -98,7 +101,7 @@ class Items:
 
     def __init__(self, shards: str, folder: Path, splits: Iterable[str], ranks: Ranks, cache_bytes: float = 0):
         self.shards, self.folder = shards, folder
-        self.manifest = common.load_manifest(shards)
+        self.manifest = storage.load_manifest(shards)
         self.entries = [
             (split, entry)
             for split in splits
@@ -114,7 +117,7 @@ class Items:
             if not self._index(entry).is_file():
                 room -= entry["bytes"]
                 jobs.append((entry, room >= 0))
-        with ThreadPoolExecutor(4 if common.is_s3(shards) else 1) as pool:  # a shard on S3 mostly waits
+        with ThreadPoolExecutor(4 if storage.is_s3(shards) else 1) as pool:  # a shard on S3 mostly waits
             work = pool.map(lambda job: self._make_index(*job), jobs)
             for _ in common.progress(work, "reading", len(jobs), "shard") if jobs else ():
                 pass
@@ -132,8 +135,8 @@ class Items:
 
     def _make_index(self, entry: dict[str, Any], keep: bool) -> None:
         """Read one shard from end to end. What lies on S3 is copied first, and kept where there is room."""
-        path = common.join(self.shards, entry["name"])
-        if not common.is_s3(path):
+        path = storage.join(self.shards, entry["name"])
+        if not storage.is_s3(path):
             if not Path(path).is_file():
                 raise Fail(f"{path}: missing shard; run 2_prepare.py again, or copy the folder again, whole")
             return self._write_index(entry, path)
@@ -141,7 +144,7 @@ class Items:
         if not local.is_file():
             with (
                 common.whole_file(local) as temporary,
-                common.open_read(path) as source,
+                storage.open_read(path) as source,
                 open(temporary, "wb") as target,
             ):
                 shutil.copyfileobj(source, target, 1 << 20)
@@ -155,13 +158,13 @@ class Items:
 
         rows: dict[str, list] = {name: [] for name in (*FIELDS, "offset", "size")}
         if common.file_digest(path) != entry["sha256"]:
-            name = common.join(self.shards, entry["name"])
+            name = storage.join(self.shards, entry["name"])
             raise Fail(f"{name}: not the bytes its manifest tells of; run 2_prepare.py again, or copy it again, whole")
         with open(path, "rb") as handle:
-            for sample in common.index_shard(path):
+            for sample in storage.index_shard(path):
                 try:
                     jpg, record, prompt = (
-                        common.read_member(handle, sample.members[kind]) for kind in ("jpg", "json", "txt")
+                        storage.read_member(handle, sample.members[kind]) for kind in ("jpg", "json", "txt")
                     )
                     record = json.loads(record)
                     fields = {name: str(record[name] or "") for name in INHERITED} | {"prompt": prompt.decode()}
@@ -215,7 +218,7 @@ class Items:
     def name(self, row: int) -> str:
         """Shard and place of a row, for messages."""
         entry = self.entries[self.shard[row]][1]
-        return f"{common.join(self.shards, entry['name'])} at byte {self.offset[row]}"
+        return f"{storage.join(self.shards, entry['name'])} at byte {self.offset[row]}"
 
     def jpegs(self, rows: Iterable[int]) -> list[bytes | BadImage]:
         """The pictures of some rows as they stand in the shards, or what is wrong with them."""
@@ -226,17 +229,17 @@ class Items:
                 number, place = int(self.shard[row]), (int(self.offset[row]), int(self.size[row]))
                 entry = self.entries[number][1]
                 if number not in handles:
-                    path = common.join(self.shards, entry["name"])
-                    if common.is_s3(path):
+                    path = storage.join(self.shards, entry["name"])
+                    if storage.is_s3(path):
                         path = str(self._copy(entry)) if self._copy(entry).is_file() else path
-                    far = common.is_s3(path)
+                    far = storage.is_s3(path)
                     handles[number] = (path, None if far else stack.enter_context(_open(path)))
                 path, handle = handles[number]
                 if handle is None:
-                    with common.open_read(path, *place) as far:
+                    with storage.open_read(path, *place) as far:
                         data = far.read(place[1])
                 else:
-                    data = common.read_member(handle, place)
+                    data = storage.read_member(handle, place)
                 changed = hashlib.sha256(data).digest().rstrip(b"\0") != self.image[row]
                 found.append(BadImage("changed shard", "not the bytes that were indexed") if changed else data)
         return found
@@ -329,8 +332,8 @@ class Vectors:
         return self.store.get(self.digests[rows])
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """float32 [n, D] pieces, as common.top_k takes them."""
-        step = common.SEARCH_VECTORS
+        """float32 [n, D] pieces, as retrieval.top_k takes them."""
+        step = retrieval.SEARCH_VECTORS
         return (self[start : start + step] for start in range(0, len(self), step))
 
 
@@ -567,7 +570,7 @@ def _pictures(items: Items, parts: list[np.ndarray], encoders: list[Encoder], co
         return good, {size: torch.stack(some) if some else None for size, some in pixels.items()}
 
     threads = config.workers or os.cpu_count() or 1
-    far = common.is_s3(items.shards)
+    far = storage.is_s3(items.shards)
     with ThreadPoolExecutor(FAR_THREADS if far else threads) as pool:
         batches = (batch for part in parts for batch in _pieces(part, config.batch_size))
         asked = ((batch, [pool.submit(read, rows) for rows in _pieces(batch, READ_TOGETHER)]) for batch in batches)

@@ -47,13 +47,14 @@ def their_models():
 def ours(folder: Path, precision: str) -> float:
     """Seconds a picture: read and decode, both image towers, vectors written to disk. Prompts are not counted."""
     import common
+    import storage
     import vectors
 
     shards, _ = pictures(folder)
     work = folder / f"vectors-{precision}"
     shutil.rmtree(work, ignore_errors=True)
     ranks, config = vectors.Ranks(), common.EmbeddingConfig(precision=precision)
-    items = vectors.Items(str(shards), work, common.SPLITS, ranks)
+    items = vectors.Items(str(shards), work, storage.SPLITS, ranks)
     encoders = [vectors.open_encoder(clip, items, config, ranks) for clip in our_models()]
     items.text = items.text[:0]
     with contextlib.redirect_stderr(io.StringIO()):
@@ -92,11 +93,11 @@ def unit_vectors(count: int, seed: int):
 
 def search_ours() -> float:
     """Seconds a query, of all queries at once."""
-    import common
+    import retrieval
 
     queries, gallery = unit_vectors(QUERIES, 1), unit_vectors(GALLERY, 2)
     start = time.perf_counter()
-    common.top_k(queries, gallery, NEAREST)
+    retrieval.top_k(queries, gallery, NEAREST)
     return (time.perf_counter() - start) / QUERIES
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 import common
+import imaging
 import splits
 from bench import Case
 
@@ -84,8 +85,8 @@ def parts(cleaned: Path) -> str:
         return (time.perf_counter() - start) / len(items) * 1e3, made
 
     datas = [path.read_bytes() for path in paths]
-    decode, images = each(lambda data: common.load_image(data, 4 * 224), datas)
-    scale, squares = each(lambda image: common.letterbox(image, 224), images)
+    decode, images = each(lambda data: imaging.load_image(data, 4 * 224), datas)
+    scale, squares = each(lambda image: imaging.letterbox(image, 224), images)
     looks, _ = each(splits.looks, squares)
     encode, _ = each(lambda square: square.save(io.BytesIO(), "JPEG", quality=95), squares)
     spent = {"decode": decode, "resize": scale, "compare": looks, "encode": encode}

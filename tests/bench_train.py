@@ -152,9 +152,10 @@ def loading(workdir: Path) -> tuple[Callable[[], float], Callable[[], str]]:
 
         import common
         import loader
+        import storage
 
         folder = tiny.make_shards(workdir / "shards", train=1000, validation=8, test=8, size=224)
-        samples = loader.Samples(str(folder), common.load_manifest(folder), "train", workdir / "cache", 1e9)
+        samples = loader.Samples(str(folder), storage.load_manifest(folder), "train", workdir / "cache", 1e9)
         clip = SimpleNamespace(size=224, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
         return loader.Data(samples, clip, common.TrainingConfig(workers=1), True)
 
@@ -210,7 +211,7 @@ def cases(workdir: Path) -> list[Case]:
 
 def measure_memory(scenario: str | None, settings: dict, answer) -> None:
     """In a process of its own: send (trained parameters, LoRA's share, bytes that three steps added at their peak)."""
-    import open_clip  # noqa: F401  what importing takes is nobody's
+    import open_clip
     import peft  # noqa: F401
     import torch
 

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 import batch_api
 import chat
 import common
+import imaging
 from openai_standin import StandIn, answer, error_body, tokens_of
 
 clean = importlib.import_module("1_clean")
@@ -892,7 +893,7 @@ def test_a_photo_is_sent_as_it_is_only_where_that_is_right(name):
     ready = chat.plain_jpeg(data, 512)
     assert bool(ready) == (name in ("plain", "progressive"))
     jpeg, width, height = chat.photo_jpeg(data, 512, 85)
-    shown, true = Image.open(io.BytesIO(jpeg)), common.load_image(data)
+    shown, true = Image.open(io.BytesIO(jpeg)), imaging.load_image(data)
     assert shown.size == true.size == (width, height) and shown.format == "JPEG"
     difference = sum(
         abs(a - b)

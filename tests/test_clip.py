@@ -14,7 +14,8 @@ from torch import nn
 
 import clip as ours
 import tiny
-from common import BadImage, Fail
+from common import Fail
+from imaging import BadImage
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 import common
+import imaging
+import storage
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["1_clean.py", "2_prepare.py", "3_train.py", "4_embed.py", "5_arena.py"]
@@ -232,13 +234,13 @@ def test_only_files_inside_the_images_folder_are_named(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(b"x")
     (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     for name in ("sub/a.jpg", "sub\\a.jpg", " sub/a.jpg ", "sub/../sub/a.jpg", str(folder / "sub" / "a.jpg")):
-        assert common.resolve_image(folder, name) == folder / "sub" / "a.jpg"
+        assert imaging.resolve_image(folder, name) == folder / "sub" / "a.jpg"
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "/etc/passwd"):
-        with pytest.raises(common.BadImage, match="outside the images folder"):
-            common.resolve_image(folder, name)
+        with pytest.raises(imaging.BadImage, match="outside the images folder"):
+            imaging.resolve_image(folder, name)
     for name in ("no.jpg", "sub", "a\0b", "x" * 5000):
-        with pytest.raises(common.BadImage, match="missing file"):
-            common.resolve_image(folder, name)
+        with pytest.raises(imaging.BadImage, match="missing file"):
+            imaging.resolve_image(folder, name)
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
@@ -274,20 +276,20 @@ def test_an_index_finds_every_member(tmp_path):
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    samples = common.index_shard(path)
+    samples = storage.index_shard(path)
     assert [sample.key for sample in samples] == ["000000000", "000000001"]
-    with common.open_read(path) as handle:
-        assert common.read_member(handle, samples[1].members["json"]) == b"000000001.json" * 300
+    with storage.open_read(path) as handle:
+        assert storage.read_member(handle, samples[1].members["json"]) == b"000000001.json" * 300
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(common.Fail, match=r"shard-000000.tar: damaged shard"):
-        common.index_shard(path)
+        storage.index_shard(path)
 
 
 def test_an_empty_split_and_a_missing_manifest_say_what_to_do(tmp_path):
     with pytest.raises(common.Fail, match="the test split is empty"):
-        common.shard_names({"splits": {"test": {"samples": 0, "shards": []}}}, "test")
+        storage.shard_names({"splits": {"test": {"samples": 0, "shards": []}}}, "test")
     with pytest.raises(common.Fail, match=r"no such manifest; run 2_prepare.py first"):
-        common.load_manifest(tmp_path)
+        storage.load_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("source", [(500, 500), (640, 427), (100, 60), (3000, 800), (1, 300), (7, 2), (224, 224)])
@@ -298,13 +300,13 @@ def test_resize_is_pillows_lanczos(source):
 
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (source[1], source[0], 3), np.uint8))
     for size in ((224, 224), (224, 149), (33, 1), (1, 40), source):
-        ours = np.asarray(common.resize(image, size), np.float64)
+        ours = np.asarray(imaging.resize(image, size), np.float64)
         theirs = np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float64)
         assert ours.shape == theirs.shape
         if 1 not in size:
             assert abs(ours - theirs).max() <= 2, size
             assert ((ours - theirs) ** 2).mean() <= 255**2 / 10**6, size
-    assert np.asarray(common.letterbox(Image.new("RGB", source, "white"), 64)).min() == 255
+    assert np.asarray(imaging.letterbox(Image.new("RGB", source, "white"), 64)).min() == 255
 
 
 @pytest.mark.parametrize(("source", "target"), [(500, 224), (13, 224), (1600, 33), (224, 225), (5000, 224), (2, 224)])
@@ -312,7 +314,7 @@ def test_scaling_weights_are_exact_in_float32(source, target):
     """All sums of weight x byte are whole multiples of 2^-15 below 2^24 of these, whatever the order of adding."""
     import numpy as np
 
-    for _, _, weights in common._lanczos(source, target):
+    for _, _, weights in imaging._lanczos(source, target):
         units = weights.astype(np.float64) * 2**15
         assert (units == np.rint(units)).all() and (units.sum(axis=1) == 2**15).all()
         assert (abs(units).sum(axis=1) * 255 + 2**14 < 2**24).all()

@@ -21,8 +21,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import clip
 import common
 import retrieval
+import storage
 import vectors
 from faulty_proxy import FaultyProxy
 from tiny import COLORS, STYLES, TYPES, make_clip, picture
@@ -184,11 +186,10 @@ def test_rows_stand_as_in_the_shards_and_the_metadata_names_the_models(world):
     assert table["image_digest"].to_pylist() == [hashlib.sha256(row["jpg"]).hexdigest() for _, row in rows]
     assert table["text_digest"].to_pylist() == [hashlib.sha256(row["txt"].encode()).hexdigest() for _, row in rows]
     facts = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
-    import clip
 
     for kind, folder in (("base", world / "base"), ("finetuned", world / "runs/dual_lora/model")):
         assert facts[f"{kind}_fingerprint"] == clip.load_clip(f"local-dir:{folder}").fingerprint
-        place, _ = common.model_place(facts[f"{kind}_model"], world / "out/master.parquet")
+        place, _ = clip.model_place(facts[f"{kind}_model"], world / "out/master.parquet")
         assert Path(place.removeprefix("local-dir:")).resolve() == folder.resolve()
     assert facts["scenario"] == "dual_lora" and str(world) not in facts["finetuned_model"]
     sidecar = json.loads((world / "out/master.parquet.json").read_text())
@@ -366,7 +367,6 @@ def watched(method, calls: list):
 
 
 def test_each_picture_is_read_and_decoded_once_for_both_models(world, tmp_path, monkeypatch):
-    import clip
 
     decode, decoded, read, rows_read = clip.decode_jpeg, [], vectors.Items.jpegs, []
     monkeypatch.setattr(clip, "decode_jpeg", lambda data, size: decoded.append(data) or decode(data, size))
@@ -439,7 +439,7 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
         config, ranks = common.EmbeddingConfig(precision="fp32", batch_size=32), vectors.Ranks()
         clip = importlib.import_module("clip").load_clip(f"local-dir:{world / 'base'}")
         tracemalloc.start()
-        items = vectors.Items(str(shards), folder, common.SPLITS, ranks)
+        items = vectors.Items(str(shards), folder, storage.SPLITS, ranks)
         encoder = vectors.open_encoder(clip, items, config, ranks)
         vectors.compute(items, [encoder], config, ranks)
         stage.write_master(folder / "master.parquet", items, {"base": encoder, "finetuned": encoder}, [], {})
@@ -451,7 +451,7 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
 def test_memory_of_judging_stays_flat_at_ten_times_the_rows(monkeypatch):
     """A row keeps its metrics, 8 bytes each; vectors are read as they are needed."""
     monkeypatch.setattr(retrieval, "SCORES", 1 << 13)
-    monkeypatch.setattr(common, "SEARCH_VECTORS", 64)
+    monkeypatch.setattr(retrieval, "SEARCH_VECTORS", 64)
 
     class Far:
         def __init__(self, count: int, seed: int):
@@ -491,15 +491,15 @@ def bucket(world, monkeypatch):
     for name, value in {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    common._s3_client.cache_clear()
-    common._s3_client(os.getpid()).create_bucket(Bucket="shop")
-    for name, _ in common.list_files(world / "shards"):
-        common.put_whole(f"s3://shop/shards/{name}", world / "shards" / name)
+    storage._s3_client.cache_clear()
+    storage._s3_client(os.getpid()).create_bucket(Bucket="shop")
+    for name, _ in storage.list_files(world / "shards"):
+        storage.put_whole(f"s3://shop/shards/{name}", world / "shards" / name)
     with FaultyProxy(port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        common._s3_client.cache_clear()
+        storage._s3_client.cache_clear()
         yield proxy
-    common._s3_client.cache_clear()
+    storage._s3_client.cache_clear()
     server.stop()
 
 
@@ -514,7 +514,7 @@ def test_shards_on_s3_give_the_same_bytes_from_copies_or_by_ranges(world, out, b
 
 def test_missing_and_forbidden_shards_on_s3_get_one_line(world, out, bucket, capsys):
     one_line(capsys, embed(world, out, shards="s3://shop/none"), "s3://shop/none/manifest.json", "404")
-    common.remove("s3://shop/shards/test/shard-000001.tar")
+    storage.remove("s3://shop/shards/test/shard-000001.tar")
     one_line(capsys, embed(world, out, shards="s3://shop/shards"), "test/shard-000001.tar", "404")
     bucket.forbid = True
     one_line(capsys, embed(world, out, shards="s3://shop/shards"), "403", "AWS_ACCESS_KEY_ID")
@@ -731,15 +731,15 @@ def naive_top(queries, matrix_, k, exclude=None):
 @pytest.mark.parametrize("seed", range(60))
 def test_search_against_a_full_sort(seed, monkeypatch):
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(common, "SEARCH_QUERIES", int(rng.integers(1, 20)))
-    monkeypatch.setattr(common, "SEARCH_VECTORS", int(rng.integers(1, 40)))
+    monkeypatch.setattr(retrieval, "SEARCH_QUERIES", int(rng.integers(1, 20)))
+    monkeypatch.setattr(retrieval, "SEARCH_VECTORS", int(rng.integers(1, 40)))
     width, count, k = rng.integers(1, 9), rng.integers(1, 30), int(rng.integers(1, 6))
     queries = rng.integers(-2, 3, (count, width)).astype(np.float32)
     gallery = rng.integers(-2, 3, (rng.integers(k, 120), width)).astype(np.float32)
     exclude = (rng.integers(0, 50, count), rng.integers(0, 50, len(gallery))) if seed % 2 else None
     scores, indices = naive_top(queries, gallery, k, exclude)
     for source in (gallery, iter([gallery[:3], gallery[3:]])):
-        found = common.top_k(queries, source, k, exclude)
+        found = retrieval.top_k(queries, source, k, exclude)
         assert np.array_equal(found[0], scores) and np.array_equal(found[1], indices)
         assert found[0].dtype == np.float32 and found[1].dtype == np.int64
 
@@ -749,7 +749,7 @@ def test_search_does_not_build_the_full_matrix():
     queries, gallery = rng.normal(size=(1500, 16)).astype(np.float32), rng.normal(size=(60_000, 16)).astype(np.float32)
     gallery[50_000] = gallery[7]
     tracemalloc.start()
-    scores, indices = common.top_k(queries, gallery, 4)
+    scores, indices = retrieval.top_k(queries, gallery, 4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6 < 4 * len(queries) * len(gallery)
@@ -759,14 +759,14 @@ def test_search_does_not_build_the_full_matrix():
 
 
 def test_search_of_too_few_and_of_broken_vectors():
-    scores, indices = common.top_k(np.ones((2, 3)), np.ones((2, 3)), 4, ([0, 1], [0, 0]))
+    scores, indices = retrieval.top_k(np.ones((2, 3)), np.ones((2, 3)), 4, ([0, 1], [0, 0]))
     assert indices.tolist() == [[-1] * 4, [0, 1, -1, -1]] and scores[1].tolist() == [3, 3, -np.inf, -np.inf]
     broken = np.ones((5, 3))
     broken[3, 1] = np.nan
     with pytest.raises(common.Fail, match="vector 3 holds NaN"):
-        common.top_k(np.ones((1, 3)), broken, 1)
+        retrieval.top_k(np.ones((1, 3)), broken, 1)
     with pytest.raises(common.Fail, match="width 3 cannot be searched with queries of width 2"):
-        common.top_k(np.ones((1, 2)), broken, 1)
+        retrieval.top_k(np.ones((1, 2)), broken, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------

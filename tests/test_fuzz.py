@@ -31,8 +31,10 @@ import arena_world
 import chat
 import cleaning
 import common
+import imaging
 import journal
 import loader
+import storage
 import tiny
 import vectors
 
@@ -126,9 +128,9 @@ def test_any_bytes_as_picture_are_one_or_a_reason(data):
     whole = data.draw(st.sampled_from(PICTURES))
     content = data.draw(st.one_of(st.just(damaged(data.draw, whole)), st.binary(max_size=200)))
     try:
-        image = common.load_image(content, data.draw(st.sampled_from([None, 16])))
+        image = imaging.load_image(content, data.draw(st.sampled_from([None, 16])))
         assert image.mode == "RGB" and min(image.size) > 0
-    except common.BadImage as error:
+    except imaging.BadImage as error:
         assert error.reason in {"empty file", "not an image", "truncated image", "broken image", "image too large",
                                 "unsupported image"}  # fmt: skip
 
@@ -137,8 +139,8 @@ def test_any_bytes_as_picture_are_one_or_a_reason(data):
 @given(name=st.text(max_size=60))
 def test_no_image_path_leaves_the_folder(tmp_path, name):
     try:
-        assert common.resolve_image(tmp_path.resolve(), name).is_relative_to(tmp_path.resolve())
-    except common.BadImage as error:
+        assert imaging.resolve_image(tmp_path.resolve(), name).is_relative_to(tmp_path.resolve())
+    except imaging.BadImage as error:
         assert error.reason in {"missing file", "outside the images folder"}
 
 
@@ -172,7 +174,7 @@ def test_any_bytes_as_shard_are_samples_or_one_line(tmp_path, data):
     path = tmp_path / "shard-000000.tar"
     path.write_bytes(damaged(data.draw, SHARD))
     try:
-        for sample in common.index_shard(path):
+        for sample in storage.index_shard(path):
             assert all(offset >= 0 and size >= 0 for offset, size in sample.members.values())
     except common.Fail as error:
         assert "shard-000000.tar" in str(error)
@@ -187,7 +189,7 @@ def test_any_bytes_as_shard_are_samples_or_one_line(tmp_path, data):
 def test_any_bytes_as_manifest_are_one_or_one_line(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     try:
-        common.shard_names(common.load_manifest(tmp_path), "train")
+        storage.shard_names(storage.load_manifest(tmp_path), "train")
     except common.Fail as error:
         assert "manifest" in str(error) or "split" in str(error)
 
@@ -402,7 +404,7 @@ def test_a_damaged_scratch_database_costs_a_second_call_at_most(tmp_path, monkey
     scratch.write_bytes(damaged(data.draw, (tmp_path / "whole").read_bytes()))
     if ends_well(prepare.main, places) != common.DONE:
         assert ends_well(prepare.main, places) == common.DONE
-    counts = common.load_manifest(tmp_path / "shards")["counts"]
+    counts = storage.load_manifest(tmp_path / "shards")["counts"]
     assert counts["input"] == 6 == counts["written"] + counts["rejected"]
 
 
@@ -429,16 +431,16 @@ def test_no_cleaned_row_is_lost_on_its_way_into_shards(tmp_path, data, monkeypat
     output = tmp_path / "shards"
     places = f"--input {tmp_path}/cleaned.csv --output {output} --image-size 16 --workers 1 --max-failed 1"
     assert ends_well(prepare.main, places.split()) == common.DONE
-    manifest = common.load_manifest(output)
+    manifest = storage.load_manifest(output)
     counts = manifest["counts"]
     assert counts["input"] == len(rows) + 1 == counts["written"] + counts["rejected"]
     rejects = [json.loads(line) for line in open(output / "rejects.jsonl", encoding="utf-8")]
     records = []
-    for split in common.SPLITS:
+    for split in storage.SPLITS:
         for shard in manifest["splits"][split]["shards"]:
-            for sample in common.index_shard(output / shard["name"]):
+            for sample in storage.index_shard(output / shard["name"]):
                 with open(output / shard["name"], "rb") as shard_file:
-                    records.append(json.loads(common.read_member(shard_file, sample.members["json"])))
+                    records.append(json.loads(storage.read_member(shard_file, sample.members["json"])))
     assert sorted([r["id"] for r in records] + [r["id"] for r in rejects]) == sorted(["sound", *(r[0] for r in rows)])
     assert all(reject["reason"] for reject in rejects)
 
@@ -491,19 +493,19 @@ def test_every_sample_of_a_damaged_shard_is_read_or_counted(tiny_world, tmp_path
     if data.draw(st.booleans()):
         path.write_bytes(repaired(path.read_bytes()))
     config = common.TrainingConfig(workers=1, max_failed=1.0)
-    samples = loader.Samples(str(folder), common.load_manifest(folder), "train", tmp_path / "cache", 0)
+    samples = loader.Samples(str(folder), storage.load_manifest(folder), "train", tmp_path / "cache", 0)
     half = loader.Data(samples, types.SimpleNamespace(size=32, tokenizer=lambda captions: [captions]), config, True)
     good = 0
     for i in range(len(samples)):
         try:
             pixels, caption, group = half.load(i, 0, True, True)
             good += pixels.shape == (3, 32, 32) and isinstance(caption, str) and isinstance(group, str)
-        except common.BadImage as error:
+        except imaging.BadImage as error:
             samples.fail(i, str(error), 1.0)
     lost, total = samples.lost()
     assert total == 4 == good + lost
     try:  # stage 4 holds every shard against its digest
-        vectors.Items(str(folder), tmp_path / "vectors", common.SPLITS, vectors.Ranks())
+        vectors.Items(str(folder), tmp_path / "vectors", storage.SPLITS, vectors.Ranks())
     except common.Fail as error:
         assert "shard-000000.tar" in str(error)
     else:

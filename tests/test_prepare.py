@@ -25,8 +25,10 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 import common
+import imaging
 import shards
 import splits
+import storage
 
 ROOT = Path(__file__).parents[1]
 prepare = importlib.import_module("2_prepare")
@@ -69,7 +71,7 @@ def run(csv_path: Path, output: Path | str, *flags: str) -> int:
 def samples(output: Path) -> dict[str, dict]:
     """{id: record with split, key, jpg, prompt} of everything but mini_train, read with tarfile."""
     found = {}
-    for split in common.SPLITS:
+    for split in storage.SPLITS:
         for path in sorted((output / split).glob("*.tar")):
             with tarfile.open(path) as tar:
                 members = {member.name: tar.extractfile(member).read() for member in tar}
@@ -125,11 +127,11 @@ def test_webdataset_and_gnu_tar_read_the_shards(shop):
     _, _, output = shop
     path = output / "train/shard-000000.tar"
     read = list(webdataset.WebDataset(str(path), shardshuffle=False))
-    assert len(read) == len(common.index_shard(path))
+    assert len(read) == len(storage.index_shard(path))
     assert {"jpg", "json", "txt"} <= set(read[0])
     listed = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True).stdout.split()
     assert [name for name in listed if name.endswith(".jpg")] == [
-        f"{sample.key}.jpg" for sample in common.index_shard(path)
+        f"{sample.key}.jpg" for sample in storage.index_shard(path)
     ]
 
 
@@ -147,7 +149,7 @@ def test_overhead_and_ids_to_the_letter(tmp_path):
     read = webdataset.WebDataset(tars, shardshuffle=False)
     assert sorted(json.loads(sample["json"])["id"] for sample in read) == sorted(ids)
     for path in (tmp_path / "out").glob("t*/*.tar"):
-        index = common.index_shard(path)
+        index = storage.index_shard(path)
         payload = sum(sample.members["jpg"][1] for sample in index)
         assert path.stat().st_size - payload <= 3500 * len(index) + 10240
 
@@ -219,7 +221,7 @@ def test_copies_stay_on_one_side_and_colour_variants_are_no_copies(tmp_path):
     assert report["random_split_leak"] == round(36 / 40 * 0.8, 4)  # an item's only copy is in train with 80%
     kinds = Counter((record["object_type"], record["split"]) for record in found.values())
     for kind, counts in report["types"].items():
-        assert counts == {split: kinds[kind, split] for split in common.SPLITS}
+        assert counts == {split: kinds[kind, split] for split in storage.SPLITS}
     assert sum(report["splits"].values()) == 40
 
 
@@ -234,7 +236,7 @@ def product(seed: int, hue: int) -> Image.Image:
 
 def alike(images: list[Image.Image]) -> set[tuple[int, int]]:
     """Pairs of pictures that count as near duplicates."""
-    seen = [splits.looks(common.fit(image, 224)) for image in images]
+    seen = [splits.looks(imaging.fit(image, 224)) for image in images]
     owner = [i for i, (bits, _) in enumerate(seen) for _ in range(len(bits) // 64)]
     bits, grids = (np.frombuffer(b"".join(part), np.uint8).reshape(len(owner), -1) for part in zip(*seen, strict=True))
     pairs = {tuple(sorted((owner[i], owner[j]))) for i, j in splits.near_pairs(bits, grids)}
@@ -530,7 +532,7 @@ def test_every_bad_picture_ends_right_or_among_the_rejects(tmp_path):
     def shown(i: int) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(found[f"{i:04d}"]["jpg"])), np.float32)
 
-    expected = np.asarray(common.letterbox(plain, 64), np.float32)
+    expected = np.asarray(imaging.letterbox(plain, 64), np.float32)
     for i in (6, 8, *range(10, 17)):
         assert np.abs(shown(i) - expected).mean() < 6, i
     for i in (7, 17):
@@ -555,11 +557,11 @@ def test_a_large_picture_costs_bounded_memory(tmp_path):
     code = f"""
 import resource, common
 from PIL import Image
-common.load_image
+imaging.load_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    common.load_image(__import__('pathlib').Path({str(tmp_path / "huge.png")!r}))
-except common.BadImage as error:
+    imaging.load_image(__import__('pathlib').Path({str(tmp_path / "huge.png")!r}))
+except imaging.BadImage as error:
     print(error.reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -573,7 +575,7 @@ def test_scaling_is_pillows_lanczos(side, least):
     out = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     Image.fromarray(noise).save(out, "JPEG", quality=95)
-    ours = common.letterbox(common.load_image(out.getvalue(), 4 * 224), 224)
+    ours = imaging.letterbox(imaging.load_image(out.getvalue(), 4 * 224), 224)
     theirs = Image.open(out).resize((224, 224), Image.LANCZOS)
     error = ((np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)) ** 2).mean()
     assert error < 255**2 / 10 ** (least / 10)
@@ -584,7 +586,7 @@ def test_scaling_is_pillows_lanczos(side, least):
 
 def damages(shard: Path) -> dict[str, bytes | None]:
     """The four: a flipped byte, a cut at a member boundary, a missing member, a missing shard."""
-    whole, sample = shard.read_bytes(), common.index_shard(shard)[3]
+    whole, sample = shard.read_bytes(), storage.index_shard(shard)[3]
     flipped, boundary = bytearray(whole), sample.members["jpg"][0] - 512
     flipped[sample.members["jpg"][0] + 50] ^= 1
     missing = whole[:boundary] + whole[sample.members["json"][0] - 512 :]
@@ -651,10 +653,10 @@ def bucket(monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     with FaultyProxy(server.get_host_and_port()[1]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        common._s3_client.cache_clear()
-        common._s3_client(os.getpid()).create_bucket(Bucket="shop")
+        storage._s3_client.cache_clear()
+        storage._s3_client(os.getpid()).create_bucket(Bucket="shop")
         yield proxy
-    common._s3_client.cache_clear()
+    storage._s3_client.cache_clear()
     # What moto keeps belongs to the process, not to the server.
     urllib.request.urlopen(f"http://127.0.0.1:{server.get_host_and_port()[1]}/moto-api/reset", data=b"").close()
     server.stop()
@@ -663,13 +665,13 @@ def bucket(monkeypatch):
 def test_shards_on_s3_are_those_on_disk(shop, bucket):
     """Through 40% cut connections, 503s and stalls; parts that killed uploads left are gone; --verify sees damage."""
     folder, _, output = shop
-    client = common._s3_client(os.getpid())
+    client = storage._s3_client(os.getpid())
     for key in ("prefix/train/shard-000000.tar", "prefix/test/shard-000077.tar", "other/train/shard-000000.tar"):
         client.create_multipart_upload(Bucket="shop", Key=key)
     bucket.cut, bucket.refuse, bucket.stall = 0.4, 0.1, 0.05
     assert run(folder / "cleaned.csv", "s3://shop/prefix") == common.DONE
     spoilt = bucket.cuts, bucket.refusals, bucket.stalls
-    there = {name: common.read_bytes(f"s3://shop/prefix/{name}") for name, _ in common.list_files("s3://shop/prefix")}
+    there = {name: storage.read_bytes(f"s3://shop/prefix/{name}") for name, _ in storage.list_files("s3://shop/prefix")}
     here = content(output)
     assert {name: there[name] for name in here} == here
     assert set(there) - set(here) == {"prepare.json"}
@@ -684,14 +686,14 @@ def test_verify_finds_every_damage_on_s3(shop, bucket, capsys):
     _, _, output = shop
     for path in output.rglob("*.*"):
         if path.is_file() and ".work" not in path.parts:
-            common.put_whole(f"s3://shop/p/{path.relative_to(output).as_posix()}", path.read_bytes())
+            storage.put_whole(f"s3://shop/p/{path.relative_to(output).as_posix()}", path.read_bytes())
     name = "train/shard-000000.tar"
     assert prepare.main(["--verify", "--output", "s3://shop/p"]) == common.DONE
     for said, data in damages(output / name).items():
         if data is None:
-            common.remove(f"s3://shop/p/{name}")
+            storage.remove(f"s3://shop/p/{name}")
         else:
-            common.put_whole(f"s3://shop/p/{name}", data)
+            storage.put_whole(f"s3://shop/p/{name}", data)
         assert prepare.main(["--verify", "--output", "s3://shop/p"]) == common.FAILED
         assert f"{name}: {said}" in capsys.readouterr().out
 

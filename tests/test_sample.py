@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import common
+import imaging
 import sample
 
 SMALL_CLIP = Path(__file__).parent / "small_clip"
@@ -76,9 +77,9 @@ def test_every_picture_loads_upright_in_colour_or_says_why_not(drawn):
     reasons = Counter()
     for item in sample.products(90):
         try:
-            path = common.resolve_image(drawn, sample.image_path(item))
-            image = common.load_image(path)
-        except common.BadImage as error:
+            path = imaging.resolve_image(drawn, sample.image_path(item))
+            image = imaging.load_image(path)
+        except imaging.BadImage as error:
             reasons[error.reason] += 1
             assert item.damage
             continue

@@ -21,6 +21,7 @@ import clip as ours
 import common
 import contrast
 import loader
+import storage
 import tiny
 import towers
 
@@ -455,13 +456,13 @@ def bucket(base):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (keys | {"AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}).items():
             patch.setenv(name, value)
-        common._s3_client.cache_clear()
+        storage._s3_client.cache_clear()
         client = boto3.client("s3")
         client.create_bucket(Bucket="training")
-        for name, _ in common.list_files(base / "shards"):
+        for name, _ in storage.list_files(base / "shards"):
             client.upload_file(str(base / "shards" / name), "training", f"shards/{name}")
         yield "s3://training"
-    common._s3_client.cache_clear()
+    storage._s3_client.cache_clear()
     server.stop()
 
 
@@ -718,7 +719,7 @@ def damaged(base, tmp_path, count):
     shutil.copytree(base / "shards", tmp_path / "shards")
     path = tmp_path / "shards" / "train" / "shard-000000.tar"
     data = bytearray(path.read_bytes())
-    for sample in common.index_shard(path)[:count]:
+    for sample in storage.index_shard(path)[:count]:
         offset, size = sample.members["jpg"]
         data[offset : offset + size] = b"\0" * size
     path.write_bytes(data)
