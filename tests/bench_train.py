@@ -212,7 +212,7 @@ def cases(workdir: Path) -> list[Case]:
 def measure_memory(scenario: str | None, settings: dict, answer) -> None:
     """In a process of its own: send (trained parameters, LoRA's share, bytes that three steps added at their peak)."""
     import open_clip
-    import peft  # noqa: F401
+    import peft  # noqa: F401  what importing takes is nobody's
     import torch
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
