@@ -69,7 +69,7 @@ endef
 photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(IMAGES) $(foreach made,shards sample standin runs report embeddings,-path '$(DATA)/$(made)' -prune -o) -type f \
   -printf '%P %s %T@\n' 2>/dev/null | grep -iE '\.(jpe?g|png|webp|gif|bmp|tiff?) ' | LC_ALL=C sort | sha256sum | cut -c1-64))
 GOALS := $(or $(MAKECMDGOALS),help)
-ifneq ($(filter all clean-data poll prepare train embed arena ablation report $(DATA)/%,$(GOALS)),)
+ifneq ($(filter all clean-data poll prepare train embed arena ablation report pictures sweep $(DATA)/%,$(GOALS)),)
   $(call settings,sample,$(SAMPLE_COUNT) $(SEED))
   $(call settings,clean,$(CATALOGUE) $(IMAGES) $(photos) $(OPENAI_BASE_URL) $(CLEAN_FLAGS))
   $(call settings,prepare,$(IMAGES) $(SHARDS) $(IMAGE_SIZE) $(SEED) $(PREPARE_FLAGS))
@@ -77,7 +77,7 @@ ifneq ($(filter all clean-data poll prepare train embed arena ablation report $(
   $(call settings,embed,$(SCENARIO) $(EMBED_FLAGS))
 endif
 
-.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench growth fuzz verify test lint clean
+.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench pictures growth fuzz verify test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -133,11 +133,13 @@ $(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
 	  $(PREPARE_FLAGS)
 	@touch $(if $(filter %.uploaded,$@),,-c) $@
 
-# A checkpoint older than its settings or its shards belongs to another run: it is not gone on with.
+# A checkpoint older than its settings or than what it was trained on belongs to another run: it is not gone on with.
+TRAINED_ON := $(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation)
 $(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
 	@$(if $(filter local-dir:tests/small_clip,$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
 	@checkpoint=$(RUNS)/$*/checkpoint.pt; resume=--no-resume; \
-	if [ $$checkpoint -nt $(MANIFEST) ] && [ $$checkpoint -nt $(SETTINGS)/train ]; then resume=--resume; fi; \
+	if [ $$checkpoint -nt $(SETTINGS)/train ] && [ -z "$$(find $(TRAINED_ON) -newer $$checkpoint -print -quit)" ]; \
+	then resume=--resume; fi; \
 	set -x; $(PYTHON) 3_train.py \
 	  --shards $(SHARDS) \
 	  --scenario $* \
@@ -170,7 +172,8 @@ arena: $(MASTER) ## stage 5: blind A/B voting at http://HOST:PORT
 	  --port $(PORT) \
 	  $(ARENA_FLAGS)
 
-ablation: $(SCENARIOS:%=$(RUNS)/%/train.json) report ## train all five scenarios, then compare them
+ablation: $(SCENARIOS:%=$(RUNS)/%/train.json) ## train all five scenarios, then compare them
+	@$(MAKE) --no-print-directory report
 
 report: | $(VENV) ## compare every finished run on the test split
 	$(PYTHON) 4_embed.py report \
@@ -185,6 +188,9 @@ sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: wh
 
 bench: | $(VENV) ## speed against the plain way, side by side (STAGE=3 for one stage); appends to bench.jsonl
 	$(PYTHON) tests/bench.py $(if $(STAGE),--stage $(STAGE))
+
+pictures: $(MASTER) ## the README's pictures, made anew from the sample catalogue (needs chromium and chromedriver)
+	$(PYTHON) tests/pictures.py --data $(DATA) --output docs
 
 growth: | $(VENV) ## seconds and memory of each stage at 1,000, 5,000 and 20,000 products; appends to growth.jsonl
 	$(PYTHON) tests/growth.py

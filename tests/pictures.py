@@ -3,7 +3,7 @@
     python tests/pictures.py --data data --output docs
 
 arena.png, results.png   the voting page, and the results page after simulated votes, on the drawn sample catalogue
-report.png, sample.png   the retrieval report, and the first products of the catalogue with their truth
+report.png, contact_sheet.jpg   the retrieval report, and 48 samples of the shards
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from PIL import Image
 
 import arena_world as world
 import common
-import sample
 from arena_world import KEYS
 from test_arena_browser import Browser, Served
 
@@ -117,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
             simulate(served)
             keep(results_picture(browser, served), args.output / "results.png")
         keep(report_picture(browser, args.data / "embeddings/report.html"), args.output / "report.png")
-        keep(sample.sheet(24, seed=42, side=WIDTH // 8), args.output / "sample.png")
+        sheet = Image.open(args.data / "shards/contact_sheet.jpg")
+        sheet.resize((WIDTH, WIDTH * sheet.height // sheet.width)).save(args.output / "contact_sheet.jpg", quality=82)
     finally:
         browser.driver.quit()
     return common.DONE
