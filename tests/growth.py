@@ -11,6 +11,7 @@ wide so that rows, not pixels, decide. Memory is the largest resident set of any
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -66,8 +68,7 @@ def commands(shop: Path, work: Path) -> dict[str, list[str]]:
     master = str(work / "master.parquet")
     setup = f"arena.Setup(({master!r},), {photos!r}, {str(work / 'arena.sqlite')!r})"
     return {
-        "clean": ["tests/openai_standin.py", "--state", str(work / "standin"), "--", sys.executable, "1_clean.py",
-                  "run", "--input", str(shop), "--images", photos, "--workspace", str(work / "batch"),
+        "clean": ["1_clean.py", "run", "--input", str(shop), "--images", photos, "--workspace", str(work / "batch"),
                   "--output", cleaned, "--poll-interval", "0"],
         "prepare": ["2_prepare.py", "--input", cleaned, "--images", photos, "--output", shards],
         "train": ["3_train.py", "--shards", shards, "--scenario", "linear_probe", "--model", SMALL,
@@ -78,11 +79,20 @@ def commands(shop: Path, work: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def measure(command: list[str]) -> tuple[float, int]:
+@contextlib.contextmanager
+def api(state: Path) -> Iterator[dict[str, str]]:
+    """An environment in which a stand-in, in a process of its own, answers for OpenAI."""
+    command = [sys.executable, "tests/openai_standin.py", "--state", str(state)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        yield os.environ | {"OPENAI_BASE_URL": server.stdout.readline().strip(), "OPENAI_API_KEY": "stand-in"}
+        server.terminate()
+
+
+def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
     """Seconds and the largest resident set in bytes. Raises Fail with the output of a command that fails."""
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
-        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
+        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
         _, status, used = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         if os.waitstatus_to_exitcode(status) != common.DONE:
@@ -162,11 +172,11 @@ def main(argv: list[str] | None = None) -> int:
         common.write_whole(args.plot, plot())
     else:
         for rows in args.rows:
-            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder, api(Path(folder, "standin")) as environment:
                 result = {"date": datetime.date.today().isoformat(), "rows": rows}
                 shop = make_shop(Path(folder) / "shop", rows)
                 for stage, command in commands(shop, Path(folder)).items():
-                    seconds, memory = measure(command)
+                    seconds, memory = measure(command, environment)
                     result[stage] = {"seconds": round(seconds, 2), "bytes": memory}
                     print(f"{rows:,} products, {STAGES[stage]}: {seconds:.1f} s, {memory / 1e6:,.0f} MB", flush=True)
                 shutil.rmtree(shop.parent)
