@@ -126,15 +126,23 @@ def write_rejects(path: str, items, bad: list[int], max_failed: float) -> None:
         )
 
 
-def write_master(output: Path, items, encoders: dict[str, Any], bad: list[int], facts: dict[str, str]) -> bool:
-    """Write master.parquet, row group by row group, unless it is there with these facts. Says whether it wrote."""
+def holds(output: Path, facts: dict[str, str]) -> bool:
+    """Whether master.parquet is there, whole, with these facts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with contextlib.suppress(OSError, pa.ArrowInvalid):  # not there, or damaged
+    try:
         there = pq.read_schema(output).metadata or {}
-        if all(there.get(k.encode()) == v.encode() for k, v in facts.items()):
-            return False
+    except (OSError, pa.ArrowInvalid):  # not there, or damaged
+        return False
+    return all(there.get(k.encode()) == v.encode() for k, v in facts.items())
+
+
+def write_master(output: Path, items, encoders: dict[str, Any], bad: list[int], facts: dict[str, str]) -> None:
+    """Write master.parquet, row group by row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     width = {kind: _width(encoder, items) for kind, encoder in encoders.items()}
     vectors = [(f"{kind}_{text}embedding", kind, text) for text in ("", "text_") for kind in ("base", "finetuned")]
     fields = [pa.field(name, pa.string()) for name in COLUMNS]
@@ -158,7 +166,6 @@ def write_master(output: Path, items, encoders: dict[str, Any], bad: list[int], 
                 matrix = store.get((items.text if text else items.image)[rows])
                 columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), width[kind])
             writer.write_table(pa.table(columns, schema=schema), row_group_size=ROWS)
-    return True
 
 
 def _width(encoder, items) -> int:
@@ -235,17 +242,19 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         bad = without_vector(items, encoders)
         write_rejects(f"{output}.rejects.jsonl", items, bad, config.max_failed)
         facts = master_facts(items, encoders, run, args, output)
-        wrote = write_master(output, items, dict(zip(("base", "finetuned"), encoders, strict=True)), bad, facts)
-        items.forget_copies()
         counts = {"input": len(items), "written": len(items) - len(bad), "rejected": len(bad), "computed": made}
-        if wrote or not Path(f"{output}.json").is_file():
+        make_report(items, bad, list(zip((base, run), encoders, strict=True)), config, output.parent)
+        there = holds(output, facts)
+        if not there or not Path(f"{output}.json").is_file():
             common.write_sidecar(
                 f"{output}.json", config, counts, {"shards": args.shards} | facts, time.monotonic() - start,
                 versions=common.versions("torch", "open_clip_torch", "pyarrow", "numpy"),
             )  # fmt: skip
+        if not there:  # last: where it is, all is
+            write_master(output, items, dict(zip(("base", "finetuned"), encoders, strict=True)), bad, facts)
+        items.forget_copies()
         print(f"{output}: input {len(items)} = written {counts['written']} + rejected {len(bad)}", flush=True)
         print("computed: {image} pictures, {text} prompts; the rest was there".format(**made), flush=True)
-        make_report(items, bad, list(zip((base, run), encoders, strict=True)), config, output.parent)
     return DONE
 
 

@@ -60,11 +60,13 @@ ifeq ($(filter-out zero_shot,$(filter $(SCENARIO),$(SCENARIOS))),)
   $(error SCENARIO=$(SCENARIO): choose one that trains: $(filter-out zero_shot,$(SCENARIOS)))
 endif
 
-# A settings file is rewritten only when its text changes, so that a changed variable is a changed prerequisite.
+# A settings file is rewritten only when its text changes, so that a changed variable is a changed prerequisite. `make -n`
+# writes none: what it would rebuild must not be rebuilt because somebody looked.
 SETTINGS := $(DATA)/.settings
-define settings
-$(shell mkdir -p $(SETTINGS); printf '%s\n' '$(2)' | cmp -s - $(SETTINGS)/$(1) || printf '%s\n' '$(2)' > $(SETTINGS)/$(1))
-endef
+LOOKING := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
+changed = $(shell printf '%s\n' '$(2)' | cmp -s - $(SETTINGS)/$(1) || echo changed)
+write_settings = $(shell mkdir -p $(SETTINGS); printf '%s\n' '$(2)' > $(SETTINGS)/$(1))
+settings = $(if $(call changed,$(1),$(2)),$(if $(LOOKING),$(eval .PHONY: $(SETTINGS)/$(1)),$(call write_settings,$(1),$(2))))
 # Photos are too many to be prerequisites; one line stands for names, sizes and times of them all.
 photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(IMAGES) $(foreach made,shards sample standin runs report embeddings,-path '$(DATA)/$(made)' -prune -o) -type f \
   -printf '%P %s %T@\n' 2>/dev/null | grep -iE '\.(jpe?g|png|webp|gif|bmp|tiff?) ' | LC_ALL=C sort | sha256sum | cut -c1-64))
@@ -77,7 +79,7 @@ ifneq ($(filter all clean-data poll prepare train embed arena ablation report pi
   $(call settings,embed,$(SCENARIO) $(EMBED_FLAGS))
 endif
 
-.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench pictures growth fuzz verify test lint clean
+.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench pictures growth memory fuzz verify test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -194,6 +196,9 @@ pictures: $(MASTER) ## the README's pictures, made anew from the sample catalogu
 
 growth: | $(VENV) ## seconds and memory of each stage at 1,000, 5,000 and 20,000 products; appends to growth.jsonl
 	$(PYTHON) tests/growth.py
+
+memory: | $(VENV) ## parameters and memory of each scenario against full fine-tuning (ViT-B/32); writes memory.md
+	$(PYTHON) tests/bench_train.py | tee memory.md
 
 verify: | $(VENV) ## hold the shards against their manifest
 	$(PYTHON) 2_prepare.py --verify --output $(SHARDS)

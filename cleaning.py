@@ -491,16 +491,16 @@ class DataProcessor:
                 else:
                     line = common.reject(row, reason or failure, (detail if reason else failure_detail) or "")
                     rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
-        report = self.report()
-        common.write_json(output.with_name(output.name + ".report.json"), report)
-        inputs = {str(path): common.file_digest(path) for path in self.args.input}
-        more = {
-            "versions": common.versions("openai", "pillow"),
-            "prompt_version": PROMPT_VERSION,
-            "cost": report["cost"],
-        }
-        sidecar = output.with_name(output.name + ".json")
-        common.write_sidecar(sidecar, self.settings, counts, inputs, time.time() - started, **more)
+            report = self.report()  # it and the sidecar come first: where the CSV is, all is
+            common.write_json(output.with_name(output.name + ".report.json"), report)
+            inputs = {str(path): common.file_digest(path) for path in self.args.input}
+            more = {
+                "versions": common.versions("openai", "pillow"),
+                "prompt_version": PROMPT_VERSION,
+                "cost": report["cost"],
+            }
+            sidecar = output.with_name(output.name + ".json")
+            common.write_sidecar(sidecar, self.settings, counts, inputs, time.time() - started, **more)
         say(f"wrote {output}, {rejects.name}, {output.name}.report.json")
         for reason, fact in report["rejected"].items():
             say(f"  rejected {fact['rows']}: {reason} (such as {', '.join(fact['ids'][:3])})")

@@ -4,7 +4,7 @@
 
 A table stands between <!-- name --> and <!-- /name -->. `settings` comes from the dataclasses of common.py, `results`
 from data/report/report.json (make ablation), `bench` from bench.jsonl (make bench), `growth` from growth.jsonl and
-docs/growth.svg with it (make growth).
+docs/growth.svg with it (make growth), `memory` from memory.md (make memory).
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def results(path: Path = ROOT / "data/report/report.json") -> str:
             p = "< 0.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}"
             gained = f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
             rows.append(f"| `{run['name']}` | {values} | {gained} | {p} |")
-    return "\n".join(rows) + f"\n\nn = {report['items']} products of the test split; p after Holm's correction."
+    told = f"n = {report['items']} products of the test split; p after Holm's correction over every difference reported."
+    return "\n".join([*rows, "", told])
 
 
 def measured_growth() -> str:
@@ -76,6 +77,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "bench": lambda: bench.markdown(bench.RESULTS),
     "growth": measured_growth,
+    "memory": lambda: (ROOT / "memory.md").read_text(encoding="utf-8").rstrip(),
 }
 
 

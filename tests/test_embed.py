@@ -280,7 +280,7 @@ def test_dead_after_every_file_it_ends_with_the_same_bytes(world, out, monkeypat
     prompts = {row["txt"] for some in items_of().values() for row in some}
     parts = 2 * (-(-72 // 32) + -(-len(prompts) // 32))
     assert sum(name.endswith(".npy") for name in everything) == parts
-    assert everything[-4:] == ["master.parquet", "master.parquet.json", "report.html", "report.json"]
+    assert everything[-4:] == ["report.html", "report.json", "master.parquet.json", "master.parquet"]
     for name in ("master.parquet", "report.json", "report.html"):
         assert (out / name).read_bytes() == (world / "out" / name).read_bytes()
 
@@ -433,9 +433,9 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
     """A row keeps 84 bytes of digests and offsets, a vector 40; finding what is missing takes as much again."""
     peaks = []
     monkeypatch.setattr(vectors, "PART", 128)
-    for count in (300, 3000):
-        shards = write_shards(tmp_path / f"shards{count}", items_of(train=count), per_shard=100)
-        folder = tmp_path / str(count)
+    for count in (300, 300, 3000):  # the first time pays for what is imported and kept once
+        folder = tmp_path / f"{count}-{len(peaks)}"
+        shards = write_shards(folder / "shards", items_of(train=count), per_shard=100)
         config, ranks = common.EmbeddingConfig(precision="fp32", batch_size=32), vectors.Ranks()
         clip = importlib.import_module("clip").load_clip(f"local-dir:{world / 'base'}")
         tracemalloc.start()
@@ -445,7 +445,7 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
         stage.write_master(folder / "master.parquet", items, {"base": encoder, "finetuned": encoder}, [], {})
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] <= 1.1 * peaks[0] + 200 * 2700, peaks
+    assert peaks[2] <= 1.1 * peaks[1] + 200 * 2700, peaks
 
 
 def test_memory_of_judging_stays_flat_at_ten_times_the_rows(monkeypatch):
@@ -495,7 +495,7 @@ def bucket(world, monkeypatch):
     storage._s3_client(os.getpid()).create_bucket(Bucket="shop")
     for name, _ in storage.list_files(world / "shards"):
         storage.put_whole(f"s3://shop/shards/{name}", world / "shards" / name)
-    with FaultyProxy(port) as proxy:
+    with FaultyProxy(port, seed=180) as proxy:  # the first connection is refused, the second cut early
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
         storage._s3_client.cache_clear()
         yield proxy
@@ -507,7 +507,7 @@ def bucket(world, monkeypatch):
 def test_shards_on_s3_give_the_same_bytes_from_copies_or_by_ranges(world, out, bucket, room):
     bucket.cut, bucket.refuse = 0.2, 0.1
     assert embed(world, out, "--cache-gb", room, shards="s3://shop/shards") == 0
-    assert bucket.cuts + bucket.refusals >= 2, "nothing was spoilt: the test proves nothing"
+    assert bucket.cuts and bucket.refusals, "nothing was spoilt: the test proves nothing"
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
     assert not list(out.rglob("*.tar")), "no copy of a shard stays"
 

@@ -144,6 +144,7 @@ def test_a_changed_variable_rebuilds_what_depends_on_it(finished):
     assert "--model ViT-B-32" in plan and "--pretrained openai" in plan and "2_prepare.py" not in plan
     plan = make(data, "-n", "all", "SEED=7").stdout
     assert "tests/sample.py" in plan and "2_prepare.py" in plan
+    assert "Nothing to be done" in make(data, "all").stdout  # to look at a plan changes nothing
 
 
 def test_a_key_and_a_catalogue_mean_the_real_job(finished, tmp_path):
