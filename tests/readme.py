@@ -62,7 +62,7 @@ def results(path: Path = ROOT / "data/report/report.json") -> str:
             p = "< 0.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}"
             gained = f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
             rows.append(f"| `{run['name']}` | {values} | {gained} | {p} |")
-    told = f"n = {report['items']} products of the test split; p after Holm's correction over every difference reported."
+    told = f"{report['items']} products of the test split; p after Holm's correction over every difference reported."
     return "\n".join([*rows, "", told])
 
 
