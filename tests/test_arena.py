@@ -409,7 +409,7 @@ def test_several_models_meet_in_pairs_and_are_ranked(tmp_path):
 # Blindness
 
 SECRETS = re.compile(
-    r"secret|base|fine.?tuned|lora|model|bbbb|ffff|id-\d|p/\d|\.jpg|parquet|embedding|title \d|prompt \d|score"
+    r"secret|base|fine.?tuned|lora|model|b{16}|f{16}|id-\d|p/\d|\.jpg|parquet|embedding|title \d|prompt \d|score"
     r"|left|right"
 )
 
