@@ -83,15 +83,7 @@ def final(data: Path, stages: range = range(4)) -> dict[str, bytes]:
     return {name: content for name, content in found.items() if MADE_BY[name.split("/")[0][:11]] in stages}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from more, and on a busy machine lose much."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
 
 
 @pytest.fixture(scope="module")

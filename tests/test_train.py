@@ -31,13 +31,7 @@ ROOT = Path(__file__).parents[1]
 TRAINED = [name for name, parts in stage.SCENARIOS.items() if parts[2]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from more, and on a busy machine lose much."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
 
 
 @pytest.fixture(scope="module")

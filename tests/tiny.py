@@ -108,3 +108,13 @@ def vit_b32(seed: int = 0):
     shown = open_clip.get_model_preprocess_cfg(model)
     tokenizer, config = open_clip.get_tokenizer("ViT-B-32"), {"embed_dim": 512}
     return Clip(model, tokenizer, 224, shown["mean"], shown["std"], 77, f"random {seed}", "random", config, shown)
+
+
+def one_thread():
+    """A fixture: one torch thread. Tiny tensors gain nothing from more, and on a busy machine lose much."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
