@@ -31,7 +31,6 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import common
 import imaging
@@ -43,6 +42,7 @@ from shards import (
     create_mini_train,
     picture_settings,
     plan_shards,
+    sample_text,
     verify,
     wait_for_others,
     write_dataset,
@@ -79,6 +79,7 @@ def worker_pool(count: int) -> Iterator[Executor]:
     """Processes that read photos. Fails where one dies, for which a multiprocessing.Pool would wait without end."""
     os.environ.update(imaging.WORKER_ENVIRONMENT)
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _live_with_parent)
+    pool.submit(os.getpid)  # starts them, while the first rows are read
     try:
         yield pool
     except BrokenProcessPool:
@@ -243,38 +244,34 @@ def take_row(work: sqlite3.Connection, row: common.Row, images: Path, rejects: l
 # The contact sheet
 
 
-def contact_sheet(records: list[dict], output: str) -> bytes:
-    """A JPEG of 48 samples, spread over the splits, each with prompt, split and type."""
+def contact_sheet(work: sqlite3.Connection, seed: int) -> bytes:
+    """A JPEG of 48 samples, the first of each split, each with prompt, split and type."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (8 * 232, 6 * 284), "white")
     pen = ImageDraw.Draw(sheet)
-    for position, (split, image, prompt, meta) in enumerate(sheet_samples(records, output)):
+    for position, (split, fields, *facts, jpg) in enumerate(sheet_samples(work)):
+        meta, prompt = sample_text(json.loads(fields), *facts, seed)
+        kind = json.loads(meta)["object_type"] or "unknown"
         x, y = position % 8 * 232 + 4, position // 8 * 284 + 4
-        sheet.paste(image.resize((224, 224)), (x, y))
-        pen.text((x, y + 227), f"{split} · {meta['object_type'] or 'unknown'}"[:36], "#666666", font)
-        for line, text in enumerate(textwrap.wrap(prompt, 36, max_lines=2, placeholder=" …")):
+        sheet.paste(imaging.load_image(jpg).resize((224, 224)), (x, y))
+        pen.text((x, y + 227), f"{split} · {kind}"[:36], "#666666", font)
+        for line, text in enumerate(textwrap.wrap(prompt.decode(), 36, max_lines=2, placeholder=" …")):
             pen.text((x, y + 243 + 15 * line), text, "black", font)
     out = io.BytesIO()
     sheet.save(out, "JPEG", quality=88)
     return out.getvalue()
 
 
-def sheet_samples(records: list[dict], output: str) -> Iterator[tuple[str, Any, str, dict]]:
-    """(split, picture, prompt, metadata) of the samples to show: of each split its share, from its first shards."""
-    for split, left in SHEET.items():
-        for record in records:
-            if not left or not record["name"].startswith(f"{split}/"):
-                continue
-            path = storage.join(output, record["name"])
-            samples = storage.index_shard(path)
-            chosen = samples[:: max(1, len(samples) // left)][:left]
-            left -= len(chosen)
-            with storage.open_read(path) as handle:
-                for sample in chosen:
-                    jpg, prompt, meta = (storage.read_member(handle, sample.members[e]) for e in ("jpg", "txt", "json"))
-                    yield split, imaging.load_image(jpg), prompt.decode(), json.loads(meta)
+def sheet_samples(work: sqlite3.Connection) -> Iterator[tuple[str, str, str, str, bytes]]:
+    """(split, fields, group, source, JPEG) of the samples to show; their order within a split is drawn already."""
+    for split, count in SHEET.items():
+        yield from work.execute(
+            "SELECT split, fields, grp, source, jpg FROM items JOIN pictures USING (path, size, changed)"
+            " WHERE split = ? ORDER BY place LIMIT ?",
+            (split, count),
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -347,7 +344,7 @@ def finish(
     put("items.csv", items)
     put("rejects.jsonl", rejects_file(rejects))
     put("split_report.json", json.dumps(report, indent=2, ensure_ascii=False).encode())
-    put("contact_sheet.jpg", contact_sheet(records, output))
+    put("contact_sheet.jpg", contact_sheet(work, config.seed))
     written = sum(record["samples"] for record in records)
     manifest = {
         "format": FORMAT,

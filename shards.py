@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import sqlite3
@@ -50,11 +49,11 @@ def sample_text(fields: dict[str, str], group: str, source: str, seed: int) -> t
     return common.canonical(record), prompt.encode()
 
 
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """One file with fixed owner, mode and time: the same bytes on any machine and day."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+def tar_member(name: str, data: bytes) -> bytes:
+    """Header, content and padding of one file, with fixed owner, mode and time: the same on any machine and day."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -119,11 +118,13 @@ def write_shard(job: tuple[Shard, str, str, PrepConfig]) -> dict[str, Any]:
     target = storage.join(output, shard.name)
     temporary = Path(f"{database}.{os.getpid()}.tmp")
     try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with open(temporary, "wb") as tar:
             for position, (fields, group, source, jpg) in enumerate(_samples(shard, database), shard.first):
                 members = (jpg, *sample_text(json.loads(fields), group, source, config.seed))
                 for extension, data in zip(("jpg", "json", "txt"), members, strict=True):
-                    add_member(tar, f"{position:09d}.{extension}", data)
+                    tar.write(tar_member(f"{position:09d}.{extension}", data))
+            tar.write(bytes(2 * tarfile.BLOCKSIZE))  # two empty blocks end a tar, which fills whole records
+            tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
         record = {
             "name": shard.name, "samples": shard.count, "bytes": temporary.stat().st_size,
             "sha256": common.file_digest(temporary), "plan": shard.plan,

@@ -29,6 +29,7 @@ LOOKS = 2  # version of what is kept of a picture; a new one has all pictures lo
 # those cropped or padded by 2 to 5%. Of the 63 in full colour 2 to 5% pass for copies when they are dyed.
 GRADIENT_DISTANCE, COLOR_DISTANCE, COLOR_CELLS = 0.2, 14, 5
 BORDER = 16  # levels by which a picture differs from the colour of its border
+BEYOND_BORDER = [255 * (level > BORDER) for level in range(256)]
 NEIGHBOURS = 64  # that a picture is compared with in each band
 PAIRS = 1 << 13  # compared at once
 
@@ -45,7 +46,7 @@ def looks(image) -> tuple[bytes, bytes]:
 
     seen = [shown := _small(image), [part[:, ::-1] for part in shown]]
     ground = Image.new("RGB", image.size, image.getpixel((0, 0)))
-    box = ImageChops.difference(image, ground).convert("L").point(lambda level: 255 * (level > BORDER)).getbbox()
+    box = ImageChops.difference(image, ground).convert("L").point(BEYOND_BORDER).getbbox()
     if box and min(box[2] - box[0], box[3] - box[1]) > HASH_SIDE and box != (0, 0, *image.size):
         seen.append(_small(image.crop(box)))
     return b"".join(_gradients(grey) for grey, _ in seen), b"".join(grid.tobytes() for _, grid in seen)

@@ -316,5 +316,5 @@ def test_scaling_weights_are_exact_in_float32(source, target):
 
     for _, _, weights in imaging._lanczos(source, target):
         units = weights.astype(np.float64) * 2**15
-        assert (units == np.rint(units)).all() and (units.sum(axis=1) == 2**15).all()
-        assert (abs(units).sum(axis=1) * 255 + 2**14 < 2**24).all()
+        assert (units == np.rint(units)).all() and (units.sum(axis=0) == 2**15).all()
+        assert (abs(units).sum(axis=0) * 255 + 2**14 < 2**24).all()
