@@ -210,7 +210,7 @@ def normalise(clip: Clip, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_image(clip: Clip, pixels: Tensor) -> Tensor:
     """float32 [B, D], L2-normalised, of uint8 [B, 3, S, S]."""
-    return F.normalize(clip.model.visual(normalise(clip, pixels)).float(), dim=-1)
+    return F.normalize(image_features(clip.model, normalise(clip, pixels)).float(), dim=-1)
 
 
 @torch.no_grad()
@@ -222,6 +222,20 @@ def encode_text(clip: Clip, captions: list[str]) -> Tensor:
 def tokenize(clip: Clip, captions: list[str]) -> Tensor:
     """int64 [B, context_length] on the model's device."""
     return clip.tokenizer(captions).to(clip.device)
+
+
+def image_features(model: nn.Module, pixels: Tensor) -> Tensor:
+    """[B, D] of float [B, 3, S, S]: the tower's own result, its last block computed for the class token only."""
+    from open_clip.transformer import VisionTransformer
+
+    tower = model.visual
+    plain = isinstance(tower, VisionTransformer) and tower.pool_type == "tok" and tower.attn_pool is None
+    if not plain or not tower.transformer.batch_first:
+        return tower(pixels)
+    x = tower._embeds(pixels)  # (B, L, W)
+    x = transformer_at(tower.transformer, x, x.new_zeros(len(x), dtype=torch.int64))
+    x, _ = tower._pool(x)  # (B, W)
+    return x if tower.proj is None else x @ tower.proj
 
 
 def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -242,11 +256,39 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     length = int(ends.max()) + 1
     tokens = tokens[:, :length]
     x = tower.token_embedding(tokens) + tower.positional_embedding[:length]  # (B, L, W)
-    x = tower.transformer(x, attn_mask=mask[:length, :length])
-    x = text_global_pool(tower.ln_final(x), tokens, pool, eos_token_id=eos)  # (B, W)
+    if tower.transformer.batch_first:
+        x = tower.ln_final(transformer_at(tower.transformer, x, ends, mask[:length, :length]))[:, 0]  # (B, W)
+    else:
+        x = tower.transformer(x, attn_mask=mask[:length, :length])
+        x = text_global_pool(tower.ln_final(x), tokens, pool, eos_token_id=eos)
     if tower.text_projection is None:
         return x
     return tower.text_projection(x) if isinstance(tower.text_projection, nn.Module) else x @ tower.text_projection
+
+
+def transformer_at(transformer: nn.Module, x: Tensor, places: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, 1, W]: open_clip's batch-first Transformer on x [B, L, W], at one place of each row (int64 [B]).
+
+    Exact. Nothing reads the last block elsewhere, so its query and MLP, 10 of a block's 12 parts, are computed there
+    alone. mask: float [L, L], added to the scores of attention.
+    """
+    from open_clip.transformer import ResidualAttentionBlock
+    from torch.utils.checkpoint import checkpoint
+
+    rows = torch.arange(len(x), device=x.device)
+    *blocks, last = transformer.resblocks
+    for block in blocks:
+        if transformer.grad_checkpointing:
+            x = checkpoint(block, x, None, None, mask, use_reentrant=False)
+        else:
+            x = block(x, attn_mask=mask)
+    if type(last) is not ResidualAttentionBlock or not isinstance(last.attn, SplitAttention):
+        return last(x, attn_mask=mask)[rows, places, None]
+    seen = last.ln_1(x)
+    mask = None if mask is None else mask[places, None, None]  # (B, 1, 1, L)
+    x = x[rows, places, None]  # (B, 1, W)
+    x = x + last.ls_1(last.attention(seen[rows, places, None], seen, seen, attn_mask=mask))
+    return x + last.ls_2(last.mlp(last.ln_2(x)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -327,12 +369,17 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def split_attention(model: nn.Module) -> nn.Module:
-    """Replace, in place, the attention of every residual block by SplitAttention; returns the model."""
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """open_clip's own residual blocks of both towers."""
     from open_clip.transformer import ResidualAttentionBlock
 
-    for block in model.modules():
-        if isinstance(block, ResidualAttentionBlock) and isinstance(block.attn, nn.MultiheadAttention):
+    return [module for module in model.modules() if isinstance(module, ResidualAttentionBlock)]
+
+
+def split_attention(model: nn.Module) -> nn.Module:
+    """Replace, in place, the attention of every residual block by SplitAttention; returns the model."""
+    for block in transformer_blocks(model):
+        if isinstance(block.attn, nn.MultiheadAttention):
             block.attn = SplitAttention(block.attn).train(block.training)
     return model
 

@@ -93,7 +93,7 @@ class Towers:
     def __init__(self, clip, config: TrainingConfig):
         import torch
 
-        from clip import LeanDropout, split_attention, take_projections
+        from clip import LeanDropout, split_attention, take_projections, transformer_blocks
 
         vision, text, projections = SCENARIOS[config.scenario]
         self.clip, self.model, self.config = clip, split_attention(clip.model), config
@@ -131,8 +131,8 @@ class Towers:
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
         if config.compile:
-            self.model.visual.compile()
-            getattr(self.model, "text", self.model).transformer.compile(dynamic=True)
+            for module in (self.model.visual, *transformer_blocks(self.model)):
+                module.compile(dynamic=True)
 
     def linears(self, tower: str) -> list[str]:
         """Names of the Linears of a tower's attention and MLP; Fail where it has none that LoRA could reach."""
@@ -190,10 +190,10 @@ class Towers:
 
     def features(self, tower: str, inputs):
         """What a tower gives before its projection, [B, W], for uint8 pictures or int64 tokens."""
-        from clip import normalise, text_features
+        from clip import image_features, normalise, text_features
 
         if tower == "image":
-            return self.model.visual(normalise(self.clip, inputs))
+            return image_features(self.model, normalise(self.clip, inputs))
         return text_features(self.model, inputs.to(self.clip.device))
 
     def embed(self, batch: Batch) -> tuple[Any, Any]:

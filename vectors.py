@@ -31,7 +31,7 @@ import storage
 from common import EmbeddingConfig, Fail
 from imaging import BadImage
 
-FORMAT = 1  # of the folder; another one shares nothing with it
+FORMAT = 2  # of the folder; another one shares nothing with it
 PART = 1024  # vectors in a part file
 PART_SECONDS = 30  # or what was made in this time, so that a kill costs no more
 AHEAD = 3  # batches read and decoded before they are needed
@@ -358,6 +358,9 @@ class Encoder:
     """
 
     def __init__(self, clip, precision: str, folder: Path):
+        from clip import split_attention
+
+        split_attention(clip.model)
         self.clip, self.precision = clip, precision
         self.key = model_key(clip, precision)
         self.image, self.text = Store(folder / self.key / "image"), Store(folder / self.key / "text")

@@ -131,16 +131,6 @@ def under_load(master: Path, images: Path, database: Path) -> dict[str, float]:
     return {name: float(np.quantile([s for person in people for s in person.seconds[name]], 0.99)) for name in names}
 
 
-def plain_picture(path: Path, side: int = 480) -> bytes:
-    """The whole photo decoded, then scaled."""
-    from PIL import Image, ImageOps
-
-    buffer = io.BytesIO()
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS, "white").save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
 def cases(workdir: Path) -> list:
     """The lines of the table; the limits of page, vote and start stand in for a rival."""
     from bench import Case
@@ -172,12 +162,6 @@ def cases(workdir: Path) -> list:
             last.update(under_load(master, images, Path(fresh) / "a.sqlite"))
         return max(last["page"], last["vote"])
 
-    def pictures(make) -> float:
-        started = time.perf_counter()
-        for number in range(40):
-            make(number)
-        return (time.perf_counter() - started) / 40
-
     def product() -> str:
         block = np.ascontiguousarray(vectors[:16_384])
         started = time.perf_counter()
@@ -194,10 +178,6 @@ def cases(workdir: Path) -> list:
              lambda: start_cold(master, images, workdir), lambda: 10.0, 1.0, "start", product),
         Case(f"p99 of page and vote, {JUDGES} judges (limit 50 ms)", load, lambda: 0.050, 1.0, "request", load_bound),
         Case(f"4 nearest of {ITEMS:,} outside the own group", answers, plain, 2.0, "query", product),
-        Case("a 1200 x 900 photo as the browser gets it",
-             lambda: pictures(lambda n: place.pictures._jpeg(n)),
-             lambda: pictures(lambda n: plain_picture(images / f"p/{n}.jpg")), 1.5, "picture",
-             lambda: "decoding at half size, scaling and encoding in libjpeg and Pillow"),
     ]  # fmt: skip
 
 

@@ -131,6 +131,28 @@ def test_text_cut_to_its_longest_caption_is_exact(tmp_path, tokens, custom_text)
     assert (ours.text_features(double, tokens[:3]) - double.encode_text(tokens[:3])).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_the_last_block_at_one_token_is_exact(tmp_path, tokens, custom_text, split):
+    """Features and the gradients of all weights are those of open_clip's whole towers, checkpointed or not."""
+    clip = ours.load_clip(str(tiny.make_clip(tmp_path, custom_text=custom_text)))
+    model = (ours.split_attention(clip.model) if split else clip.model).double()
+    x = ours.normalise(clip, pixels())
+
+    def run(image, text) -> list[torch.Tensor]:
+        model.zero_grad()
+        features = [image(), text()]
+        sum((f * torch.arange(f.numel()).view(f.shape)).sum() for f in features).backward()
+        return features + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = run(lambda: model.visual(x), lambda: model.encode_text(tokens))
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        found = run(lambda: ours.image_features(model, x), lambda: ours.text_features(model, tokens))
+        assert len(found) == len(expected)
+        assert all((a - b).abs().max() <= 1e-12 * b.abs().max().clamp(min=1) for a, b in zip(found, expected, strict=True))
+
+
 def test_encoding_normalises_with_the_models_own_numbers(folder):
     clip = ours.load_clip(str(folder))
     images = pixels()
