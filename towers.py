@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
@@ -93,7 +94,7 @@ class Towers:
     def __init__(self, clip, config: TrainingConfig):
         import torch
 
-        from clip import LeanDropout, split_attention, take_projections, transformer_blocks
+        from clip import lean_lora, split_attention, take_projections, transformer_blocks
 
         vision, text, projections = SCENARIOS[config.scenario]
         self.clip, self.model, self.config = clip, split_attention(clip.model), config
@@ -119,8 +120,8 @@ class Towers:
                 ),
             )
             for module in self.model.modules():
-                if hasattr(module, "lora_dropout") and config.lora_dropout:
-                    module.lora_dropout["default"] = LeanDropout(config.lora_dropout)
+                if isinstance(module, peft.tuners.lora.Linear):
+                    module.forward = functools.partial(lean_lora, module)
         for parameter in (*self.projections.parameters(), self.model.logit_scale, self.model.logit_bias):
             if parameter is not None:
                 parameter.requires_grad_(projections)

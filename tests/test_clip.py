@@ -150,7 +150,9 @@ def test_the_last_block_at_one_token_is_exact(tmp_path, tokens, custom_text, spl
         model.set_grad_checkpointing(checkpointing)
         found = run(lambda: ours.image_features(model, x), lambda: ours.text_features(model, tokens))
         assert len(found) == len(expected)
-        assert all((a - b).abs().max() <= 1e-12 * b.abs().max().clamp(min=1) for a, b in zip(found, expected, strict=True))
+        assert all(
+            (a - b).abs().max() <= 1e-12 * b.abs().max().clamp(min=1) for a, b in zip(found, expected, strict=True)
+        )
 
 
 def test_encoding_normalises_with_the_models_own_numbers(folder):
@@ -225,16 +227,53 @@ def test_bf16_attention_on_a_cpu_is_the_fused_one(folder, tokens):
         assert F.cosine_similarity(a.float(), b).min() > 0.999
 
 
-def test_lean_dropout_drops_its_share_and_keeps_the_mean():
+def test_dropout_keeps_its_share():
     torch.manual_seed(0)
-    for shape, rate in (((999, 1001), 0.05), ((7, 3), 0.3), ((500, 500), 0.5)):
-        drop, x = ours.LeanDropout(rate), torch.ones(shape, requires_grad=True)
-        y = drop(x)
-        assert all(value in (0.0, pytest.approx(1 / (1 - rate))) for value in y.unique().tolist())
-        assert (y == 0).float().mean().item() == pytest.approx(rate, abs=4 * (rate / y.numel()) ** 0.5)
-        y.sum().backward()
-        assert torch.equal(x.grad, y)
-        assert torch.equal(drop.eval()(x), x)
+    for shape, steps in (((999, 1001), 13), ((7, 3), 77), ((500, 500), 128)):
+        kept = ours.kept_by_dropout(shape, steps, torch.device("cpu"))
+        assert kept.dtype == torch.int8 and kept.shape == shape and set(kept.unique().tolist()) == {0, 1}
+        rate = steps / 256
+        assert 1 - kept.float().mean().item() == pytest.approx(rate, abs=4 * (rate / kept.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_lean_lora_is_pefts_layer(monkeypatch, rate, bias):
+    """Outputs and gradients of the operations that PEFT runs one by one, for the same mask; and gradcheck."""
+    import peft
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8, bias=bias, dtype=torch.float64))
+    config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=rate, target_modules="0", init_lora_weights=False)
+    layer = peft.get_peft_model(model, config).base_model.model[0]
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    kept = (torch.rand(10, 12) >= rate).to(torch.int8)
+    monkeypatch.setattr(ours, "kept_by_dropout", lambda *_: kept)
+    plain = layer.lora_dropout["default"]
+    weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+    def run(forward):
+        y = forward(x)
+        return [y, *torch.autograd.grad((y**3).sum(), [x, *weights])]
+
+    found = run(lambda x: ours.lean_lora(layer, x))
+    layer.lora_dropout["default"] = MaskTimes(kept.view(2, 5, 12).double() / (1 - rate)) if rate else plain
+    expected = run(layer)
+    assert all(torch.allclose(*pair, rtol=1e-12, atol=1e-12) for pair in zip(found, expected, strict=True))
+    layer.lora_dropout["default"] = plain
+    assert torch.autograd.gradcheck(lambda x, *_: ours.lean_lora(layer, x), [x, *weights])
+    assert torch.allclose(layer.eval()(x), ours.lean_lora(layer, x), rtol=1e-12)  # no dropout
+
+
+class MaskTimes(nn.Module):
+    """A dropout whose mask is known."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return x * self.mask
 
 
 def adapted(model, pattern):
