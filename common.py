@@ -279,7 +279,7 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
         yield from tqdm(items, desc=what, total=total, unit=unit, dynamic_ncols=True)
         return
     start = shown = time.monotonic()
-    count = 0
+    count, units = 0, f"{unit}{'es' if unit.endswith('ch') else 's'}"
     for item in items:
         yield item
         count += 1
@@ -287,9 +287,9 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
         if now - shown >= every:
             shown = now
             of = f"/{total}" if total else ""
-            print(f"{what}: {count}{of} {unit}s, {count / (now - start):.1f} a second", file=sys.stderr, flush=True)
+            print(f"{what}: {count}{of} {units}, {count / (now - start):.1f} a second", file=sys.stderr, flush=True)
     seconds = max(time.monotonic() - start, 1e-9)
-    line = f"{what}: {count} {unit}s in {seconds:.1f} s, {count / seconds:.1f} a second"
+    line = f"{what}: {count} {units} in {seconds:.1f} s, {count / seconds:.1f} a second"
     print(line, file=sys.stderr, flush=True)
 
 

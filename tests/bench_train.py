@@ -24,11 +24,12 @@ CAPTION = "a photo of a modern red oak dining table with four turned wooden legs
 
 
 @functools.cache
-def caption_tokens():
+def caption_tokens(length: int = 16):
+    """int64 [BATCH, 77]: captions of that many tokens."""
     import open_clip
 
-    tokens = open_clip.get_tokenizer("ViT-B-32")([CAPTION] * BATCH)
-    assert int((tokens[0] > 0).sum()) == 16
+    tokens = open_clip.get_tokenizer("ViT-B-32")([CAPTION if length == 16 else CAPTION * 7] * BATCH)
+    assert int((tokens[0] > 0).sum()) == length
     return tokens
 
 
@@ -43,7 +44,7 @@ def our_run(scenario: str, precision: str, **settings):
     return stage.Run(config, Path(), stage.World("cpu"), clip, towers, None, None, None, BATCH, BATCH)
 
 
-def our_step(scenario: str, precision: str, kept: bool = True, run=None) -> Callable[[], object]:
+def our_step(scenario: str, precision: str, kept: bool = True, length: int = 16, run=None) -> Callable[[], object]:
     """One update of the real training code; kept: frozen towers' features are there already."""
     import torch
 
@@ -53,7 +54,7 @@ def our_step(scenario: str, precision: str, kept: bool = True, run=None) -> Call
     run = run or our_run(scenario, precision)
     vision, text, _ = stage.SCENARIOS[scenario]
     images = torch.randint(0, 256, (BATCH, 3, 224, 224)).byte() if vision or not kept else torch.randn(BATCH, 768)
-    texts = caption_tokens() if text or not kept else torch.randn(BATCH, 512)
+    texts = caption_tokens(length) if text or not kept else torch.randn(BATCH, 512)
     keys = torch.arange(2 * BATCH).view(BATCH, 2)
     batch = Batch(BATCH, torch.arange(BATCH), keys, images, texts)
     optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
@@ -194,11 +195,15 @@ def cases(workdir: Path) -> list[Case]:
         ):
             title = f"dual_lora / {name}, {precision}"
             found.append(Case(title, timed(*ours), timed(maker, precision), target, "pair", spent(*ours)))
-    for scenario, times, target in (("vision_lora", 1, 1.3), ("text_lora", 4, 7.0), ("linear_probe", 300, 500.0)):
+    alone = (
+        ("vision_lora", 16, 1, 1.3), ("vision_lora", 77, 1, 1.3), ("text_lora", 16, 4, 7.0),
+        ("linear_probe", 16, 300, 500.0),
+    )  # fmt: skip
+    for scenario, length, times, target in alone:
         ours = (our_step, scenario, "fp32")
         found.append(
-            Case(f"{scenario} with kept features / without", timed(*ours, times=times), timed(*ours, False),
-                 target, "pair", spent(*ours))
+            Case(f"{scenario} with kept features / without, {length} tokens", timed(*ours, times=times),
+                 timed(*ours, False, length), target, "pair", spent(*ours))
         )  # fmt: skip
     load, bound = loading(workdir)
     found.append(Case("loading 224 px pictures / 2,000 a second a core", load, lambda: 1 / 2000, 1.0, "picture", bound))
