@@ -19,7 +19,6 @@ HOST ?= 127.0.0.1#                       where the arena listens
 PORT ?= 8000
 CLEAN_FLAGS ?=#                          further flags of the five scripts
 PREPARE_FLAGS ?=
-TRAIN_FLAGS ?=
 EMBED_FLAGS ?=
 ARENA_FLAGS ?=
 STAGE ?=#                                `make bench STAGE=3` measures one stage only
@@ -41,10 +40,12 @@ ifeq ($(API)$(filter-out $(SAMPLE),$(CATALOGUE)),real$(CATALOGUE))
   MODEL ?= ViT-B-32
   EPOCHS ?= 5
   IMAGE_SIZE ?= 224
+  TRAIN_FLAGS ?=
 else
   MODEL ?= local-dir:tests/small_clip
-  EPOCHS ?= 20
+  EPOCHS ?= 40
   IMAGE_SIZE ?= 224
+  TRAIN_FLAGS ?= --augment advanced
 endif
 
 PRETRAINED ?= $(if $(filter local-dir:%,$(MODEL)),$(MODEL),openai)
