@@ -123,8 +123,8 @@ def damaged(database: Path) -> bool:
     with contextlib.closing(sqlite3.connect(database)) as db:
         try:
             return db.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]
-        except sqlite3.OperationalError:  # a disk that is full indeed, or may not be written to
-            return False
+        except sqlite3.OperationalError as error:  # a disk that is full indeed, or may not be written to
+            return error.sqlite_errorcode == sqlite3.SQLITE_ERROR  # but not: a header that SQLite does not know
         except sqlite3.DatabaseError:
             return True
 

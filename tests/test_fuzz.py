@@ -635,6 +635,7 @@ def test_any_request_gets_an_answer_that_is_no_fault(world, data):
     path = data.draw(st.sampled_from(ROUTES.split())).replace("TOKEN", token)
     while "{}" in path:
         path = path.replace("{}", data.draw(PART | st.integers(-9, 99).map(str)).replace("{}", ""), 1)
+    path = re.sub("^/{2,}", "/", path)  # the client would take what follows for a host, and fail on it
     method = data.draw(st.sampled_from(METHODS.split()))
     headers = dict(judge.headers)
     for name in data.draw(st.sets(st.sampled_from(HEADERS.split()), max_size=2)):
