@@ -229,8 +229,7 @@ def image_features(model: nn.Module, pixels: Tensor) -> Tensor:
     from open_clip.transformer import VisionTransformer
 
     tower = model.visual
-    plain = isinstance(tower, VisionTransformer) and tower.pool_type == "tok" and tower.attn_pool is None
-    if not plain or not tower.transformer.batch_first:
+    if not (isinstance(tower, VisionTransformer) and tower.pool_type == "tok" and tower.attn_pool is None):
         return tower(pixels)
     x = tower._embeds(pixels)  # (B, L, W)
     x = transformer_at(tower.transformer, x, x.new_zeros(len(x), dtype=torch.int64))
@@ -244,8 +243,6 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     Exact where attention is causal and one token is pooled: what stands behind that token cannot reach it.
     Positions and mask are sliced; open_clip's force_context_length would interpolate trained positions.
     """
-    from open_clip.transformer import text_global_pool
-
     tower = getattr(model, "text", model)  # CustomTextCLIP keeps the tower apart, CLIP has its parts at the top
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     mask = getattr(tower, "attn_mask", None)
@@ -256,18 +253,14 @@ def text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     length = int(ends.max()) + 1
     tokens = tokens[:, :length]
     x = tower.token_embedding(tokens) + tower.positional_embedding[:length]  # (B, L, W)
-    if tower.transformer.batch_first:
-        x = tower.ln_final(transformer_at(tower.transformer, x, ends, mask[:length, :length]))[:, 0]  # (B, W)
-    else:
-        x = tower.transformer(x, attn_mask=mask[:length, :length])
-        x = text_global_pool(tower.ln_final(x), tokens, pool, eos_token_id=eos)
+    x = tower.ln_final(transformer_at(tower.transformer, x, ends, mask[:length, :length]))[:, 0]  # (B, W)
     if tower.text_projection is None:
         return x
     return tower.text_projection(x) if isinstance(tower.text_projection, nn.Module) else x @ tower.text_projection
 
 
 def transformer_at(transformer: nn.Module, x: Tensor, places: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B, 1, W]: open_clip's batch-first Transformer on x [B, L, W], at one place of each row (int64 [B]).
+    """[B, 1, W]: open_clip's Transformer on x [B, L, W], at one place of each row (int64 [B]).
 
     Exact. Nothing reads the last block elsewhere, so its query and MLP, 10 of a block's 12 parts, are computed there
     alone. mask: float [L, L], added to the scores of attention.
@@ -277,13 +270,14 @@ def transformer_at(transformer: nn.Module, x: Tensor, places: Tensor, mask: Tens
 
     rows = torch.arange(len(x), device=x.device)
     *blocks, last = transformer.resblocks
+    split = type(last) is ResidualAttentionBlock and isinstance(last.attn, SplitAttention)
+    if not (split and transformer.batch_first):
+        return transformer(x, attn_mask=mask)[rows, places, None]
     for block in blocks:
         if transformer.grad_checkpointing:
             x = checkpoint(block, x, None, None, mask, use_reentrant=False)
         else:
             x = block(x, attn_mask=mask)
-    if type(last) is not ResidualAttentionBlock or not isinstance(last.attn, SplitAttention):
-        return last(x, attn_mask=mask)[rows, places, None]
     seen = last.ln_1(x)
     mask = None if mask is None else mask[places, None, None]  # (B, 1, 1, L)
     x = x[rows, places, None]  # (B, 1, W)
