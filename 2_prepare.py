@@ -150,9 +150,9 @@ def work_file(folder: Path) -> Iterator[Path]:
                 raise
             for left in folder.glob(f"{path.name}*"):
                 left.unlink()
-            full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL  # which damages it, or is taken for it
-            room = "make room where it lies if there is none, and " if full else ""
-            raise Fail(f"{path}: was damaged, and is removed ({error}); {room}run the same command again") from None
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:  # a full disk damages it as well
+                raise
+            raise Fail(f"{path}: was damaged, and is removed ({error}); run the same command again") from None
 
 
 def scan(

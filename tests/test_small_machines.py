@@ -190,8 +190,7 @@ def test_a_full_disk_is_one_line_and_room_ends_it_with_the_same_bytes(shop, whol
         if code != common.DONE:
             assert code == common.FAILED
             line = one_line(capsys)
-            said = ("No space left on device", "SQLite: disk I/O error", "(database or disk is full); make room")
-            assert any(words in line for words in said), line
+            assert "No space left on device" in line or "SQLite: disk I/O error" in line, line
             failed += 1
         there = final(data, range(stage, stage + 1))  # whole, or not at all; a log grows line by line
         assert {name for name, content in there.items() if expected[name] != content} <= {"run/metrics.jsonl"}
