@@ -230,7 +230,7 @@ def take_row(work: sqlite3.Connection, row: common.Row, images: Path, rejects: l
         if not row.fields["image_path"].strip():
             raise BadImage("missing image_path")
         path = imaging.resolve_image(images, row.fields["image_path"])
-        stat = path.stat()
+        stat = os.stat(path)
         key = (str(path), stat.st_size, stat.st_mtime_ns)
     except BadImage as error:
         reason = json.dumps([error.reason, error.detail])

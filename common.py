@@ -529,6 +529,7 @@ SYNONYMS = {
 UNKNOWN = {"", "unknown", "n/a", "na", "none", "null", "nan", "-", "other", "various"}
 
 
+@functools.lru_cache(4096)  # a catalogue has few
 def uniform(value: str) -> str:
     """An attribute in its one spelling: lower case, single spaces, synonyms made one; "" where it says nothing."""
     value = " ".join(value.lower().replace("_", " ").split()).strip(" .,;")

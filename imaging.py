@@ -45,17 +45,16 @@ def resolve_image(folder: Path, image_path: str) -> Path:
     """The file that a row names, links followed; `folder` is resolved already. Raises BadImage."""
     try:
         above, name = os.path.split(os.path.join(folder, image_path.strip().replace("\\", "/")))
-        path = Path(_real_folder(above), name)
-        if name in ("", ".", "..") or path.is_symlink():
-            path = path.resolve()
-        inside, there = path.is_relative_to(folder), path.is_file()
-    except (ValueError, OSError, RuntimeError) as error:  # NUL in the name, too long, a loop of links
+        path = os.path.join(_real_folder(above), name)
+        if name in ("", ".", "..") or os.path.islink(path):
+            path = os.path.realpath(path)
+    except (ValueError, OSError) as error:  # NUL in the name, too long
         raise BadImage("missing file", str(error)) from None
-    if not inside:
+    if not path.startswith(os.path.join(folder, "")):
         raise BadImage("outside the images folder", image_path)
-    if not there:
+    if not os.path.isfile(path):
         raise BadImage("missing file", image_path)
-    return path
+    return Path(path)
 
 
 @functools.lru_cache(maxsize=16)
@@ -177,7 +176,7 @@ def _in_bytes(levels):
 
 
 def _resize_plane(plane, width: int, height: int):
-    """uint8 [height, width] from uint8 [H, W]; first across, then down, rounded between, as Pillow does it."""
+    """float32 levels [height, width] from uint8 [H, W]; first across, then down, rounded between, as Pillow does it."""
     import numpy as np
 
     across = np.empty((len(plane), width), np.float32)
@@ -189,7 +188,7 @@ def _resize_plane(plane, width: int, height: int):
     down = np.empty((height, width), np.float32)
     for outputs, inputs, weights in _lanczos(len(plane), height):
         np.matmul(weights.T, across[inputs], out=down[outputs])
-    return _in_bytes(down).astype(np.uint8)
+    return _in_bytes(down)
 
 
 def resize(image, size: tuple[int, int]):
@@ -201,7 +200,10 @@ def resize(image, size: tuple[int, int]):
     import numpy as np
     from PIL import Image
 
-    planes = [Image.fromarray(_resize_plane(np.asarray(band), *size)) for band in image.split()]
+    planes = []
+    for band in "RGB":
+        plane = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(image.height, image.width)
+        planes.append(Image.fromarray(_resize_plane(plane, *size).astype(np.uint8)))
     return Image.merge("RGB", planes)
 
 
