@@ -78,7 +78,7 @@ def scan_image(job: tuple[int, str, PrepConfig]) -> tuple[int, str, bytes, bytes
 def worker_pool(count: int) -> Iterator[Executor]:
     """Processes that read photos. Fails where one dies, for which a multiprocessing.Pool would wait without end."""
     os.environ.update(imaging.WORKER_ENVIRONMENT)
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _live_with_parent)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
     pool.submit(os.getpid)  # starts them, while the first rows are read
     try:
         yield pool
@@ -88,8 +88,9 @@ def worker_pool(count: int) -> Iterator[Executor]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _live_with_parent() -> None:
+def _start_worker() -> None:
     """In a worker: leave Ctrl-C to the parent, and end when that is gone."""
+    common.keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

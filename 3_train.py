@@ -224,10 +224,13 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
         group["lr"] = group["peak"] * share
     loss = accumulate(run, batch, state.step, scaler.scale)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(towers.trained.values(), config.clip_norm)
+    gradients = [p.grad for p in towers.trained.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     overflow = scaler.get_scale() > 1  # of fp16, which a smaller scale mends
     if not (loss.isfinite() and (norm.isfinite() or overflow)):
         raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
+    if norm > config.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(towers.trained.values(), config.clip_norm, norm)
     before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -421,6 +424,7 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     import torch
 
     start = time.monotonic()
+    common.keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
     checkpoint = find_checkpoint(config, output) if SCENARIOS[config.scenario][2] else None
     run, manifest = prepare(config, shards, output)

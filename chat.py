@@ -219,6 +219,7 @@ def _work(pipe: Any, *arguments: Any) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    common.keep_freed_memory()
     builder = Builder(*arguments)
     with contextlib.suppress(EOFError, OSError):
         while True:

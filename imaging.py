@@ -27,13 +27,7 @@ class BadImage(Exception):
         return BadImage, (self.reason, self.detail)
 
 
-# For processes that read pictures. They scale on one core each, and keep freed memory for the next picture: to have the
-# kernel clear a megabyte anew for each would cost a third of their time.
-WORKER_ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "100000000",
-    "MALLOC_TRIM_THRESHOLD_": "100000000",
-}
+WORKER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # of processes that read pictures: they scale on one core each
 
 
 @functools.lru_cache(4096)  # photos lie many to a folder

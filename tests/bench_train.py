@@ -24,12 +24,12 @@ CAPTION = "a photo of a modern red oak dining table with four turned wooden legs
 
 
 @functools.cache
-def caption_tokens(length: int = 16):
-    """int64 [BATCH, 77]: captions of that many tokens."""
+def caption_tokens():
+    """int64 [BATCH, 77]: captions of 16 tokens."""
     import open_clip
 
-    tokens = open_clip.get_tokenizer("ViT-B-32")([CAPTION if length == 16 else CAPTION * 7] * BATCH)
-    assert int((tokens[0] > 0).sum()) == length
+    tokens = open_clip.get_tokenizer("ViT-B-32")([CAPTION] * BATCH)
+    assert int((tokens[0] > 0).sum()) == 16
     return tokens
 
 
@@ -37,6 +37,7 @@ def our_run(scenario: str, precision: str, **settings):
     """A Run of the real training code on random weights, without data."""
     import common
 
+    common.keep_freed_memory()  # as 3_train.py does
     stage = importlib.import_module("3_train")
     clip = tiny.vit_b32()
     config = common.TrainingConfig(scenario=scenario, precision=precision, **settings)
@@ -44,8 +45,9 @@ def our_run(scenario: str, precision: str, **settings):
     return stage.Run(config, Path(), stage.World("cpu"), clip, towers, None, None, None, BATCH, BATCH)
 
 
-def our_step(scenario: str, precision: str, kept: bool = True, length: int = 16, run=None) -> Callable[[], object]:
-    """One update of the real training code; kept: frozen towers' features are there already."""
+def our_step(scenario: str, precision: str, kept: bool = True, plain: bool = False, run=None) -> Callable[[], object]:
+    """One update of the real training code; kept: frozen towers' features are there already; plain: the towers run as
+    open_clip runs them, over 77 tokens and to the last block's end."""
     import torch
 
     from loader import Batch
@@ -54,11 +56,20 @@ def our_step(scenario: str, precision: str, kept: bool = True, length: int = 16,
     run = run or our_run(scenario, precision)
     vision, text, _ = stage.SCENARIOS[scenario]
     images = torch.randint(0, 256, (BATCH, 3, 224, 224)).byte() if vision or not kept else torch.randn(BATCH, 768)
-    texts = caption_tokens(length) if text or not kept else torch.randn(BATCH, 512)
+    texts = caption_tokens() if text or not kept else torch.randn(BATCH, 512)
     keys = torch.arange(2 * BATCH).view(BATCH, 2)
     batch = Batch(BATCH, torch.arange(BATCH), keys, images, texts)
+    if plain:
+        run.towers.features = functools.partial(plain_features, run.clip)
     optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
     return lambda: stage.update(run, state, optimizer, scaler, batch, 1000)
+
+
+def plain_features(clip, tower: str, inputs):
+    """What a tower gives before its projection, by open_clip's own forward."""
+    from clip import normalise
+
+    return clip.model.encode_image(normalise(clip, inputs)) if tower == "image" else clip.model.encode_text(inputs)
 
 
 def transformers_step(precision: str) -> Callable[[], object]:
@@ -105,24 +116,43 @@ def plain_step(model, precision: str, forward) -> Callable[[], object]:
     return step
 
 
-@functools.lru_cache(maxsize=2)  # two models at a time: the cases come one after the other
-def built(maker: Callable, *arguments) -> Callable[[], object]:
+class Side:
+    """A training step in a process of its own, for ours changes how its process keeps memory."""
+
+    def __init__(self, times: int, maker: Callable, *arguments):
+        self.made = times, maker, arguments
+        self.process = self.pipe = None
+
+    def ask(self, what: str):
+        """seconds (a pair), arithmetic or operations."""
+        if not self.process:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=answer, args=(theirs, *self.made), daemon=True)
+            self.process.start()
+        self.pipe.send(what)
+        return self.pipe.recv()
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process = None
+
+
+def answer(pipe, times: int, maker: Callable, arguments: tuple) -> None:
+    """The process of a Side."""
     step = maker(*arguments)
     step()
-    return step
 
-
-def timed(maker: Callable, *arguments, times: int = 1) -> Callable[[], float]:
-    """Seconds a pair, when run."""
-
-    def run() -> float:
-        step = built(maker, *arguments)
+    def seconds() -> float:
+        step()  # training has no pauses, after which a step takes up to a fifth longer
         start = time.perf_counter()
         for _ in range(times):
             step()
         return (time.perf_counter() - start) / times / BATCH
 
-    return run
+    known = {"seconds": seconds, "arithmetic": lambda: arithmetic(step), "operations": lambda: operations(step)}
+    while True:
+        pipe.send(known[pipe.recv()]())
 
 
 def operations(act: Callable[[], object]) -> str:
@@ -137,9 +167,13 @@ def operations(act: Callable[[], object]) -> str:
     return f"torch operations: {parts}"
 
 
-def spent(maker: Callable, *arguments) -> Callable[[], str]:
-    """Where a step's time goes."""
-    return lambda: operations(built(maker, *arguments))
+def arithmetic(act: Callable[[], object]) -> int:
+    """Floating-point operations of the products, attention and convolutions in one call."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        act()
+    return counter.get_total_flops()
 
 
 def loading(workdir: Path) -> tuple[Callable[[], float], Callable[[], str]]:
@@ -184,6 +218,20 @@ def loading(workdir: Path) -> tuple[Callable[[], float], Callable[[], str]]:
     return run, bound
 
 
+def steps(title: str, ours: tuple, theirs: tuple, target: float, times: int = 1) -> Case:
+    """A case of two training steps, each a maker and its arguments."""
+    sides = Side(times, *ours), Side(1, *theirs)
+
+    def bound() -> str:
+        more = sides[1].ask("arithmetic") / sides[0].ask("arithmetic")
+        found = f"arithmetic, of which theirs has {more:.3g} times as much; {sides[0].ask('operations')}"
+        for side in sides:
+            side.end()
+        return found
+
+    return Case(title, *(functools.partial(side.ask, "seconds") for side in sides), target, "pair", bound)
+
+
 def cases(workdir: Path) -> list[Case]:
     """The cases of stage 3."""
     found = []
@@ -194,17 +242,12 @@ def cases(workdir: Path) -> list[Case]:
             ("open_clip's full fine-tuning", full_step, full),
         ):
             title = f"dual_lora / {name}, {precision}"
-            found.append(Case(title, timed(*ours), timed(maker, precision), target, "pair", spent(*ours)))
-    alone = (
-        ("vision_lora", 16, 1, 1.3), ("vision_lora", 77, 1, 1.3), ("text_lora", 16, 4, 7.0),
-        ("linear_probe", 16, 300, 500.0),
-    )  # fmt: skip
-    for scenario, length, times, target in alone:
+            found.append(steps(title, ours, (maker, precision), target))
+    for scenario, times, target in (("vision_lora", 1, 1.3), ("text_lora", 4, 7.0), ("linear_probe", 300, 500.0)):
         ours = (our_step, scenario, "fp32")
-        found.append(
-            Case(f"{scenario} with kept features / without, {length} tokens", timed(*ours, times=times),
-                 timed(*ours, False, length), target, "pair", spent(*ours))
-        )  # fmt: skip
+        found.append(steps(f"{scenario} / without kept features", ours, (*ours, False), target, times))
+        title = f"{scenario} / without kept features, towers as open_clip runs them"
+        found.append(steps(title, ours, (*ours, False, True), target, times))
     load, bound = loading(workdir)
     found.append(Case("loading 224 px pictures / 2,000 a second a core", load, lambda: 1 / 2000, 1.0, "picture", bound))
     return found
