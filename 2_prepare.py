@@ -47,7 +47,7 @@ from shards import (
     wait_for_others,
     write_dataset,
 )
-from splits import LOOKS, group_items, keep_splits, looks, print_report, split_items, split_report
+from splits import LOOKS, fold_of, group_items, keep_splits, looks, print_report, split_items, split_report
 from storage import SPLITS
 
 SHEET = {"train": 32, "validation": 8, "test": 8}  # samples on the contact sheet
@@ -299,7 +299,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
             if not work.execute("SELECT 1 FROM items LIMIT 1").fetchone():
                 raise Fail(f"{args.input[0]}: none of {count} rows is usable ({_reasons(rejects) or 'it has no rows'})")
             group_items(work, args.group_by)
-            split_items(work, config.seed)
+            split_items(work, config.seed, fold_of(config.fold))
             shards = list(plan_shards(work, config))
             low, high = args.shard_range or (0, len(shards))
             mine = [shard for i, shard in enumerate(shards) if low <= i < high and i % args.world == args.rank]
@@ -444,6 +444,10 @@ def main(argv: list[str] | None = None) -> int:
         raise Fail("--input is needed: the cleaned CSV", common.USAGE)
     if args.group_by and args.group_by not in common.Catalogue(args.input).columns:
         raise Fail(f"--group-by {args.group_by}: no such column in {args.input[0]}", common.USAGE)
+    if fold_of(args.fold) and args.keep_split:
+        raise Fail(
+            "--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", common.USAGE
+        )
     args.workers = max(1, args.workers)
     return prepare(args, common.from_flags(PrepConfig, args))
 

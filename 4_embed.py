@@ -1,14 +1,15 @@
 """Stage 4: the vectors of every item under the base and the fine-tuned model, and the proof of which finds better.
 
 Reads   --shards: a folder or s3://bucket/prefix from 2_prepare.py; the base model; --finetuned: a run of 3_train.py
-Writes  --output: master.parquet, one row an item; beside it report.json, report.html, and vectors/, where each vector
-        is kept by picture and model: what is there is not computed again
+Writes  --output: master.parquet, one row an item; beside it report.json, report.html, queries.parquet (the scores of
+        each query), and vectors/, where each vector is kept by picture and model: what is there is not computed again
 
     python 4_embed.py --shards data/shards --model ViT-B-32 --pretrained openai \\
         --finetuned data/runs/dual_lora/model --output data/embeddings/master.parquet
     torchrun --nproc-per-node 8 4_embed.py ...              the same, on eight GPUs
     python 4_embed.py report --shards data/shards --model local-dir:tests/small_clip \\
         --run data/runs/zero_shot --run data/runs/dual_lora --output data/report       any number of runs
+    python 4_embed.py pool --report data/folds/0/report --report data/folds/1/report --output data/proof
     python 4_embed.py search "grey fabric sofa" [--image photo.jpg]                    seconds on a CPU
 """
 
@@ -34,7 +35,7 @@ DESCRIBED = ("image_id", "split", "image_path", "title", "prompt", *common.ATTRI
 COLUMNS = (*DESCRIBED, "group", "image_digest", "text_digest")  # the vectors follow
 REPEATED = ("split", *common.ATTRIBUTES)  # columns of few values
 ROWS = 1024  # in a row group, at most
-COMMANDS = ("embed", "report", "search")
+COMMANDS = ("embed", "report", "pool", "search")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Runs of stage 3
@@ -228,6 +229,7 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     if run.model == args.model:
         raise Fail(f"{args.finetuned}: that run is the base model itself; choose a --finetuned that was trained")
     folder = Path(args.vectors) if args.vectors else output.parent / "vectors"
+    common.keep_freed_memory()
     with alone(folder, ranks):
         device = device_of(config.device, ranks)
         base = Run("zero_shot", args.model, args.pretrained, None)
@@ -298,6 +300,7 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     output = Path(args.output)
     folder = Path(args.vectors) if args.vectors else output.parent / "embeddings" / "vectors"
     runs = [read_run(path, args) for path in args.run]
+    common.keep_freed_memory()
     with alone(folder, ranks):
         device = device_of(config.device, ranks)
         items = open_items(args, config, folder, ("test",), ranks)
@@ -341,6 +344,7 @@ def make_report(items, bad, models: list[tuple[Run, Any]], config: EmbeddingConf
     """
     import retrieval
     from report_page import write_page
+    from stats import ALPHA
     from vectors import Vectors
 
     rows = judged_rows(items, bad)
@@ -351,33 +355,18 @@ def make_report(items, bad, models: list[tuple[Run, Any]], config: EmbeddingConf
         (Vectors(encoder.image, items.image[rows]), Vectors(encoder.text, items.text[rows])) for _, encoder in models
     ]
     scores = [retrieval.judge(*pair, judged) for pair in vectors]
-    compared = retrieval.compare(scores[0], scores[1:], clusters, config.draws, config.seed)
     names = ["zero_shot", *retrieval.unique_names(run.name for run, _ in models[1:])]
-    told = [
-        {
-            "name": name,
-            "fingerprint": encoder.clip.fingerprint,
-            "precision": encoder.precision,
-            "by_type": retrieval.by_type(score, columns["object_type"]),
-        }
-        for name, (_, encoder), score in zip(names, models, scores, strict=True)
+    about = [
+        {"name": name, "fingerprint": encoder.clip.fingerprint, "precision": encoder.precision}
+        for name, (_, encoder) in zip(names, models, strict=True)
     ]
-    facts: dict[str, Any] = {
-        "split": "test",
-        "items": len(judged),
-        "independent": int(clusters.max()) + 1,
-        "shards": common.digest([entry["sha256"] for split, entry in items.entries if split == "test"]),
-        "settings": {"draws": config.draws, "seed": config.seed, "nearest": retrieval.NEAREST},
-        "headline": retrieval.HEADLINE,
-        "base": told[0] | {"metrics": {name: retrieval.mean(scores[0][name]) for name in retrieval.METRICS}},
-        "runs": [
-            run | {"metrics": metrics, "verdict": retrieval.verdict(run["name"], metrics[retrieval.HEADLINE])}
-            for run, metrics in zip(told[1:], compared, strict=True)
-        ],
-    }
+    save_queries(folder / "queries.parquet", columns, clusters, names, scores)
+    facts = compare_models(about, scores, columns["object_type"], clusters, config)
+    facts["shards"] = common.digest([entry["sha256"] for split, entry in items.entries if split == "test"])
+    headlines = [run["metrics"][retrieval.HEADLINE] for run in facts["runs"]]
     page: dict[str, Any] = {}
-    if compared:
-        best = 1 + max(range(len(compared)), key=lambda i: compared[i][retrieval.HEADLINE]["value"])
+    if headlines:
+        best = 1 + max(range(len(headlines)), key=lambda i: headlines[i]["value"])
         gained, lost = retrieval.moved(scores[0], scores[best], judged)
         facts["moved"] = {
             "run": names[best],
@@ -388,12 +377,118 @@ def make_report(items, bad, models: list[tuple[Run, Any]], config: EmbeddingConf
     curves = {name: run.folder / "metrics.jsonl" for name, (run, _) in zip(names, models, strict=True) if run.folder}
     write_page(folder / "report.html", facts, curves, page)
     common.write_json(folder / "report.json", facts)
-    print(f"\ntest split: {len(judged)} items, {facts['independent']} of them independent of each other\n")
-    print(retrieval.table(names[1:], facts["base"]["metrics"], compared))
-    print()
-    for run in facts["runs"]:
-        print(run["verdict"])
-    print(f"report: {folder / 'report.html'}", flush=True)
+    print_comparison(facts, folder)
+    widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
+    if not any(one.get("p_holm", 1) <= ALPHA for one in headlines) and widest:
+        print(
+            f"{len(judged)} test items show only differences beyond about {widest / 2:.2f}; `make proof` tests on every"
+            " product, fold by fold",
+            flush=True,
+        )
+
+
+def compare_models(about: list[dict], scores: list[dict], types, clusters, config: EmbeddingConfig) -> dict[str, Any]:
+    """What report.json says of models, the base first, by the scores of the same N queries.
+
+    about: name, fingerprint and precision of each; scores: {metric: float64 [N]}; types: object type, N texts.
+    """
+    import retrieval
+
+    compared = retrieval.compare(scores[0], scores[1:], clusters, config.draws, config.seed)
+    told = [one | {"by_type": retrieval.by_type(score, types)} for one, score in zip(about, scores, strict=True)]
+    return {
+        "split": "test",
+        "items": len(types),
+        "independent": int(clusters.max()) + 1,
+        "settings": {"draws": config.draws, "seed": config.seed, "nearest": retrieval.NEAREST},
+        "headline": retrieval.HEADLINE,
+        "base": told[0] | {"metrics": {name: retrieval.mean(scores[0][name]) for name in retrieval.METRICS}},
+        "runs": [
+            run | {"metrics": metrics, "verdict": retrieval.verdict(run["name"], metrics[retrieval.HEADLINE])}
+            for run, metrics in zip(told[1:], compared, strict=True)
+        ],
+    }
+
+
+def print_comparison(facts: dict[str, Any], folder: Path) -> None:
+    """The table and the verdicts of report.json."""
+    import retrieval
+
+    print(f"\ntest split: {facts['items']} items, {facts['independent']} of them independent of each other\n")
+    runs = facts["runs"]
+    print(retrieval.table([run["name"] for run in runs], facts["base"]["metrics"], [run["metrics"] for run in runs]))
+    print("", *(run["verdict"] for run in runs), f"report: {folder / 'report.html'}", sep="\n", flush=True)
+
+
+def save_queries(path: Path, columns: dict[str, list[str]], clusters, names: list[str], scores: list[dict]) -> None:
+    """queries.parquet: id, object_type, the draw that a query belongs to, and its scores as columns RUN/METRIC."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import retrieval
+
+    data = {"id": columns["id"], "object_type": columns["object_type"], "draw": clusters}
+    for name, score in zip(names, scores, strict=True):
+        data |= {f"{name}/{metric}": score[metric] for metric in retrieval.METRICS}
+    with common.whole_file(path) as temporary:
+        pq.write_table(pa.table(data), temporary)
+
+
+def pool(args: argparse.Namespace, config: EmbeddingConfig) -> int:
+    """One report of those of several folds: each product was asked for once, by models that never saw it."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import retrieval
+    from report_page import write_page
+
+    reports = [common.read_json(Path(folder, "report.json"), "report") for folder in args.report]
+    names = [run["name"] for run in reports[0]["runs"]]
+    tables, seen = [], {}
+    for folder, report in zip(args.report, reports, strict=True):
+        if [run["name"] for run in report["runs"]] != names or (
+            report["base"]["fingerprint"] != reports[0]["base"]["fingerprint"]
+        ):
+            raise Fail(
+                f"{folder}: compares other runs or another base than {args.report[0]}; pool folds of one catalogue"
+            )
+        try:
+            tables.append(pq.read_table(Path(folder, "queries.parquet")))
+            ids = tables[-1]["id"].to_pylist()
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise Fail(f"{folder}: its queries.parquet cannot be read ({error}); make the report again") from None
+        twice = next((id for id in ids if id in seen), None)
+        if twice is not None:
+            raise Fail(f"{folder}: tests on {twice}, as {seen[twice]} does; pool folds, made with 2_prepare.py --fold")
+        seen |= dict.fromkeys(ids, folder)
+    draws = [table["draw"].to_numpy() for table in tables]
+    starts = np.cumsum([0, *(draw.max() + 1 for draw in draws)])
+    clusters = np.concatenate([draw + start for draw, start in zip(draws, starts, strict=False)])
+    whole = pa.concat_tables(tables)
+    scores = [
+        {metric: whole[f"{name}/{metric}"].to_numpy() for metric in retrieval.METRICS} for name in ("zero_shot", *names)
+    ]
+    about = [{key: reports[0]["base"][key] for key in ("name", "fingerprint", "precision")}]
+    for i, name in enumerate(names):
+        made = [report["runs"][i] for report in reports]
+        fingerprint = common.digest([run["fingerprint"] for run in made])
+        about.append({"name": name, "fingerprint": fingerprint, "precision": made[0]["precision"]})
+    facts = compare_models(about, scores, whole["object_type"].to_pylist(), clusters, config)
+    facts["folds"] = [
+        {"items": report["items"]}
+        | {run["name"]: run["metrics"][retrieval.HEADLINE]["difference"] for run in report["runs"]}
+        for report in reports
+    ]
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_page(folder / "report.html", facts, {}, {})
+    common.write_json(folder / "report.json", facts)
+    for name in names:
+        print(f"{name}: MRR gained in each of {len(reports)} folds: ", end="")
+        print(", ".join(f"{fold[name]:+.3f}" for fold in facts["folds"]))
+    print_comparison(facts, folder)
+    return DONE
 
 
 def moved_query(i: int, columns: dict[str, list[str]], before: dict, after: dict) -> dict[str, Any]:
@@ -519,7 +614,7 @@ def query_vector(args: argparse.Namespace, facts: dict[str, str]):
 def build_parser() -> argparse.ArgumentParser:
     """The command line; `embed` is meant where no command is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,report,search}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,report,pool,search}")
     shards = argparse.ArgumentParser(add_help=False)
     shards.add_argument("--shards", required=True, help="folder or s3://bucket/prefix made by 2_prepare.py")
     shards.add_argument("--model", required=True, help="base model: open_clip name, or local-dir:FOLDER")
@@ -533,6 +628,13 @@ def build_parser() -> argparse.ArgumentParser:
     many = commands.add_parser("report", parents=[shards], help="compare any number of runs on the test split")
     many.add_argument("--run", action="append", required=True, help="folder of a run; may be given several times")
     many.add_argument("--output", required=True, help="folder of report.json and report.html")
+    several = commands.add_parser("pool", help="one report of several, whose test splits are folds of one catalogue")
+    several.add_argument("--report", action="append", required=True, help="folder of a report; give each fold's")
+    several.add_argument("--output", required=True, help="folder of report.json and report.html")
+    several.add_argument("--draws", type=int, default=EmbeddingConfig.draws, help="resamples (default %(default)s)")
+    several.add_argument(
+        "--seed", type=int, default=EmbeddingConfig.seed, help="of the resamples (default %(default)s)"
+    )
     find = commands.add_parser("search", help="the items nearest to words or to a picture")
     find.add_argument("words", nargs="?", help='such as "grey fabric sofa"')
     find.add_argument("--image", help="a picture to search with; with words: for what lies between the two")
@@ -557,12 +659,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.top_k < 1:
             parser.error(f"--top-k {args.top_k}: must be at least 1")
         return search(args)
-    config = common.from_flags(EmbeddingConfig, args)
+    if args.command == "pool":
+        config = EmbeddingConfig(draws=args.draws, seed=args.seed)
+    else:
+        config = common.from_flags(EmbeddingConfig, args)
     if config.batch_size < 1:
         parser.error(f"--batch-size {config.batch_size}: must be at least 1")
     if config.draws < 100:
         parser.error(f"--draws {config.draws}: must be at least 100")
-    return {"embed": embed, "report": report}[args.command](args, config)
+    return {"embed": embed, "report": report, "pool": pool}[args.command](args, config)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ CLEAN_FLAGS ?=#                          further flags of the five scripts
 PREPARE_FLAGS ?=
 EMBED_FLAGS ?=
 ARENA_FLAGS ?=
+FOLDS ?= 5#                              parts of the catalogue that `make proof` tests on, one after another
 STAGE ?=#                                `make bench STAGE=3` measures one stage only
 
 .DELETE_ON_ERROR:
@@ -28,7 +29,7 @@ STAGE ?=#                                `make bench STAGE=3` measures one stage
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 strip_all = $(foreach name,$(1),$(eval override $(name) := $(strip $($(name)))))
-$(call strip_all,DATA CATALOGUE IMAGES SHARDS SCENARIO SAMPLE_COUNT SEED MAX_COST POLL_INTERVAL HOST PORT STAGE)
+$(call strip_all,DATA CATALOGUE IMAGES SHARDS SCENARIO SAMPLE_COUNT SEED MAX_COST POLL_INTERVAL HOST PORT STAGE FOLDS)
 export OPENAI_API_KEY OPENAI_BASE_URL
 
 # With a key or a server of one's own and a catalogue: the real job. Else the small CLIP and the stand-in for the API.
@@ -69,10 +70,10 @@ changed = $(shell printf '%s\n' '$(2)' | cmp -s - $(SETTINGS)/$(1) || echo chang
 write_settings = $(shell mkdir -p $(SETTINGS); printf '%s\n' '$(2)' > $(SETTINGS)/$(1))
 settings = $(if $(call changed,$(1),$(2)),$(if $(LOOKING),$(eval .PHONY: $(SETTINGS)/$(1)),$(call write_settings,$(1),$(2))))
 # Photos are too many to be prerequisites; one line stands for names, sizes and times of them all.
-photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(IMAGES) $(foreach made,shards sample standin runs report embeddings,-path '$(DATA)/$(made)' -prune -o) -type f \
+photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(IMAGES) $(foreach made,shards sample standin runs report embeddings folds proof,-path '$(DATA)/$(made)' -prune -o) -type f \
   -printf '%P %s %T@\n' 2>/dev/null | grep -iE '\.(jpe?g|png|webp|gif|bmp|tiff?) ' | LC_ALL=C sort | sha256sum | cut -c1-64))
 GOALS := $(or $(MAKECMDGOALS),help)
-ifneq ($(filter all clean-data poll prepare train embed arena ablation report pictures sweep $(DATA)/%,$(GOALS)),)
+ifneq ($(filter all clean-data poll prepare train embed arena ablation report proof pictures sweep $(DATA)/%,$(GOALS)),)
   $(call settings,sample,$(SAMPLE_COUNT) $(SEED))
   $(call settings,clean,$(CATALOGUE) $(IMAGES) $(photos) $(OPENAI_BASE_URL) $(CLEAN_FLAGS))
   $(call settings,prepare,$(IMAGES) $(SHARDS) $(IMAGE_SIZE) $(SEED) $(PREPARE_FLAGS))
@@ -80,7 +81,7 @@ ifneq ($(filter all clean-data poll prepare train embed arena ablation report pi
   $(call settings,embed,$(SCENARIO) $(EMBED_FLAGS))
 endif
 
-.PHONY: help all clean-data poll prepare train embed arena ablation report sweep bench pictures growth memory fuzz verify test lint clean
+.PHONY: help all clean-data poll prepare train embed arena ablation report proof sweep bench pictures growth memory fuzz verify test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -126,34 +127,41 @@ $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
 poll: $(CATALOGUE) | $(VENV) ## stage 1, one step for cron: collect, send what fits, finalize when all is in
 	@$(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || test $$? = 75
 
-$(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
-	$(PYTHON) 2_prepare.py \
+define prepare_flags
 	  --input $(CLEANED) \
 	  --images $(IMAGES) \
-	  --output $(SHARDS) \
 	  --image-size $(IMAGE_SIZE) \
 	  --seed $(SEED) \
 	  $(PREPARE_FLAGS)
+endef
+
+$(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
+	$(PYTHON) 2_prepare.py \
+	  --output $(SHARDS) \
+	$(prepare_flags)
 	@touch $(if $(filter %.uploaded,$@),,-c) $@
 
 # A checkpoint older than its settings or than what it was trained on belongs to another run: it is not gone on with.
-TRAINED_ON := $(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation)
-$(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
+define train
 	@$(if $(filter local-dir:tests/small_clip,$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
-	@checkpoint=$(RUNS)/$*/checkpoint.pt; resume=--no-resume; \
-	if [ $$checkpoint -nt $(SETTINGS)/train ] && [ -z "$$(find $(TRAINED_ON) -newer $$checkpoint -print -quit)" ]; \
+	@checkpoint=$(@D)/checkpoint.pt; resume=--no-resume; \
+	if [ $$checkpoint -nt $(SETTINGS)/train ] && [ -z "$$(find $(3) -newer $$checkpoint -print -quit)" ]; \
 	then resume=--resume; fi; \
 	set -x; $(PYTHON) 3_train.py \
-	  --shards $(SHARDS) \
-	  --scenario $* \
+	  --shards $(1) \
+	  --scenario $(2) \
 	  --model $(MODEL) \
 	  --pretrained $(PRETRAINED) \
-	  --output $(RUNS)/$* \
+	  --output $(@D) \
 	  --epochs $(EPOCHS) \
 	  --seed $(SEED) \
 	  $$resume \
 	  $(TRAIN_FLAGS)
 	@touch -c $@
+endef
+TRAINED_ON := $(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation)
+$(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
+	$(call train,$(SHARDS),$*,$(TRAINED_ON))
 
 $(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(SETTINGS)/embed | $(VENV)
 	$(PYTHON) 4_embed.py \
@@ -186,6 +194,32 @@ report: | $(VENV) ## compare every finished run on the test split
 	  $(foreach scenario,$(SCENARIOS),$(if $(wildcard $(RUNS)/$(scenario)/train.json),--run $(RUNS)/$(scenario))) \
 	  --output $(DATA)/report
 
+# Each fold is a catalogue of its own: tested on one part, trained on the others. Static patterns, so that make keeps all.
+FOLD := $(DATA)/folds/$(FOLDS)
+PARTS := $(shell seq 0 $$(($(FOLDS) - 1)))
+$(PARTS:%=$(FOLD)/%/shards/manifest.json): $(FOLD)/%/shards/manifest.json: $(CLEANED) $(SETTINGS)/prepare | $(VENV)
+	$(PYTHON) 2_prepare.py \
+	  --output $(@D) \
+	  --fold $*/$(FOLDS) \
+	$(prepare_flags)
+	@touch -c $@
+
+$(PARTS:%=$(FOLD)/%/$(SCENARIO)/train.json): $(FOLD)/%/$(SCENARIO)/train.json: $(FOLD)/%/shards/manifest.json $(SETTINGS)/train | $(VENV)
+	$(call train,$(FOLD)/$*/shards,$(SCENARIO),$(FOLD)/$*/shards/train $(FOLD)/$*/shards/validation)
+
+REPORTS := $(PARTS:%=$(FOLD)/%/report-$(SCENARIO)/report.json)
+$(REPORTS): $(FOLD)/%/report-$(SCENARIO)/report.json: $(FOLD)/%/$(SCENARIO)/train.json | $(VENV)
+	$(PYTHON) 4_embed.py report \
+	  --shards $(FOLD)/$*/shards \
+	  --model $(MODEL) \
+	  --pretrained $(PRETRAINED) \
+	  --run $(FOLD)/$*/$(SCENARIO) \
+	  --output $(@D)
+	@touch -c $@
+
+proof: $(REPORTS) ## test SCENARIO on every product, FOLDS trainings long: for catalogues whose test split is too small
+	$(PYTHON) 4_embed.py pool $(REPORTS:%/report.json=--report %) --output $(DATA)/proof
+
 sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: what the defaults rest on
 	$(PYTHON) tests/sweep.py --shards $(SHARDS) --model $(MODEL) --pretrained $(PRETRAINED) --output $(DATA)/sweep
 
@@ -215,4 +249,5 @@ fuzz: | $(VENV) ## at least 10,000 cases of broken input
 	FUZZ_EXAMPLES=1500 $(PYTHON) -m pytest tests/test_fuzz.py
 
 clean: ## remove shards, vectors and reports; paid results, trained models and votes stay
-	rm -rf $(if $(filter s3://%,$(SHARDS)),,$(SHARDS)) $(DATA)/embeddings $(DATA)/report $(SETTINGS)
+	rm -rf $(if $(filter s3://%,$(SHARDS)),,$(SHARDS)) $(DATA)/embeddings $(DATA)/report $(SETTINGS) \
+	  $(DATA)/proof $(DATA)/folds/*/*/shards $(DATA)/folds/*/*/report-* $(DATA)/folds/*/*/embeddings

@@ -72,6 +72,7 @@ class PrepConfig:
     quality: int = setting(95, "JPEG quality in the shards")
     seed: int = setting(42, "of the split, the order and the prompt templates")
     mini_shards: int = setting(5, "train shards that mini_train holds again")
+    fold: str = setting("", "K/N: of N equal parts of the catalogue test on part K (from 0), validate on the next")
     max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1")
 
 

@@ -195,35 +195,57 @@ def _read_looks(work: sqlite3.Connection, scratch) -> tuple:
 # Sides
 
 
-def choose_splits(groups: Iterable[tuple[str, str, int, str | None]]) -> Iterator[tuple[str, str]]:
+def choose_splits(
+    groups: Iterable[tuple[str, str, int, str | None]], shares: dict[str, float] = SHARES
+) -> Iterator[tuple[str, str]]:
     """(group, split) for each (group, object type, size, split that it must keep).
 
     Groups come type by type, the large ones of a type first, those that must stay before all. Each goes where its type
-    and the whole together lack most against 80/10/10. So a type is off by an item or two, the whole by less than its
+    and the whole together lack most against the shares. So a type is off by an item or two, the whole by less than its
     largest group, and hundreds of one-item types add up right.
     """
     have, whole = defaultdict(Counter), Counter()
     for group, kind, size, split in groups:
         if not split:
             of_kind, of_all = sum(have[kind].values()) + size, sum(whole.values()) + size
-            lack = {name: share * (of_kind + of_all) - have[kind][name] - whole[name] for name, share in SHARES.items()}
+            lack = {name: share * (of_kind + of_all) - have[kind][name] - whole[name] for name, share in shares.items()}
             # Half the catalogue in one group is no test set.
             too_large = size if size > of_all * 0.1 else 0
-            split = max(SPLITS, key=lambda name: lack[name] - (too_large if name != "train" else 0))
+            split = max(shares, key=lambda name: lack[name] - (too_large if name != "train" else 0))
         have[kind][split] += size
         whole[split] += size
         yield group, split
 
 
-def split_items(work: sqlite3.Connection, seed: int) -> None:
-    """Set `split` and the seeded `place` of every item; those in the table `kept` stay where they were."""
+def fold_of(text: str) -> tuple[int, int] | None:
+    """(K, N) of "K/N", None of ""; raises Fail."""
+    part, _, parts = text.partition("/")
+    if not text:
+        return None
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts) >= 3):
+        raise Fail(f"--fold {text}: write K/N, part 0 to N-1 of at least 3, such as 0/5", common.USAGE)
+    return int(part), int(parts)
+
+
+def split_items(work: sqlite3.Connection, seed: int, fold: tuple[int, int] | None = None) -> None:
+    """Set `split` and the seeded `place` of every item; those in the table `kept` stay where they were.
+
+    With `fold` (K, N) the catalogue is cut into N equal parts, the same for each K: part K is the test split, the part
+    after it the validation split, and so over all K each item is tested on once.
+    """
+    part, parts = fold or (0, 0)
+    shares = {str(i): 1 / parts for i in range(parts)} or SHARES
+    sides = dict.fromkeys(shares, "train") if fold else {split: split for split in SPLITS}
+    if fold:
+        sides |= {str(part): "test", str((part + 1) % parts): "validation"}
     work.create_function("drawn", -1, lambda *what: bytes.fromhex(common.digest([seed, *what])), deterministic=True)
     work.execute("CREATE TEMP TABLE sides (grp TEXT PRIMARY KEY, split TEXT)")
     groups = work.execute(
         "SELECT grp, MIN(type) AS kind, COUNT(*) AS count, MIN(kept.split) AS side FROM items LEFT JOIN kept USING (id)"
         " GROUP BY grp ORDER BY side IS NULL, kind, count DESC, drawn(grp)"
     )
-    work.executemany("INSERT INTO sides VALUES (?, ?)", choose_splits(groups))
+    chosen = ((group, sides[side]) for group, side in choose_splits(groups, shares))
+    work.executemany("INSERT INTO sides VALUES (?, ?)", chosen)
     work.execute(
         "UPDATE items SET place = drawn('place', id), split = COALESCE("
         "(SELECT split FROM kept WHERE kept.id = items.id), (SELECT split FROM sides WHERE sides.grp = items.grp))"

@@ -275,13 +275,13 @@ def test_dead_after_every_file_it_ends_with_the_same_bytes(world, out, monkeypat
             code = embed(world, out)
         assert appeared and all(path.stat().st_mtime_ns == when for path, when in kept.items()), "made again"
         everything += appeared
-        made = [path for kind in ("npy", "parquet") for path in out.rglob(f"*.{kind}")]
+        made = [*out.rglob("*.npy"), *out.glob("master.parquet")]
         kept = {path: path.stat().st_mtime_ns for path in made}
     prompts = {row["txt"] for some in items_of().values() for row in some}
     parts = 2 * (-(-72 // 32) + -(-len(prompts) // 32))
     assert sum(name.endswith(".npy") for name in everything) == parts
     assert everything[-4:] == ["report.html", "report.json", "master.parquet.json", "master.parquet"]
-    for name in ("master.parquet", "report.json", "report.html"):
+    for name in ("master.parquet", "report.json", "report.html", "queries.parquet"):
         assert (out / name).read_bytes() == (world / "out" / name).read_bytes()
 
 
@@ -819,6 +819,69 @@ def test_the_report_uses_vectors_that_are_there(world, tmp_path, monkeypatch):
     assert stage.main(report_arguments(world, tmp_path, "dual_lora")) == 0
     together = json.loads((world / "out/report.json").read_text())
     assert json.loads((tmp_path / "report.json").read_text()) == together, "embed and report say the same"
+
+
+def reports_of_two_folds(world: Path, tmp_path: Path) -> list[Path]:
+    """Reports over the world's test split, and over one of 13 other products."""
+    others = {"train": [item(0)], "validation": [item(1)], "test": [item(i) for i in range(200, 213)]}
+    others["test"][1]["group"] = others["test"][0]["group"]
+    shards = write_shards(tmp_path / "shards", others)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    assert stage.main(report_arguments(world, folders[0], "dual_lora", "text_lora")) == 0
+    second = report_arguments(world, folders[1], "dual_lora", "text_lora")
+    second[second.index("--shards") + 1] = str(shards)
+    second[second.index("--vectors") + 1] = str(tmp_path / "vectors")
+    assert stage.main(second) == 0
+    return folders
+
+
+def pooled(folders: list[Path], output: Path) -> list[str]:
+    return ["pool", *(part for folder in folders for part in ("--report", str(folder))), "--output", str(output), *FAST]
+
+
+def test_reports_of_folds_are_one_report_over_all_their_queries(world, tmp_path, capsys):
+    from stats import paired_bootstrap
+
+    folders = reports_of_two_folds(world, tmp_path)
+    assert stage.main(pooled(folders, tmp_path / "proof")) == 0
+    printed = capsys.readouterr().out
+    parts = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    whole = json.loads((tmp_path / "proof/report.json").read_text())
+    assert whole["items"] == 37 and whole["independent"] == sum(part["independent"] for part in parts)
+    for i, run in enumerate(whole["runs"]):
+        for name, facts in run["metrics"].items():
+            of_parts = [part["runs"][i]["metrics"][name] for part in parts]
+            counts = [one["queries"] for one in of_parts]
+            assert facts["queries"] == sum(counts)
+            if facts["queries"]:
+                for key in ("value", "difference"):
+                    mean = sum(one.get(key, 0) * count for one, count in zip(of_parts, counts, strict=True))
+                    assert facts[key] == pytest.approx(mean / sum(counts), abs=1e-9)
+        assert run["verdict"] in printed
+        gains = [part["runs"][i]["metrics"]["mrr"]["difference"] for part in parts]
+        assert [fold[run["name"]] for fold in whole["folds"]] == gains and f"{gains[1]:+.3f}" in printed
+    tables = [pq.read_table(folder / "queries.parquet") for folder in folders]
+    base, fine = (np.concatenate([t[f"{n}/mrr"].to_numpy() for t in tables]) for n in ("zero_shot", "dual_lora"))
+    draws = np.concatenate([tables[0]["draw"].to_numpy(), tables[1]["draw"].to_numpy() + 1000])
+    found = paired_bootstrap(base, fine, 100, 42, draws)
+    mrr = whole["runs"][0]["metrics"]["mrr"]
+    assert (mrr["low"], mrr["high"]) == pytest.approx((found.low, found.high))
+    assert "2 folds share" in (tmp_path / "proof/report.html").read_text()
+
+
+def test_reports_that_are_no_folds_of_one_catalogue_are_refused(world, tmp_path, capsys):
+    folders = reports_of_two_folds(world, tmp_path)
+    assert stage.main(report_arguments(world, tmp_path / "other", "dual_lora")) == 0
+    capsys.readouterr()
+    for pair, words in (
+        ([folders[0], folders[0]], "tests on 00.48/ä"),
+        ([folders[1], tmp_path / "other"], "other runs"),
+        ([folders[0], tmp_path / "nowhere"], "nowhere"),
+    ):
+        one_line(capsys, stage.main(pooled(pair, tmp_path / "proof")), words)
+    (folders[1] / "queries.parquet").write_bytes(b"PAR1")
+    one_line(capsys, stage.main(pooled(folders, tmp_path / "proof")), "queries.parquet", "make the report again")
+    assert not (tmp_path / "proof").exists()
 
 
 def test_holm_is_over_every_difference_shown():

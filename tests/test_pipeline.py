@@ -25,7 +25,7 @@ STEPS = ("sample", "1_clean", "2_prepare", "3_train", "4_embed")  # what `make a
 # All that the stages hand on, and their sidecars less the facts of the day; logs with times in them are left out.
 FINAL = ("cleaned.csv", "cleaned.csv.*", "shards/**/*.tar", "shards/*.*", "runs/*/adapter/*", "runs/*/model/*",
          "runs/*/metrics.jsonl", "runs/*/curves.png", "runs/*/train.json", "embeddings/master.parquet*",
-         "embeddings/report.*")  # fmt: skip
+         "embeddings/report.*", "embeddings/queries.parquet")  # fmt: skip
 OF_THE_DAY = re.compile(r'"(seconds|memory_mb|resume|batch|image|text)": [^\n]*')
 
 
@@ -145,6 +145,21 @@ def test_a_changed_variable_rebuilds_what_depends_on_it(finished):
     plan = make(data, "-n", "all", "SEED=7").stdout
     assert "tests/sample.py" in plan and "2_prepare.py" in plan
     assert "Nothing to be done" in make(data, "all").stdout  # to look at a plan changes nothing
+
+
+def test_the_proof_tests_on_every_product_and_makes_each_fold_once(finished):
+    data, _ = finished
+    ended = make(data, "proof", "FOLDS=3", "SCENARIO=linear_probe")
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("--fold ") == 3 and "1_clean.py" not in ended.stdout
+    report = json.loads((data / "proof/report.json").read_text())
+    assert report["items"] == json.loads((data / "shards/manifest.json").read_text())["counts"]["written"]
+    assert [run["name"] for run in report["runs"]] == ["linear_probe"] and len(report["folds"]) == 3
+    again = make(data, "proof", "FOLDS=3", "SCENARIO=linear_probe").stdout
+    assert "2_prepare.py" not in again and "3_train.py" not in again and " report " not in again
+    assert "4_embed.py pool" in again
+    assert "--scenario linear_probe" in make(data, "-n", "proof", "FOLDS=3", "SCENARIO=linear_probe", "EPOCHS=3").stdout
+    assert "Nothing to be done" in make(data, "all").stdout
 
 
 def test_a_key_and_a_catalogue_mean_the_real_job(finished, tmp_path):

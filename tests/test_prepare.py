@@ -157,14 +157,14 @@ def test_overhead_and_ids_to_the_letter(tmp_path):
 # The split -----------------------------------------------------------------------------------------------------------
 
 
-def sides_of(groups: list[tuple[str, str, int]], seed: int = 42) -> dict[str, str]:
+def sides_of(groups: list[tuple[str, str, int]], seed: int = 42, fold: tuple | None = None) -> dict[str, str]:
     """{id: split} for groups of (name, object type, items)."""
     work = sqlite3.connect(":memory:")
     work.execute("CREATE TABLE items (id TEXT PRIMARY KEY, type TEXT, grp TEXT, split TEXT, place BLOB)")
     rows = [(f"{group}/{i}", kind, group) for group, kind, size in groups for i in range(size)]
     work.executemany("INSERT INTO items VALUES (?, ?, ?, '', x'')", rows)
     splits.keep_splits(work, None)
-    splits.split_items(work, seed)
+    splits.split_items(work, seed, fold)
     return dict(work.execute("SELECT id, split FROM items"))
 
 
@@ -193,6 +193,37 @@ def test_the_split_is_even_overall_and_in_every_type(trial):
             assert count < 10 or abs(counts[split] - share * count) <= max(0.02 * count, largest) + 1e-9, (kind, split)
     assert chosen == sides_of(groups[::-1])
     assert chosen != sides_of(groups, 43)
+
+
+@pytest.mark.parametrize("parts", [3, 5, 10])
+def test_over_all_folds_every_item_is_tested_on_once(parts):
+    draw = random.Random(parts)
+    groups = [(f"g{i}", f"kind{i % 7}", draw.choice([1, 1, 1, 2, 3])) for i in range(300)]
+    folds = [sides_of(groups, fold=(part, parts)) for part in range(parts)]
+    count = len(folds[0])
+    for part, sides in enumerate(folds):
+        tested = {id for id, split in sides.items() if split == "test"}
+        assert abs(len(tested) - count / parts) <= max(0.01 * count, 3)
+        assert {id for id, split in folds[part - 1].items() if split == "validation"} == tested
+        of_kind = Counter(int(id.partition("/")[0][1:]) % 7 for id in tested)
+        whole = Counter(int(id.partition("/")[0][1:]) % 7 for id in sides)
+        assert all(abs(of_kind[kind] - whole[kind] / parts) <= 3 for kind in whole)
+        for name, _, _ in groups:
+            assert len({split for id, split in sides.items() if id.startswith(f"{name}/")}) == 1
+    assert Counter(id for sides in folds for id, split in sides.items() if split == "test") == Counter(list(folds[0]))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [(["--fold", "5/5"], "5/5"), (["--fold", "0/2"], "at least 3"), (["--fold", "first"], "K/N"),
+     (["--fold", "0/5", "--keep-split", "."], "--keep-split")],
+)  # fmt: skip
+def test_a_fold_that_is_none_gets_one_line(tmp_path, capsys, flags, words):
+    catalogue = write_catalogue(tmp_path, make_shop(tmp_path, 2))
+    assert run(catalogue, tmp_path / "out", *flags) == common.USAGE
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "out/manifest.json").exists()
 
 
 def test_copies_stay_on_one_side_and_colour_variants_are_no_copies(tmp_path):
