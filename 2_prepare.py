@@ -89,7 +89,7 @@ def worker_pool(count: int) -> Iterator[Executor]:
 
 
 def _start_worker() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when that is gone."""
+    """In a worker: keep memory for the next photo, leave Ctrl-C to the parent, and end when that is gone."""
     common.keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -231,7 +231,7 @@ def take_row(work: sqlite3.Connection, row: common.Row, images: Path, rejects: l
         if not row.fields["image_path"].strip():
             raise BadImage("missing image_path")
         path = imaging.resolve_image(images, row.fields["image_path"])
-        stat = os.stat(path)
+        stat = path.stat()
         key = (str(path), stat.st_size, stat.st_mtime_ns)
     except BadImage as error:
         reason = json.dumps([error.reason, error.detail])

@@ -233,11 +233,11 @@ def split_items(work: sqlite3.Connection, seed: int, fold: tuple[int, int] | Non
     With `fold` (K, N) the catalogue is cut into N equal parts, the same for each K: part K is the test split, the part
     after it the validation split, and so over all K each item is tested on once.
     """
-    part, parts = fold or (0, 0)
-    shares = {str(i): 1 / parts for i in range(parts)} or SHARES
-    sides = dict.fromkeys(shares, "train") if fold else {split: split for split in SPLITS}
+    shares, sides = SHARES, {split: split for split in SPLITS}
     if fold:
-        sides |= {str(part): "test", str((part + 1) % parts): "validation"}
+        part, parts = fold
+        shares = {str(i): 1 / parts for i in range(parts)}
+        sides = dict.fromkeys(shares, "train") | {str(part): "test", str((part + 1) % parts): "validation"}
     work.create_function("drawn", -1, lambda *what: bytes.fromhex(common.digest([seed, *what])), deterministic=True)
     work.execute("CREATE TEMP TABLE sides (grp TEXT PRIMARY KEY, split TEXT)")
     groups = work.execute(
