@@ -77,12 +77,15 @@ class StateManager:
         kinds = {"state": str, "batches": dict, "completed_files": list, "uploads": dict, "intent": dict | None}
         kinds |= {"stopped": str | None, "refused_alone_file": str | None}
         kinds |= dict.fromkeys(numbers, int | float) | dict.fromkeys(maybe, int | float | None)
-        if not isinstance(data, dict) or any(not isinstance(data.get(name, ...), kind) for name, kind in kinds.items()):
+        batch_kinds = {"input_file": str, "status": str, "counts": dict | None, "created_at": int | float | None}
+
+        def fits(value: Any, kinds: dict[str, Any]) -> bool:
+            return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+
+        if not fits(data, kinds) or not kinds.keys() <= data.keys():
             raise ValueError("not a state file")
-        for batch in data["batches"].values():
-            named = isinstance(batch, dict) and isinstance(batch.get("input_file"), str)
-            if not named or not isinstance(batch.get("status"), str):
-                raise ValueError("not a batch")
+        if not all(fits(batch, batch_kinds) for batch in data["batches"].values()):
+            raise ValueError("not a batch")
         if data["intent"] and not isinstance(data["intent"].get("file"), str):
             raise ValueError("not an intent")
         return data

@@ -221,7 +221,13 @@ proof: $(REPORTS) ## test SCENARIO on every product, FOLDS trainings long: for c
 	$(PYTHON) 4_embed.py pool $(REPORTS:%/report.json=--report %) --output $(DATA)/proof
 
 sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: what the defaults rest on
-	$(PYTHON) tests/sweep.py --shards $(SHARDS) --model $(MODEL) --pretrained $(PRETRAINED) --output $(DATA)/sweep
+	$(PYTHON) tests/sweep.py \
+	  --shards $(SHARDS) \
+	  --model $(MODEL) \
+	  --pretrained $(PRETRAINED) \
+	  --output $(DATA)/sweep \
+	  --epochs $(EPOCHS) \
+	  $(TRAIN_FLAGS)
 
 bench: | $(VENV) ## speed against the plain way, side by side (STAGE=3 for one stage); appends to bench.jsonl
 	$(PYTHON) tests/bench.py $(if $(STAGE),--stage $(STAGE))

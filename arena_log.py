@@ -153,7 +153,7 @@ class Log:
         """Around what takes the log's content for whole: where it is not, one line says so."""
         try:
             yield
-        except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
+        except (sqlite3.DatabaseError, LookupError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
             raise Fail(f"{self.path}: damaged, or not written by this program ({why}); go back to a copy") from None
 

@@ -282,11 +282,15 @@ class Store:
                 print(f"{path}: damaged; its vectors are computed again", flush=True)
                 path.unlink(missing_ok=True)
                 return self.refresh()
+        counts = [len(one) for one in found]
         digests = np.concatenate([np.empty(0, "S32"), *found])
-        part = np.repeat(np.arange(len(found), dtype=np.int32), [len(one) for one in found])
-        row = np.concatenate([np.empty(0, np.int32), *(np.arange(len(one), dtype=np.int32) for one in found)])
+        del found
         order = np.argsort(digests, kind="stable")
-        self.digests, self.part, self.row = digests[order], part[order], row[order]
+        self.digests = digests[order]
+        del digests
+        self.part = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+        starts = np.cumsum([0, *counts])[self.part]
+        self.row = (order - starts).astype(np.int32)
 
     def has(self, digests: np.ndarray) -> np.ndarray:
         """bool [n]: whether each vector is there."""

@@ -3,7 +3,8 @@
     python tests/sweep.py --shards data/shards --model local-dir:tests/small_clip --output data/sweep
 
 One setting after the other, from the defaults, each at the best found so far; every try is a run of 3_train.py in its
-own folder. Call it again after a stop: what is finished is not repeated. Writes sweep.json and prints a table.
+own folder. Call it again after a stop: what is finished is not repeated. Writes sweep.json and prints a table. Flags
+that are not its own go to 3_train.py as they are.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def attempt(args: argparse.Namespace, chosen: dict[str, float]) -> dict[str, float]:
+def attempt(args: argparse.Namespace, others: list[str], chosen: dict[str, float]) -> dict[str, float]:
     """One run; returns the settings and what it validates at."""
     name = "-".join(f"{key}={value:g}" for key, value in sorted(chosen.items())) or "defaults"
     output = args.output / args.scenario / name
     flags = {"--shards": args.shards, "--model": args.model, "--output": output, "--scenario": args.scenario}
     flags |= {"--epochs": args.epochs} | ({"--pretrained": args.pretrained} if args.pretrained else {})
     flags |= {f"--{key.replace('_', '-')}": value for key, value in chosen.items()}
-    code = importlib.import_module("3_train").main([str(part) for pair in flags.items() for part in pair])
+    code = importlib.import_module("3_train").main([str(part) for pair in flags.items() for part in pair] + others)
     if code:
         raise common.Fail(f"{output}: training failed; see above", code)
     facts = common.read_json(output / "train.json")
@@ -55,15 +56,16 @@ def attempt(args: argparse.Namespace, chosen: dict[str, float]) -> dict[str, flo
 @common.entry_point
 def main(argv: list[str] | None = None) -> int:
     """Sweep."""
-    args = build_parser().parse_args(argv)
+    args, others = build_parser().parse_known_args(argv)
     chosen: dict[str, float] = {}
     tries = []
     for axis, values in AXES.items():
-        row = [attempt(args, chosen | {axis: value}) for value in values]
+        row = [attempt(args, others, chosen | {axis: value}) for value in values]
         best = max(row, key=lambda facts: facts["mrr"])
         chosen[axis] = best[axis]
         tries += [facts | {"axis": axis, "won": facts is best} for facts in row]
-        common.write_json(args.output / "sweep.json", {"tries": tries, "chosen": chosen, "epochs": args.epochs})
+        found = {"tries": tries, "chosen": chosen, "epochs": args.epochs, "flags": others}
+        common.write_json(args.output / "sweep.json", found)
     print(
         f"\n{'setting':<22}{'value':>10}{'validation MRR':>16}{'loss':>9}   (zero-shot {tries[0]['zero_shot_mrr']:.4f})"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import http.client
 import importlib
@@ -975,6 +976,17 @@ def test_a_full_disk_answers_503_and_acknowledges_nothing(app, place, capsys):
     again = arena_trials.Draw(place.experiment, place.log, place.number)
     again._recount()
     assert again.by_query == place.draw.by_query
+
+
+def test_a_log_that_lacks_a_column_gets_one_line(tmp_path, capsys):
+    database = tmp_path / "other.sqlite"
+    arena_log.Log(database).experiment("key", {})
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        db.execute("ALTER TABLE experiments RENAME COLUMN facts TO fact")
+    for command in ("stats", "votes"):
+        assert arena.main([command, "--database", str(database)]) == 1
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and "damaged, or not written by this program" in printed
 
 
 def test_a_locked_database_answers_503(app, place, tmp_path, monkeypatch):

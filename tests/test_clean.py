@@ -378,7 +378,7 @@ def test_the_time_to_show_up_starts_after_the_call_however_long_that_took(shop, 
     assert len(shop.server.ledger("batch")) == 1 and set(shop.paid().values()) == {1}
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "gone", "other"])
+@pytest.mark.parametrize("damage", ["torn", "empty", "gone", "other", "counts"])
 def test_a_torn_state_file(shop, damage, capsys):
     flags = ("--max-requests-per-file", "4", "--pilot", "0", "--max-concurrent-batches", "2")
     shop.server.steps = 2
@@ -388,7 +388,9 @@ def test_a_torn_state_file(shop, damage, capsys):
     if damage == "gone":
         path.unlink()
     else:
-        path.write_text({"torn": text[: len(text) // 2], "empty": "", "other": "[1]"}[damage])
+        counts = re.sub(r'"counts": \{[^}]*\}', '"counts": 7', text)
+        path.write_text({"torn": text[: len(text) // 2], "empty": "", "other": "[1]", "counts": counts}[damage])
+        assert shop.call("status") == 0 and "set aside" in capsys.readouterr().out
     assert shop.call("run", *flags) == 0
     assert len(shop.server.ledger("batch")) == 3 and set(shop.paid().values()) == {1}
     shop.check_answers()
