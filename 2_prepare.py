@@ -353,6 +353,7 @@ def finish(
         "format": FORMAT,
         "settings": {"seed": config.seed, "image_size": config.image_size, "quality": config.quality},
         "versions": common.versions("pillow", "numpy"),
+        "fold": config.fold,
         "splits": splits,
         "counts": {"input": count, "written": written, "rejected": len(rejects)},
         "items_sha256": common.digest(items),

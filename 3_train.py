@@ -123,10 +123,7 @@ def evaluate(run: Run, data: Data) -> dict[str, float]:
             nothing = torch.empty(0, run.clip.config["embed_dim"], device=world.device)
             found = [[torch.empty(0).long()], [torch.empty(0, 2).long()], [nothing], [nothing]]
         positions, keys, images, texts = (torch.cat(column) for column in found)
-        there = world.gather(len(data), positions, torch.ones(len(positions), device=world.device)) > 0
-        keys, images, texts = (
-            world.gather(len(data), positions, x)[there] for x in (keys.to(world.device), images, texts)
-        )
+        (keys, images, texts), _ = world.gather(len(data), positions, keys.to(world.device), images, texts)
         scale, bias = towers.model.logit_scale, towers.model.logit_bias
         loss = 0.0
         for rows in (slice(start, start + 1024) for start in range(0, len(keys), 1024)):

@@ -379,7 +379,8 @@ def make_report(items, bad, models: list[tuple[Run, Any]], config: EmbeddingConf
     common.write_json(folder / "report.json", facts)
     print_comparison(facts, folder)
     widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
-    if not any(one.get("p_holm", 1) <= ALPHA for one in headlines) and widest:
+    shown = any(one.get("p_holm", 1) <= ALPHA for one in headlines)
+    if widest and not shown and not items.manifest.get("fold"):
         print(
             f"{len(judged)} test items show only differences beyond about {widest / 2:.2f}; `make proof` tests on every"
             " product, fold by fold",

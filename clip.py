@@ -309,8 +309,8 @@ class SplitAttention(nn.Module):
     def forward(self, query, key, value, need_weights=False, attn_mask=None):
         B, L, W = query.shape
         q, k, v = (
-            layer(x).view(B, -1, self.heads, W // self.heads).transpose(1, 2)  # (B, heads, L, W / heads)
-            for layer, x in ((self.q, query), (self.k, key), (self.v, value))
+            x.view(B, -1, self.heads, W // self.heads).transpose(1, 2)  # (B, heads, L, W / heads)
+            for x in self._projected(query, key, value)
         )
         mask = None if attn_mask is None else attn_mask.to(q.dtype)
         dropout = self.dropout if self.training else 0.0
@@ -321,6 +321,14 @@ class SplitAttention(nn.Module):
         else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out(x.transpose(1, 2).reshape(B, L, W)), None
+
+    def _projected(self, query, key, value):
+        """What q, k and v make of their inputs; adapters of the same input are computed together."""
+        if query is key and key is value:
+            return linears((self.q, self.k, self.v), query)
+        if key is value:
+            return self.q(query), *linears((self.k, self.v), key)
+        return self.q(query), self.k(key), self.v(value)
 
     def fused(self) -> nn.MultiheadAttention:
         """The same attention as open_clip keeps it."""
@@ -338,45 +346,66 @@ class SplitAttention(nn.Module):
 
 
 class LoraProduct(torch.autograd.Function):
-    """x W^T + b + scale (x kept) A^T B^T, with few passes over memory beside the products, forward and backward.
+    """x W^T + b + scale (x kept) A^T B^T for each (W, b, A, B), with few passes over memory beside the products.
 
-    x [N, I]; W [O, I] and b [O] frozen; A [R, I], B [O, R]; kept: int8 [N, I] of 0 and 1, or None. PEFT runs the same
-    operation by operation and keeps masks and copies of x as floats.
+    x [N, I]; kept: int8 [N, I] of 0 and 1, or None; each W [O, I] and b [O] (or None) frozen, A [R, I], B [O, R].
+    PEFT runs the same operation by operation, and keeps masks and copies of x as floats.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, kept, scale):
-        y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
-        x = x if kept is None else x * kept
-        low = x @ a.T  # (N, R)
-        ctx.save_for_backward(x, weight, a, b, kept, low)
-        ctx.scale = scale
-        return y.addmm_(low, b.T, alpha=scale)
+    def forward(ctx, x, kept, scale, *parts):
+        weights, biases, a, b = (parts[i::4] for i in range(4))
+        masked = x if kept is None else x * kept
+        low = masked @ torch.cat(a).T  # (N, R of all)
+        ctx.save_for_backward(masked, kept, low, *weights, *a, *b)
+        ctx.scale, ctx.ranks = scale, [len(one) for one in a]
+        ys = (x @ w.T if bias is None else torch.addmm(bias, x, w.T) for w, bias in zip(weights, biases, strict=True))
+        lows = low.split(ctx.ranks, dim=1)
+        return tuple(y.addmm_(part, up.T, alpha=scale) for y, part, up in zip(ys, lows, b, strict=True))
 
     @staticmethod
-    def backward(ctx, grad):
-        x, weight, a, b, kept, low = ctx.saved_tensors
-        down = (grad @ b).mul_(ctx.scale)  # (N, R)
+    def backward(ctx, *grads):
+        masked, kept, low, *parts = ctx.saved_tensors
+        count, scale = len(grads), ctx.scale
+        weights, a, b = (parts[i * count : (i + 1) * count] for i in range(3))
+        down = torch.cat([grad @ up for grad, up in zip(grads, b, strict=True)], dim=1).mul_(scale)  # (N, R of all)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            through = down @ a
-            grad_x = (grad @ weight).add_(through if kept is None else through.mul_(kept))
-        return grad_x, None, None, down.T @ x, (grad.T @ low).mul_(ctx.scale), None, None
+            grad_x = down @ torch.cat(a)
+            grad_x = grad_x if kept is None else grad_x.mul_(kept)
+            for grad, weight in zip(grads, weights, strict=True):
+                grad_x.addmm_(grad, weight)
+        grad_a = (down.T @ masked).split(ctx.ranks)
+        lows = low.split(ctx.ranks, dim=1)
+        grad_b = [(grad.T @ part).mul_(scale) for grad, part in zip(grads, lows, strict=True)]
+        return grad_x, None, None, *(one for pair in zip(grad_a, grad_b, strict=True) for one in (None, None, *pair))
 
 
-def lean_lora(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a PEFT LoRA Linear computes, in its autocast precision; takes the place of its forward()."""
-    base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    dropout, scale = layer.lora_dropout["default"], layer.scaling["default"]
+def lean_lora(layers: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """What PEFT LoRA Linears compute of one input, in its autocast precision.
+
+    They share the dropout of that input, as they do in loralib, the code of the paper (arXiv 2106.09685).
+    """
+    dropout, scale = layers[0].lora_dropout["default"], layers[0].scaling["default"]
     kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     kept = None
     if dropout.training and getattr(dropout, "p", 0):
         steps = max(1, round(dropout.p * 256))  # of 1/256
         kept = kept_by_dropout((x.numel() // x.shape[-1], x.shape[-1]), steps, x.device)
         scale /= 1 - steps / 256
-    bias = None if base.bias is None else base.bias.to(kind)
-    parts = x.reshape(-1, x.shape[-1]).to(kind), base.weight.to(kind), bias, a.to(kind), b.to(kind)
-    return LoraProduct.apply(*parts, kept, scale).view(*x.shape[:-1], -1)
+    parts = []
+    for layer in layers:
+        base = layer.base_layer
+        parts += [base.weight, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    parts = [None if part is None else part.to(kind) for part in parts]
+    ys = LoraProduct.apply(x.reshape(-1, x.shape[-1]).to(kind), kept, scale, *parts)
+    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+
+
+def linears(layers: tuple[nn.Module, ...], x: Tensor) -> tuple[Tensor, ...]:
+    """Several Linears of one input, together where all of them have LoRA."""
+    lora = all(hasattr(layer, "lora_A") for layer in layers)
+    return lean_lora(layers, x) if lora else tuple(layer(x) for layer in layers)
 
 
 def kept_by_dropout(shape: tuple[int, int], steps: int, device: torch.device) -> Tensor:

@@ -14,20 +14,29 @@ def one_way_loss(queries, gallery, query_keys, keys, scale, bias=None):
     same caption is no negative. Softmax cross-entropy with the positives sharing the target (CLIP), or the sigmoid
     loss of SigLIP (arXiv 2303.15343) where the model has a bias.
     """
-    import torch.nn.functional as F
-
-    logits = scale.exp() * (queries @ gallery.T)  # (B, N)
-    positive = (query_keys[:, None] == keys[None]).any(dim=-1)
-    if bias is not None:
-        return -F.logsigmoid((logits + bias) * (2.0 * positive - 1.0)).sum()
-    target = positive / positive.sum(dim=1, keepdim=True)
-    return -(target * logits.log_softmax(dim=1)).sum()
+    return _loss_of_rows(scale.exp() * (queries @ gallery.T), _positive(query_keys, keys), bias)
 
 
 def pair_loss(images, texts, keys, scale, bias=None):
     """The mean of both directions over N pairs."""
-    both = one_way_loss(images, texts, keys, keys, scale, bias) + one_way_loss(texts, images, keys, keys, scale, bias)
+    logits, positive = scale.exp() * (images @ texts.T), _positive(keys, keys)  # (N, N)
+    both = _loss_of_rows(logits, positive, bias) + _loss_of_rows(logits.T, positive, bias)
     return both / (2 * len(images))
+
+
+def _positive(query_keys, keys):
+    """bool [B, N] of int64 [B, K] and [N, K]: which agree in any column."""
+    return (query_keys[:, None] == keys[None]).any(dim=-1)
+
+
+def _loss_of_rows(logits, positive, bias):
+    """Sum over the rows of logits [B, N]."""
+    import torch.nn.functional as F
+
+    if bias is not None:
+        return -F.logsigmoid((logits + bias) * (2.0 * positive - 1.0)).sum()
+    target = positive / positive.sum(dim=1, keepdim=True)
+    return -(target * logits.log_softmax(dim=1)).sum()
 
 
 def reseed(seed: int, step: int, position: int) -> None:
@@ -60,20 +69,16 @@ def accumulate(run, batch: Batch, step: int, scale_up=lambda loss: loss):
             embedded.append(towers.embed(part))
     dim, scale = run.clip.config["embed_dim"], towers.model.logit_scale
     local = [torch.cat([e[side].detach() for e in embedded] or [scale.new_empty(0, dim)]) for side in (0, 1)]
-    images, texts = (world.gather(batch.total, batch.positions, side) for side in local)
-    keys = world.gather(batch.total, batch.positions, batch.keys.view(-1, 2).to(world.device))
-    there = world.gather(batch.total, batch.positions, torch.ones(len(batch.positions), device=world.device)) > 0
-    leaves = [side[there].requires_grad_() for side in (images, texts)]
-    loss = pair_loss(*leaves, keys[there], scale, towers.model.logit_bias)
+    own_keys = batch.keys.view(-1, 2).to(world.device)
+    (images, texts, keys), mine = world.gather(batch.total, batch.positions, *local, own_keys)
+    leaves = images.requires_grad_(), texts.requires_grad_()
+    loss = pair_loss(*leaves, keys, scale, towers.model.logit_bias)
     scale_up(loss).backward()  # the temperature has its whole gradient now, on every process
-    for side, leaf in zip((images, texts), leaves, strict=True):
-        side[there] = leaf.grad
-    for k, part in enumerate(parts):
+    for k, (part, rows) in enumerate(zip(parts, mine.split(run.micro), strict=False)):
         if not fits:
             reseed(run.config.seed, step, int(part.positions[0]))
             embedded[k] = towers.embed(part)
-        rows = part.positions.to(world.device)
-        ends = [(e, g[rows]) for e, g in zip(embedded[k], (images, texts), strict=True) if e.requires_grad]
+        ends = [(e, leaf.grad[rows]) for e, leaf in zip(embedded[k], leaves, strict=True) if e.requires_grad]
         torch.autograd.backward(*zip(*ends, strict=True))
         embedded[k] = None  # its graph is done with
     if world.size > 1:

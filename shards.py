@@ -23,7 +23,7 @@ import storage
 from common import DONE, FAILED, Fail, PrepConfig
 from storage import SPLITS
 
-FORMAT = 1  # of manifest and records; a new one rebuilds every shard
+FORMAT = 2  # of manifest and records; a new one rebuilds every shard
 SHARD_SAMPLES, SHARD_BYTES = 1000, 500_000_000  # at most, tar headers counted
 REMEDY = "remove those shards, run 2_prepare.py again, and they are made anew"
 WAIT = 1.0  # seconds between two looks at what other machines have finished

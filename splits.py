@@ -7,6 +7,7 @@ bytes; all else stays in SQLite, which sorts on disk.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import sqlite3
@@ -23,13 +24,12 @@ from storage import SPLITS
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 HASH_SIDE, GRID = 16, 8  # 16 x 16 gradients and 8 x 8 mean colours describe a picture
-LOOKS = 2  # version of what is kept of a picture; a new one has all pictures looked at again
+LOOKS = 3  # version of what is kept of a picture; a new one has all pictures looked at again
 # Near duplicates: few gradients differ, and colours in fewer than five cells (a small product on white fills no more).
 # Of 400 shop photos all are found again that were encoded anew, scaled to a third, mirrored or watermarked, and 97% of
 # those cropped or padded by 2 to 5%. Of the 63 in full colour 2 to 5% pass for copies when they are dyed.
 GRADIENT_DISTANCE, COLOR_DISTANCE, COLOR_CELLS = 0.2, 14, 5
-BORDER = 16  # levels by which a picture differs from the colour of its border
-BEYOND_BORDER = [255 * (level > BORDER) for level in range(256)]
+BORDER = 16  # levels of brightness by which a picture differs from its border
 NEIGHBOURS = 64  # that a picture is compared with in each band
 PAIRS = 1 << 13  # compared at once
 
@@ -42,14 +42,18 @@ def looks(image) -> tuple[bytes, bytes]:
 
     Each look is 256 bits of left-to-right and 256 of top-to-bottom gradients, and 8 x 8 x 3 mean colours.
     """
-    from PIL import Image, ImageChops
-
     seen = [shown := _small(image), [part[:, ::-1] for part in shown]]
-    ground = Image.new("RGB", image.size, image.getpixel((0, 0)))
-    box = ImageChops.difference(image, ground).convert("L").point(BEYOND_BORDER).getbbox()
+    brightness = image.convert("L")
+    box = brightness.point(_beyond(brightness.getpixel((0, 0)))).getbbox()
     if box and min(box[2] - box[0], box[3] - box[1]) > HASH_SIDE and box != (0, 0, *image.size):
         seen.append(_small(image.crop(box)))
     return b"".join(_gradients(grey) for grey, _ in seen), b"".join(grid.tobytes() for _, grid in seen)
+
+
+@functools.cache
+def _beyond(ground: int) -> list[int]:
+    """What Image.point() needs to blacken all levels that are near to that of the border."""
+    return [255 * (abs(level - ground) > BORDER) for level in range(256)]
 
 
 def _small(image) -> list:

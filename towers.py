@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import json
 import logging
 import os
@@ -59,11 +58,24 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, total: int, positions, local):
-        """[total, ...] from each process's rows [B, ...] and their positions (int64 [B]); rows nobody has are 0."""
-        whole = local.new_zeros((total, *local.shape[1:]))
-        whole[positions.to(whole.device)] = local
-        return self.sum(whole)
+    def gather(self, total: int, positions, *columns) -> tuple[list[Any], Any]:
+        """([N, ...] of each column, the rows of all processes in the order of their positions; int64 [B], where this
+        process's rows are among them). Columns [B, ...] belong to ascending positions (int64 [B], below `total`); what
+        no process has is left out."""
+        import torch
+
+        if self.size == 1:
+            return list(columns), torch.arange(len(positions), device=self.device)
+        positions = positions.to(self.device)
+        there = torch.zeros(total, dtype=torch.int64, device=self.device)
+        there[positions] = 1
+        there = self.sum(there)
+        found = []
+        for column in columns:
+            whole = column.new_zeros((total, *column.shape[1:]))
+            whole[positions] = column
+            found.append(self.sum(whole)[there > 0])
+        return found, (there.cumsum(0) - 1)[positions]
 
     def share(self, value: Any) -> list[Any]:
         """What each process gives here (what JSON holds), in the order of their ranks."""
@@ -72,9 +84,9 @@ class World:
         if self.size == 1:
             return [value]
         data, mine = torch.tensor([list(json.dumps(value).encode())], device=self.device), torch.tensor([self.rank])
-        sizes = self.gather(self.size, mine, torch.tensor([data.shape[1]], device=self.device)).tolist()
-        rows = self.gather(self.size, mine, torch.nn.functional.pad(data, (0, max(sizes) - data.shape[1]))).tolist()
-        return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+        (sizes,), _ = self.gather(self.size, mine, torch.tensor([data.shape[1]], device=self.device))
+        (rows,), _ = self.gather(self.size, mine, torch.nn.functional.pad(data, (0, int(sizes.max()) - data.shape[1])))
+        return [json.loads(bytes(row[:size])) for row, size in zip(rows.tolist(), sizes.tolist(), strict=True)]
 
     @contextlib.contextmanager
     def first_on_this_machine(self) -> Iterator[None]:
@@ -121,7 +133,7 @@ class Towers:
             )
             for module in self.model.modules():
                 if isinstance(module, peft.tuners.lora.Linear):
-                    module.forward = functools.partial(lean_lora, module)
+                    module.forward = lambda x, layer=module: lean_lora((layer,), x)[0]
         for parameter in (*self.projections.parameters(), self.model.logit_scale, self.model.logit_bias):
             if parameter is not None:
                 parameter.requires_grad_(projections)

@@ -238,31 +238,37 @@ def test_dropout_keeps_its_share():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.25])
-def test_lean_lora_is_pefts_layer(monkeypatch, rate, bias):
+def test_lean_lora_is_pefts_layers(monkeypatch, rate, bias):
     """Outputs and gradients of the operations that PEFT runs one by one, for the same mask; and gradcheck."""
     import peft
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 8, bias=bias, dtype=torch.float64))
-    config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=rate, target_modules="0", init_lora_weights=False)
-    layer = peft.get_peft_model(model, config).base_model.model[0]
+    model = nn.Sequential(*(nn.Linear(12, width, bias=bias, dtype=torch.float64) for width in (8, 5)))
+    config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=rate, target_modules=["0", "1"], init_lora_weights=False)
+    layers = tuple(peft.get_peft_model(model, config).base_model.model)
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     kept = (torch.rand(10, 12) >= rate).to(torch.int8)
     monkeypatch.setattr(ours, "kept_by_dropout", lambda *_: kept)
-    plain = layer.lora_dropout["default"]
-    weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    plain = [layer.lora_dropout["default"] for layer in layers]
+    weights = [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
 
-    def run(forward):
-        y = forward(x)
-        return [y, *torch.autograd.grad((y**3).sum(), [x, *weights])]
+    def run(outputs):
+        return [*outputs, *torch.autograd.grad(sum((y**3).sum() for y in outputs), [x, *weights])]
 
-    found = run(lambda x: ours.lean_lora(layer, x))
-    layer.lora_dropout["default"] = MaskTimes(kept.view(2, 5, 12).double() / (1 - rate)) if rate else plain
-    expected = run(layer)
-    assert all(torch.allclose(*pair, rtol=1e-12, atol=1e-12) for pair in zip(found, expected, strict=True))
-    layer.lora_dropout["default"] = plain
-    assert torch.autograd.gradcheck(lambda x, *_: ours.lean_lora(layer, x), [x, *weights])
-    assert torch.allclose(layer.eval()(x), ours.lean_lora(layer, x), rtol=1e-12)  # no dropout
+    def agree(found, expected):
+        return all(torch.allclose(*pair, rtol=1e-12, atol=1e-12) for pair in zip(found, expected, strict=True))
+
+    found = run(ours.lean_lora(layers, x))
+    for layer in layers:
+        if rate:
+            layer.lora_dropout["default"] = MaskTimes(kept.view(2, 5, 12).double() / (1 - rate))
+    assert agree(found, run([layer(x) for layer in layers]))
+    for layer, dropout in zip(layers, plain, strict=True):
+        layer.lora_dropout["default"] = dropout
+    assert torch.autograd.gradcheck(lambda x, *_: ours.lean_lora(layers, x), [x, *weights])
+    assert torch.autograd.gradcheck(lambda x, *_: ours.lean_lora(layers[:1], x), [x, *weights[:2]])
+    model.eval()
+    assert agree(ours.linears(layers, x), [layer(x) for layer in layers])  # no dropout
 
 
 class MaskTimes(nn.Module):

@@ -152,6 +152,7 @@ def test_the_proof_tests_on_every_product_and_makes_each_fold_once(finished):
     ended = make(data, "proof", "FOLDS=3")
     assert ended.returncode == 0, ended.stdout
     assert ended.stdout.count("--fold ") == 3 and "1_clean.py" not in ended.stdout
+    assert "`make proof`" not in ended.stdout  # a fold's own report does not send one here
     report = json.loads((data / "proof/report.json").read_text())
     assert report["items"] == json.loads((data / "shards/manifest.json").read_text())["counts"]["written"]
     assert [run["name"] for run in report["runs"]] == ["dual_lora"] and len(report["folds"]) == 3

@@ -154,6 +154,35 @@ def test_overhead_and_ids_to_the_letter(tmp_path):
         assert path.stat().st_size - payload <= 3500 * len(index) + 10240
 
 
+def test_a_shard_keeps_both_limits(tmp_path, monkeypatch):
+    """1,000 samples and 500 MB, headers counted: planned for the largest JPEGs there are, and held to when written."""
+    config = common.PrepConfig(image_size=64, quality=100)
+    with contextlib.closing(prepare.open_work(tmp_path / "plan.sqlite", config)) as work:
+        work.execute("INSERT INTO pictures VALUES ('p', 1, 1, 's', x'', x'', '', x'')")
+        one = "INSERT INTO items VALUES (?, '{}', 'chair', '', 'p', 1, 1, 0, '', 'train', ?)"
+        work.executemany(one, ((str(i), i) for i in range(2300)))
+        assert [shard.count for shard in shards.plan_shards(work, config)] == [1000, 1000, 300]
+        large = common.PrepConfig(image_size=1024)
+        counts = [shard.count for shard in shards.plan_shards(work, large)]
+        assert sum(counts) == 2300 and max(counts) * 3 * 1024**2 < 500_000_000 < (max(counts) + 3) * 3 * 1024**2
+    rows = make_shop(tmp_path, 40)
+    for i, row in enumerate(rows):
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / row["image_path"], quality=100)
+    limit = 7 * (3 * 64**2 + 20_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", limit)  # in this process, which plans
+    output = tmp_path / "out"
+    assert run(write_catalogue(tmp_path, rows), output, "--quality", "100") == common.DONE
+    sizes = [path.stat().st_size for path in output.glob("t*/*.tar")]
+    assert len(sizes) >= 5 and max(sizes) <= limit
+    with contextlib.closing(sqlite3.connect(output / ".work/scan-0.sqlite")) as work:
+        first = next(iter(shards.plan_shards(work, config)))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    with pytest.raises(common.Fail, match="over the limit of 20000; shorten the columns"):
+        shards.write_shard((first, str(output / ".work/scan-0.sqlite"), str(tmp_path / "other"), config))
+    assert not list(tmp_path.glob("other/*/*.tar")) and not list(output.glob(".work/*.tmp"))
+
+
 # The split -----------------------------------------------------------------------------------------------------------
 
 
