@@ -46,7 +46,7 @@ else
   MODEL ?= local-dir:tests/small_clip
   EPOCHS ?= 40
   IMAGE_SIZE ?= 224
-  TRAIN_FLAGS ?= --augment advanced
+  TRAIN_FLAGS ?= --augment advanced --lora-lr 0.003
 endif
 
 PRETRAINED ?= $(if $(filter local-dir:%,$(MODEL)),$(MODEL),openai)

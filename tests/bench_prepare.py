@@ -19,7 +19,7 @@ import imaging
 import splits
 from bench import Case
 
-PHOTOS, SIDE = 4000, 500
+PHOTOS, SIDE = 8000, 500  # a catalogue has more: the second that the start takes must not weigh more here than there
 
 
 def make_shop(folder: Path) -> Path:

@@ -4,7 +4,8 @@
 
 A table stands between <!-- name --> and <!-- /name -->. `settings` comes from the dataclasses of common.py, `results`
 from data/report/report.json (make ablation), `bench` from bench.jsonl (make bench), `growth` from growth.jsonl and
-docs/growth.svg with it (make growth), `memory` from memory.md (make memory).
+docs/growth.svg with it (make growth), `memory` from memory.md (make memory), `sweep` from data/sweep/sweep.json (make
+sweep).
 """
 
 from __future__ import annotations
@@ -66,6 +67,20 @@ def results(path: Path = ROOT / "data/report/report.json") -> str:
     return "\n".join([*rows, "", told])
 
 
+def swept(path: Path = ROOT / "data/sweep/sweep.json") -> str:
+    """Every setting tried, each at the best found of those above it."""
+    found = common.read_json(path)
+    tried: dict[str, list[str]] = {}
+    for facts in found["tries"]:
+        name, mark = facts["axis"], "**" if facts["won"] else ""
+        tried.setdefault(name, []).append(f"{mark}{facts['mrr']:.3f}{mark} at {facts[name]:g}")
+    rows = ["| setting | validation MRR |", "|---|---|"]
+    rows += [f"| `--{name.replace('_', '-')}` | {', '.join(values)} |" for name, values in tried.items()]
+    flags = f" with `{' '.join(found['flags'])}`" if found["flags"] else ""
+    told = f"{found['epochs']} epochs each{flags}; zero-shot has {found['tries'][0]['zero_shot_mrr']:.3f}."
+    return "\n".join([*rows, "", told])
+
+
 def measured_growth() -> str:
     """The growth table; draws docs/growth.svg beside it."""
     common.write_whole(ROOT / "docs/growth.svg", growth.plot())
@@ -77,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "bench": lambda: bench.markdown(bench.RESULTS),
     "growth": measured_growth,
+    "sweep": swept,
     "memory": lambda: (ROOT / "memory.md").read_text(encoding="utf-8").rstrip(),
 }
 

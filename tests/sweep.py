@@ -44,7 +44,7 @@ def attempt(args: argparse.Namespace, others: list[str], chosen: dict[str, float
     flags = {"--shards": args.shards, "--model": args.model, "--output": output, "--scenario": args.scenario}
     flags |= {"--epochs": args.epochs} | ({"--pretrained": args.pretrained} if args.pretrained else {})
     flags |= {f"--{key.replace('_', '-')}": value for key, value in chosen.items()}
-    code = importlib.import_module("3_train").main([str(part) for pair in flags.items() for part in pair] + others)
+    code = importlib.import_module("3_train").main([*others, *(str(part) for pair in flags.items() for part in pair)])
     if code:
         raise common.Fail(f"{output}: training failed; see above", code)
     facts = common.read_json(output / "train.json")
