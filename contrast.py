@@ -74,7 +74,7 @@ def accumulate(run, batch: Batch, step: int, scale_up=lambda loss: loss):
     leaves = images.requires_grad_(), texts.requires_grad_()
     loss = pair_loss(*leaves, keys, scale, towers.model.logit_bias)
     scale_up(loss).backward()  # the temperature has its whole gradient now, on every process
-    for k, (part, rows) in enumerate(zip(parts, mine.split(run.micro), strict=False)):
+    for k, (part, rows) in enumerate(zip(parts, mine.split(run.micro), strict=False)):  # of no rows: one empty split
         if not fits:
             reseed(run.config.seed, step, int(part.positions[0]))
             embedded[k] = towers.embed(part)
