@@ -229,7 +229,6 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     if run.model == args.model:
         raise Fail(f"{args.finetuned}: that run is the base model itself; choose a --finetuned that was trained")
     folder = Path(args.vectors) if args.vectors else output.parent / "vectors"
-    common.keep_freed_memory()
     with alone(folder, ranks):
         device = device_of(config.device, ranks)
         base = Run("zero_shot", args.model, args.pretrained, None)
@@ -300,7 +299,6 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     output = Path(args.output)
     folder = Path(args.vectors) if args.vectors else output.parent / "embeddings" / "vectors"
     runs = [read_run(path, args) for path in args.run]
-    common.keep_freed_memory()
     with alone(folder, ranks):
         device = device_of(config.device, ranks)
         items = open_items(args, config, folder, ("test",), ranks)
@@ -668,6 +666,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch-size {config.batch_size}: must be at least 1")
     if config.draws < 100:
         parser.error(f"--draws {config.draws}: must be at least 100")
+    common.keep_freed_memory()
     return {"embed": embed, "report": report, "pool": pool}[args.command](args, config)
 
 

@@ -220,7 +220,7 @@ $(REPORTS): $(FOLD)/%/report-$(SCENARIO)/report.json: $(FOLD)/%/$(SCENARIO)/trai
 proof: $(REPORTS) ## test SCENARIO on every product, FOLDS trainings long: for catalogues whose test split is too small
 	$(PYTHON) 4_embed.py pool $(REPORTS:%/report.json=--report %) --output $(DATA)/proof
 
-sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: what the defaults rest on
+sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: what the small CLIP's rests on
 	$(PYTHON) tests/sweep.py \
 	  --shards $(SHARDS) \
 	  --model $(MODEL) \

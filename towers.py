@@ -69,12 +69,12 @@ class World:
         positions = positions.to(self.device)
         there = torch.zeros(total, dtype=torch.int64, device=self.device)
         there[positions] = 1
-        there = self.sum(there)
+        there = self.sum(there) > 0
         found = []
         for column in columns:
             whole = column.new_zeros((total, *column.shape[1:]))
             whole[positions] = column
-            found.append(self.sum(whole)[there > 0])
+            found.append(self.sum(whole)[there])
         return found, (there.cumsum(0) - 1)[positions]
 
     def share(self, value: Any) -> list[Any]:

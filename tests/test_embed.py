@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import importlib
 import io
@@ -439,8 +438,6 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
         shards = write_shards(folder / "shards", items_of(train=count), per_shard=100)
         config, ranks = common.EmbeddingConfig(precision="fp32", batch_size=32), vectors.Ranks()
         clip = importlib.import_module("clip").load_clip(f"local-dir:{world / 'base'}")
-        gc.collect()
-        gc.freeze()  # what earlier tests left is out of the count by which Python decides when to look for cycles
         tracemalloc.start()
         items = vectors.Items(str(shards), folder, storage.SPLITS, ranks)
         encoder = vectors.open_encoder(clip, items, config, ranks)
@@ -448,7 +445,6 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
         stage.write_master(folder / "master.parquet", items, {"base": encoder, "finetuned": encoder}, [], {})
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        gc.unfreeze()
         known.append(len(encoder.image.digests) + len(encoder.text.digests))
     assert known[2] - known[1] > 4000, "rows must differ in picture and, most of them, in prompt"
     assert peaks[2] <= 1.1 * peaks[1] + 84 * 2700 + 100 * (known[2] - known[1]), peaks
