@@ -172,7 +172,7 @@ def scan(
 
     def ask() -> None:
         jobs = [(number, path, config) for number, (path, *_) in wanted.items()]
-        asked.append((wanted.copy(), pool.map(scan_image, jobs, chunksize=8)))
+        asked.append((wanted.copy(), pool.map(scan_image, jobs, chunksize=16)))
         wanted.clear()
 
     def settle() -> None:

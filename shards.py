@@ -104,10 +104,8 @@ def plan_shards(work: sqlite3.Connection, config: PrepConfig) -> Iterator[Shard]
             chunk = rows.fetchmany(size)
             if not chunk:
                 break
-            plan = hashlib.sha256(common.canonical([made_by, first]))
-            for id, group, fields, source in chunk:
-                plan.update(common.canonical([id, group, json.loads(fields), source]))
-            yield Shard(f"{split}/shard-{number:06d}.tar", split, first, start, len(chunk), plan.hexdigest())
+            plan = common.digest([made_by, first, chunk])
+            yield Shard(f"{split}/shard-{number:06d}.tar", split, first, start, len(chunk), plan)
             first += len(chunk)
 
 
