@@ -347,11 +347,11 @@ def sweep_alpha(run: Run, fine: dict[str, Any]) -> tuple[float, list[dict[str, A
 
 def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dict[str, Any]]:
     """Open shards and model; settle what was left to be found out."""
-    from clip import load_clip
+    from clip import has_bf16, load_clip
 
     world = World(config.device)
     if config.precision == "auto":
-        config = dataclasses.replace(config, precision="bf16" if world.device.type == "cuda" else "fp32")
+        config = dataclasses.replace(config, precision="bf16" if has_bf16(world.device.type) else "fp32")
     manifest = storage.load_manifest(shards)
     clip = load_clip(config.model, config.pretrained, world.device)
     probe = load_probe(config.probe, clip) if config.probe else None
@@ -387,7 +387,8 @@ def fine_tune(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | N
         keep_features(run, data)
     parts = math.ceil(run.effective / run.world.size / run.micro)
     run.say(
-        f"effective batch {run.effective} = {run.world.size} processes x {parts} micro batches of up to {run.micro}"
+        f"effective batch {run.effective} = {run.world.size} processes x {parts} micro batches of up to {run.micro},"
+        f" in {config.precision}"
     )
     counts = run.towers.counts()
     state = train(run, manifest, checkpoint, log)

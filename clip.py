@@ -156,6 +156,14 @@ def _explain(name: str, pretrained: str | None, error: Exception) -> Fail:
     return Fail(f"{name}: could not be loaded ({type(error).__name__}: {text}); check --model and --pretrained")
 
 
+def has_bf16(device: str) -> bool:
+    """Whether bfloat16 is computed in hardware there; elsewhere it would be slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
+
+
 def fingerprint(model: nn.Module, config: dict[str, Any] | None = None) -> str:
     """sha256 (hex) over a model's configuration, and names, types, shapes and bytes of its weights."""
     total = hashlib.sha256(canonical(config or {}))

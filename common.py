@@ -106,7 +106,9 @@ class TrainingConfig:
     captions: str = setting("varied", "another prompt each epoch, or the shard's own", ("varied", "fixed"))
     augment: str = setting("none", "none, crop and flip, or rotation and blur too", ("none", "simple", "advanced"))
     views: int = setting(4, "fixed augmented views of a picture where its tower is frozen and runs but once")
-    precision: str = setting("auto", "auto: bf16 on a GPU, fp32 elsewhere", ("auto", "fp32", "bf16", "fp16"))
+    precision: str = setting(
+        "auto", "auto: bf16 where the processor computes in it, else fp32", ("auto", "fp32", "bf16", "fp16")
+    )
     optimizer: str = setting(
         "adamw", "8 bits save 15 MB for LoRA of a ViT-B-32; 30 times slower on a CPU", ("adamw", "adamw8bit")
     )

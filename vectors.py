@@ -414,18 +414,10 @@ def model_key(clip, precision: str) -> str:
     return common.digest([FORMAT, clip.fingerprint, clip.size, list(clip.mean), list(clip.std), precision])[:24]
 
 
-def has_bf16(device: str) -> bool:
-    """Whether bfloat16 is computed in hardware there; elsewhere it would be slower than float32."""
-    import torch
-
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
-
-
 def open_encoder(clip, items: Items, config: EmbeddingConfig, ranks: Ranks) -> Encoder:
     """A model with its store, in half precision where that is wanted and proves true on the first pictures."""
+    from clip import has_bf16
+
     wanted = config.precision
     if wanted == "auto":
         wanted = "bf16" if has_bf16(clip.device.type) else "fp32"

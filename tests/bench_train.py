@@ -236,15 +236,19 @@ def steps(title: str, ours: tuple, theirs: tuple, target: float, times: int = 1)
 
 def cases(workdir: Path) -> list[Case]:
     """The cases of stage 3."""
+    from clip import has_bf16
+
     found = []
-    for precision, hugging, full in (("fp32", 2.4, 3.3), ("bf16", 1.4, 1.8)):
-        ours = (our_step, "dual_lora", precision)
+    auto = "bf16" if has_bf16("cpu") else "fp32"
+    for ours, theirs, hugging, full in (
+        ("auto", "fp32", 2.4, 3.3), ("bf16", "bf16", 1.4, 1.8), ("fp32", "fp32", 2.4, 3.3),
+    ):  # fmt: skip
+        step = (our_step, "dual_lora", auto if ours == "auto" else ours)
         for name, maker, target in (
             ("transformers' CLIPModel + PEFT", transformers_step, hugging),
             ("open_clip's full fine-tuning", full_step, full),
         ):
-            title = f"dual_lora / {name}, {precision}"
-            found.append(steps(title, ours, (maker, precision), target))
+            found.append(steps(f"dual_lora, {ours} / {name}, {theirs}", step, (maker, theirs), target))
     for scenario, times, target in (("vision_lora", 1, 1.3), ("text_lora", 4, 7.0), ("linear_probe", 300, 500.0)):
         ours = (our_step, scenario, "fp32")
         found.append(steps(f"{scenario} / without kept features", ours, (*ours, False), target, times))

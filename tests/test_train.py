@@ -45,7 +45,7 @@ def base(tmp_path_factory):
 
 def arguments(base, output, *more):
     flags = {"--shards": base / "shards", "--model": f"local-dir:{base / 'clip'}", "--output": output, "--epochs": 2}
-    flags |= {"--lr": 1e-2, "--lora-lr": 3e-3, "--effective-batch-size": 24, "--workers": 1}
+    flags |= {"--lr": 1e-2, "--lora-lr": 3e-3, "--effective-batch-size": 24, "--workers": 1, "--precision": "fp32"}
     return [str(part) for pair in flags.items() for part in pair] + [str(part) for part in more]
 
 
@@ -645,6 +645,13 @@ def test_compiled_towers_compute_the_same(base, tmp_path, monkeypatch):
 def test_further_ways_of_training_run_to_the_end(base, tmp_path, flags):
     facts = train(base, tmp_path, "--epochs", 3, *flags)
     assert facts["validation"]["best"]["loss"] < facts["validation"]["zero_shot"]["loss"]
+
+
+@pytest.mark.parametrize("in_hardware, precision", [(True, "bf16"), (False, "fp32")])
+def test_bf16_is_chosen_where_the_processor_computes_in_it(base, tmp_path, capsys, monkeypatch, in_hardware, precision):
+    monkeypatch.setattr(ours, "has_bf16", lambda device: in_hardware)
+    assert train(base, tmp_path, "--precision", "auto", "--epochs", 1)["identity"]["precision"] == precision
+    assert f"of up to 24, in {precision}" in capsys.readouterr().out
 
 
 def test_fp16_skips_overflowed_steps_without_moving_the_schedule(base, tmp_path):
