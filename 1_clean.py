@@ -45,6 +45,7 @@ BOUNDS = {  # of settings: what the API takes, and what makes sense
     "limit": (1, math.inf), "workers": (1, 1000), "concurrency": (1, 1000), "max_cost": (0, math.inf),
     "poll_interval": (0, 86_400), "timeout": (1, 86_400), "settle": (0, 86_400), "backoff": (0, MAX_BACKOFF),
 }  # fmt: skip
+LOST = "lost store: "  # before the name of a request file that was in the store before the present one
 MIN_SPLIT = 100  # requests down to which a file is halved for a full queue whose limit nobody states
 
 
@@ -68,6 +69,17 @@ class StateManager:
             os.replace(self.path, self.path.with_suffix(".torn.json"))
             say(f"{self.path} was unreadable and is set aside; looking through the account's batches instead")
             self.data = self.fresh(processor, doubt=used)
+        if self.data.setdefault("workspace", self.workspace) != self.workspace:
+            self.outlive_store(processor)
+
+    def outlive_store(self, processor: DataProcessor) -> None:
+        """The store was lost and is made anew, with other files under the old names: keep what is in flight apart."""
+        self.workspace = processor.meta("workspace", self.data["workspace"])
+        processor.meta("used", "1")
+        for batch in self.data["batches"].values():
+            batch["input_file"] = LOST + batch["input_file"].removeprefix(LOST)
+        doubt = self.data["doubt_since"] or (time.time() if self.data["intent"] else None)
+        self.set(uploads={}, completed_files=[], intent=None, doubt_since=doubt)
 
     @staticmethod
     def checked(data: Any) -> dict[str, Any]:
@@ -206,8 +218,10 @@ class Machine:
             metadata = batch.metadata or {}
             if metadata.get("workspace") != self.state.workspace or batch.id in batches:
                 continue
-            say(f"found {batch.id} for {metadata.get('file')}, whose answer was lost")
-            batches[batch.id] = describe(batch, metadata.get("file", ""))
+            name = metadata.get("file", "")
+            say(f"found {batch.id} for {name}, whose answer was lost")
+            same = self.processor.one("SELECT sha256 FROM files WHERE name = ?", name) == metadata.get("sha256")
+            batches[batch.id] = describe(batch, name if same else LOST + name)
             if intent and metadata.get("intent") == intent.get("id"):
                 intent = None
         self.state.set(batches=batches, intent=intent)
@@ -379,6 +393,8 @@ class Machine:
     def next_file(self) -> tuple | None:
         """The file to send now, or None: all sent, queue full, or the pilot not back yet."""
         live = self.state.live()
+        if any(batch["input_file"].startswith(LOST) for batch in live.values()):
+            return None  # these may bring what would be asked again
         while files := self.processor.unsent(self.state.sent()):
             name, _, requests, tokens, patches, pilot = files[0]
             if self.processor.needed(name) < requests:
@@ -461,9 +477,15 @@ class Machine:
         metadata = {"workspace": self.state.workspace, "file": name, "sha256": sha256, "intent": intent["id"]}
         try:
             batch = self.client.create(uploads[name], metadata)
-        except Missing:  # the upload expired or was deleted
+        except Missing:  # the upload expired or was deleted, or nobody knows of batches there
             del uploads[name]
-            self.state.set(intent=None)
+            again = self.state.data.get("lost_upload") == name
+            self.state.set(intent=None, lost_upload=name)
+            if again:
+                raise Fail(
+                    f"{self.client.url} takes uploads, yet makes no batch of them (404, twice for {name}); where it has"
+                    " no Batch API, use `run --sync`"
+                ) from None
             raise Later(f"the upload of {name} is gone; uploading it again") from None
         except (Fail, Quota) as error:
             if isinstance(error, Refused):
@@ -474,7 +496,8 @@ class Machine:
             if not later.doubtful:
                 self.state.set(intent=None)
             raise
-        self.state.set(intent=None, batches=self.state["batches"] | {batch.id: describe(batch, name)})
+        known = self.state["batches"] | {batch.id: describe(batch, name)}
+        self.state.set(intent=None, lost_upload=None, batches=known)
         say(f"{name}: sent as {batch.id}")
 
     # -- without the Batch API
@@ -482,6 +505,10 @@ class Machine:
         """Ask row by row, at most `concurrency` at a time; every answer is stored as it comes."""
         from concurrent.futures import ThreadPoolExecutor
 
+        try:
+            self.clear_doubt()
+        except (Later, Quota) as error:
+            raise Fail(f"{error}; nothing was sent; run again later") from None
         if self.state.live():
             raise Fail("batches of this workspace are in flight; collect them with `poll` before using --sync")
         try:
@@ -707,7 +734,7 @@ def main(argv: list[str] | None = None) -> int:
     with common.exclusive(Path(args.workspace) / "lock") as mine:
         if not mine:
             say(f"another call is at work in {args.workspace}; nothing to do here")
-            return common.DONE
+            return common.DONE if args.command == "poll" else common.UNFINISHED  # whoever asked for a result has none
         return work(args, settings)
 
 

@@ -203,6 +203,7 @@ def scan(
     for id, fields, why in unusable:
         rejects.append(common.reject(common.Row(0, id, json.loads(fields), None), *json.loads(why)))
         work.execute("DELETE FROM items WHERE id = ?", (id,))
+    work.execute("""DELETE FROM pictures WHERE reason LIKE '["unreadable file"%'""")  # the next run tries it again
     if limit is None:  # what is in the catalogue no longer
         used = "SELECT path, size, changed FROM items"
         work.execute(f"DELETE FROM pictures WHERE reason = '' AND (path, size, changed) NOT IN ({used})")
@@ -387,7 +388,7 @@ def remove_stale(output: str, splits: dict[str, dict]) -> None:
 def write_items(work: sqlite3.Connection) -> bytes:
     """items.csv: id, split and duplicate group of every item."""
     items = io.StringIO()
-    writer = csv.writer(items, lineterminator="\n")
+    writer = csv.writer(common.csv_rows(items))
     writer.writerow(["id", "split", "group"])
     writer.writerows(work.execute("SELECT id, split, grp FROM items ORDER BY position"))
     return items.getvalue().encode()

@@ -38,9 +38,7 @@ from towers import SCENARIOS, Towers, World, fitting_micro_batch
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
-NO_MEMORY = "out of memory|not enough memory|can't allocate memory"  # as torch words it
-MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper
-FREE_SETTINGS = (  # may differ when a run goes on: they do not change what is computed, or only how exactly it adds up
+FREE_SETTINGS = (  # may differ when a run goes on: they do not change what is learned from, or only what dropout draws
     *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "wandb_artifacts", "resume", "device"),
     *("wise", "probe", "micro_batch_size", "model", "pretrained", "effective_batch_size"),  # resolved ones are kept
 )
@@ -96,7 +94,7 @@ def keep_features(run: Run, data: Data) -> None:
             with torch.no_grad(), run.towers.autocast():
                 return run.towers.features(tower, inputs).float().cpu()
 
-        folder = run.output / "cache" / f"{data.samples.split}-{tower}-{known}"
+        folder = run.world.cache(run.output) / f"{data.samples.split}-{tower}-{known}"
         with run.world.first_on_this_machine():
             keep(data, tower, folder, encode, run.micro, variants)
 
@@ -139,16 +137,18 @@ def load_probe(path: str, clip) -> Batch:
     import torch
 
     try:
-        with open(path, newline="", encoding="utf-8") as handle:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
             rows = [(Path(path).parent / row["image_path"], row["caption"]) for row in csv.DictReader(handle)]
         if not rows:
             raise ValueError("no rows")
         pictures = [np.array(imaging.letterbox(imaging.load_image(source, clip.size), clip.size)) for source, _ in rows]
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        captions = [caption for _, caption in rows]
+        if None in captions:
+            raise ValueError(f"no caption for {rows[captions.index(None)][0].name}")
     except (OSError, KeyError, TypeError, ValueError, imaging.BadImage) as error:
         what = f"no column {error}" if isinstance(error, KeyError) else error
         raise Fail(f"--probe {path}: {what}; it wants a CSV with image_path,caption and its pictures") from None
-    captions = [caption for _, caption in rows]
     keys = torch.tensor([hashed(caption) for caption in captions])
     return Batch(len(rows), torch.arange(len(rows)), keys, images, clip.tokenizer(captions))
 
@@ -220,6 +220,13 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     loss = accumulate(run, batch, state.step, scaler.scale)
+    if idle := [
+        name for name, p in towers.trained.items() if p.grad is None
+    ]:  # timm's EVA reads its qkv's weight itself
+        raise Fail(
+            f"{run.clip.name} computes without {idle[0]} ({len(idle)} of {len(towers.trained)} parameters): LoRA there"
+            " would change nothing; use --scenario linear_probe"
+        )
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in towers.trained.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -232,7 +239,7 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
     scaler.step(optimizer)
     scaler.update()
     with torch.no_grad():
-        towers.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        towers.model.logit_scale.clamp_(0, towers.largest_scale)
     state.step += 1
     state.batch += 1
     state.updates += scaler.get_scale() >= before
@@ -345,20 +352,24 @@ def sweep_alpha(run: Run, fine: dict[str, Any]) -> tuple[float, list[dict[str, A
 # The whole
 
 
-def prepare(config: TrainingConfig, shards: str, output: Path) -> tuple[Run, dict[str, Any]]:
-    """Open shards and model; settle what was left to be found out."""
+def prepare(
+    config: TrainingConfig, shards: str, output: Path, checkpoint: dict[str, Any] | None = None
+) -> tuple[Run, dict[str, Any]]:
+    """Open shards and model; settle what was left to be found out, as the checkpoint has it where there is one."""
     from clip import has_bf16, load_clip
 
     world = World(config.device)
-    if config.precision == "auto":
-        config = dataclasses.replace(config, precision="bf16" if has_bf16(world.device.type) else "fp32")
+    if config.precision == "auto":  # a run goes on as it began, on another machine too
+        suits = "bf16" if has_bf16(world.device.type) else "fp32"
+        begun = checkpoint["identity"]["precision"] if checkpoint else suits
+        config = dataclasses.replace(config, precision=world.share(begun)[0])
     manifest = storage.load_manifest(shards)
     clip = load_clip(config.model, config.pretrained, world.device)
     probe = load_probe(config.probe, clip) if config.probe else None
     with world.first_on_this_machine():
         room = config.cache_gb * 1e9
         splits = [
-            Samples(shards, manifest, s, output / "cache" / "shards", room, config.limit)
+            Samples(shards, manifest, s, world.cache(output) / "shards", room, config.limit)
             for s in ("train", "validation")
         ]
     for samples in splits:
@@ -425,7 +436,7 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     common.keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
     checkpoint = find_checkpoint(config, output) if SCENARIOS[config.scenario][2] else None
-    run, manifest = prepare(config, shards, output)
+    run, manifest = prepare(config, shards, output, checkpoint)
     found = run.world.share(checkpoint and checkpoint["state"]["step"])
     if len(set(found)) > 1:
         raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
@@ -476,13 +487,12 @@ def main(argv: list[str] | None = None) -> int:
         if not mine:
             raise Fail(f"{args.output}: another run is writing here; wait for it, or choose another --output")
         try:
-            run_scenario(config, args.shards, args.output)
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
+            with common.memory_running_out("lower --micro-batch-size, or use --grad-checkpointing"):
+                run_scenario(config, args.shards, args.output)
+        except RuntimeError as error:
             if re.search("Connection (closed|reset) by (remote )?peer", str(error)):
                 raise Fail("another process of this run stopped, and says why; start them all again") from None
-            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
-                raise
-            raise Fail("out of memory; lower --micro-batch-size, or use --grad-checkpointing") from None
+            raise
     return DONE
 
 

@@ -277,7 +277,8 @@ def check_widths(base, finetuned) -> None:
 def master_facts(items, encoders, run: Run, args: argparse.Namespace, output: Path) -> dict[str, str]:
     """master.parquet's metadata. No path of this machine is among it, so that the same work gives the same bytes."""
     folder = os.path.relpath(Path(run.model.removeprefix("local-dir:")).resolve(), output.parent.resolve())
-    base = args.model if "local-dir:" in args.model else f"{args.model}/{args.pretrained}"
+    local = encoders[0].clip.folder
+    base = f"local-dir:{args.model.removeprefix('local-dir:')}" if local else f"{args.model}/{args.pretrained}"
     shards = [(split, entry["sha256"]) for split, entry in items.entries]
     made_from = [shards, [encoder.key for encoder in encoders], COLUMNS]
     return {
@@ -667,7 +668,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.draws < 100:
         parser.error(f"--draws {config.draws}: must be at least 100")
     common.keep_freed_memory()
-    return {"embed": embed, "report": report, "pool": pool}[args.command](args, config)
+    with common.memory_running_out("lower --batch-size"):
+        return {"embed": embed, "report": report, "pool": pool}[args.command](args, config)
 
 
 if __name__ == "__main__":

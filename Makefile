@@ -144,9 +144,9 @@ $(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
 # A checkpoint older than its settings or than what it was trained on belongs to another run: it is not gone on with.
 define train
 	@$(if $(filter local-dir:tests/small_clip,$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
-	@checkpoint=$(@D)/checkpoint.pt; resume=--no-resume; \
-	if [ $$checkpoint -nt $(SETTINGS)/train ] && [ -z "$$(find $(3) -newer $$checkpoint -print -quit)" ]; \
-	then resume=--resume; fi; \
+	@checkpoint=$(@D)/checkpoint.pt; resume=--resume; \
+	if [ -e $$checkpoint ] && { [ ! $$checkpoint -nt $(SETTINGS)/train ] || \
+	  [ -n "$$(find $(3) -newer $$checkpoint -print -quit)" ]; }; then resume=--no-resume; fi; \
 	set -x; $(PYTHON) 3_train.py \
 	  --shards $(1) \
 	  --scenario $(2) \

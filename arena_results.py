@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import common
 from arena_log import CHOICES, Log
 from common import Fail
 
@@ -73,7 +74,7 @@ def export(log: Log, experiments: Iterable[dict[str, Any]], form: str) -> str:
     if form == "json":
         return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, EXPORTED, lineterminator="\n")
+    writer = csv.DictWriter(common.csv_rows(buffer), EXPORTED)
     writer.writeheader()
     for row in rows:
         lists = {name: " ".join(row[name]) for name in ("left_items", "right_items")}

@@ -118,7 +118,13 @@ class BatchAPIClient:
             with open(path, "rb") as handle:  # streamed, not read whole
                 return self.client.files.create(file=(path.name, handle, "application/jsonl"), purpose="batch").id
 
-        return self.call(f"upload of {path.name}", send)
+        try:
+            return self.call(f"upload of {path.name}", send)
+        except Missing:
+            raise self.no_batches("files") from None
+
+    def no_batches(self, what: str) -> Fail:
+        return Fail(f"{self.url}/{what} is not there (404); where the server has no Batch API, use `run --sync`")
 
     def create(self, file_id: str, metadata: dict[str, str]) -> Any:
         def send() -> Any:
@@ -143,7 +149,10 @@ class BatchAPIClient:
             newer = itertools.takewhile(lambda batch: batch.created_at >= since, self.client.batches.list(limit=100))
             return list(newer)
 
-        return self.call("the list of batches", read)
+        try:
+            return self.call("the list of batches", read)
+        except Missing:
+            raise self.no_batches("batches") from None
 
     def download(self, file_id: str, path: Path) -> None:
         def read() -> None:

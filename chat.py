@@ -185,7 +185,7 @@ class Builder:
         self.settings, self.folder = settings, folder
         self.template = request_template(settings)
         self.fixed_tokens = (len(PROMPT) + len(json.dumps(SCHEMA))) // 4
-        self.known = sqlite3.connect(f"file:{store}?mode=ro", uri=True)
+        self.known = sqlite3.connect(f"{store.resolve().as_uri()}?mode=ro", uri=True)
 
     def block(self, rows: list[tuple[int, str, str, str]]) -> list[Built]:
         return [self.row(*row) for row in rows]
@@ -216,14 +216,25 @@ class Builder:
 
 def _work(pipe: Any, *arguments: Any) -> None:
     """A worker process: blocks of rows in, built rows out, until the parent closes the pipe or dies."""
+    import queue
     import signal
+    import threading
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     common.keep_freed_memory()
+    blocks: queue.SimpleQueue = queue.SimpleQueue()
+
+    def receive() -> None:  # at any time: the parent, while it sends a long block, takes in no result
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                blocks.put(pipe.recv())
+        blocks.put(None)
+
+    threading.Thread(target=receive, daemon=True).start()
     builder = Builder(*arguments)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            pipe.send(builder.block(pipe.recv()))
+    with contextlib.suppress(OSError):
+        while (block := blocks.get()) is not None:
+            pipe.send(builder.block(block))
 
 
 def build_rows(blocks: Iterable[list], workers: int, *arguments: Any) -> Iterator[Built]:
@@ -279,7 +290,7 @@ def with_more_room(line: bytes) -> bytes:
 
 
 class Outcome(NamedTuple):
-    """`kind`: ok; again (an attempt is used up); free (goes back without one); final (not asked again); quota."""
+    """`kind`: ok; again (an attempt is used up); final (not asked again); quota (goes back, no attempt is used)."""
 
     kind: str
     fields: dict[str, str] | None = None

@@ -34,6 +34,7 @@ from chat import (
     build_rows,
     queue_tokens,
     read_result,
+    request_template,
     speakable,
     with_more_room,
 )
@@ -106,7 +107,6 @@ class DataProcessor:
         for folder in (self.requests, self.raw):
             folder.mkdir(parents=True, exist_ok=True)
         self.path = self.workspace / "results.sqlite"
-        fresh = not self.path.exists()
         try:
             self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             self.db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-512;" + TABLES)
@@ -116,7 +116,7 @@ class DataProcessor:
             raise Fail(
                 f"{self.path}: {error}; move it away and run again: results are read back from {self.raw}"
             ) from None
-        if fresh:
+        if not self.meta("read back"):
             self.read_back()
 
     def query(self, sql: str, *values: Any) -> list[tuple]:
@@ -144,21 +144,25 @@ class DataProcessor:
     def read_back(self) -> None:
         """Fill a new store with the answers that the raw results hold: the store may be lost, paid answers not."""
         with self.transaction():
+            self.meta("read back", "1")
             for path in sorted(self.raw.glob("*.jsonl")):
                 for line in read_lines(path):
                     outcome = read_result(line)
-                    if outcome.kind == "ok":
-                        key = speakable(str(line.get("custom_id")))
-                        self.db.execute("INSERT OR IGNORE INTO items (digest) VALUES (?)", (key,))
+                    key = speakable(str(line.get("custom_id")))
+                    new = "INSERT OR IGNORE INTO items (digest) VALUES (?)"
+                    if outcome.kind == "ok" and self.db.execute(new, (key,)).rowcount:
                         self.store(key, outcome, "read back")
 
     # -- planning
     def signature(self) -> str:
         """What the plan depends on: the input files and the settings that shape requests."""
-        shape = ("model", "reasoning_effort", "image_size", "jpeg_quality", "image_detail", "limit")
-        chosen = {name: getattr(self.settings, name) for name in shape}
         inputs = [common.file_digest(path) for path in self.args.input]
-        return common.digest([inputs, str(self.folder), PROMPT_VERSION, chosen])
+        return common.digest([inputs, str(self.folder), PROMPT_VERSION, self.shape(), self.settings.limit])
+
+    def shape(self) -> str:
+        """What a request line is made by, beside title and photo."""
+        template = b"@@".join(request_template(self.settings)).decode()
+        return common.digest([template, self.settings.image_size, self.settings.jpeg_quality])
 
     @property
     def folder(self) -> Path:
@@ -182,6 +186,9 @@ class DataProcessor:
         """
         _, rows = self.catalogue()
         signature = self.signature()
+        if self.meta("shape") not in (None, self.shape()):
+            self.forget_lines(sent)
+        self.meta("shape", self.shape())
         self.heal(sent)
         with self.transaction():
             self.meta("plan", ""), self.meta("written", "")
@@ -279,9 +286,31 @@ class DataProcessor:
                 gone = ("again",) if name in sent else ("again", "queued")
                 with self.transaction():
                     for status in gone:
-                        self.db.execute("DELETE FROM items WHERE file = ? AND status = ?", (name, status))
+                        self.forget(name, status)
                     if name not in sent:
                         self.db.execute("UPDATE files SET done = 1 WHERE name = ?", (name,))
+
+    def forget(self, name: str, status: str) -> None:
+        """Drop a file's items of that status, to be built anew; what their attempts cost stays in the sum."""
+        self.db.execute(
+            "INSERT INTO items (digest, status, prompt_tokens, output_tokens, usd)"
+            " SELECT '', 'forgotten', TOTAL(prompt_tokens), TOTAL(output_tokens), TOTAL(usd) FROM items"
+            " WHERE file = ? AND status = ? ON CONFLICT (digest) DO UPDATE SET usd = usd + excluded.usd,"
+            " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+            " output_tokens = output_tokens + excluded.output_tokens",
+            (name, status),
+        )
+        self.db.execute("DELETE FROM items WHERE file = ? AND status = ?", (name, status))
+
+    def forget_lines(self, sent: set[str]) -> None:
+        """The settings that shape requests have changed: lines that wait are built anew, with --retry-failed those
+        that failed too."""
+        for (name,) in self.query("SELECT name FROM files"):
+            if name not in sent:
+                with self.transaction():
+                    for status in ("again", "queued", *(["failed"] if self.settings.retry_failed else [])):
+                        self.forget(name, status)
+                    self.db.execute("UPDATE files SET done = 1 WHERE name = ?", (name,))
 
     def unsent(self, busy: set[str]) -> list[tuple[str, str, int, int, int, int]]:
         """(name, sha256, requests, tokens, patches, pilot) of the files to be sent, the pilot first."""
@@ -408,8 +437,8 @@ class DataProcessor:
             for path in paths:
                 for line in read_lines(path):
                     key = speakable(str(line.get("custom_id")))
-                    state = self.query("SELECT status FROM items WHERE digest = ? AND file = ?", key, name)
-                    if not state or state[0][0] != "queued":
+                    # It stands in another file where the store was lost and the rows were planned anew.
+                    if self.one("SELECT status FROM items WHERE digest = ?", key) != "queued":
                         summary["unreadable, unknown or repeated result"] += 1
                         continue
                     outcome = read_result(line)
@@ -480,7 +509,7 @@ class DataProcessor:
             open(cleaned_path, "w", encoding="utf-8", newline="") as cleaned,
             open(rejects_path, "w", encoding="utf-8") as rejected,
         ):  # fmt: skip
-            writer = csv.DictWriter(cleaned, columns, lineterminator="\n", extrasaction="ignore")
+            writer = csv.DictWriter(common.csv_rows(cleaned), columns, extrasaction="ignore")
             writer.writeheader()
             for row, found in zip(rows, self.db.execute(sql), strict=True):
                 id, reason, detail, status, failure, failure_detail, *values = found

@@ -481,7 +481,7 @@ def _projection_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]
         names = [name for name in ("proj", "mlp") if hasattr(visual.head, name)]
         if names:
             yield "image", visual.head, names[0]
-        elif isinstance(getattr(visual.trunk, "head", None), nn.Linear):
+        elif isinstance(getattr(visual.trunk, "head", None), nn.Linear | nn.Identity):  # Identity: it is taken
             yield "image", visual.trunk, "head"
     else:
         yield "image", visual, "proj"
@@ -532,7 +532,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, relevant: Tensor, rows: in
 
     queries, gallery: float [N, D], L2-normalised, row i of one belonging to row i of the other;
     relevant: int64 [N] or [N, K]; gallery item j is relevant to query i where they agree in any column.
-    Ties count against the model, so that a collapsed one, which gives all pairs one score, does not look perfect.
+    Ties and NaN count against the model: a collapsed one, which gives all pairs one score, does not look perfect.
     """
     keys = relevant.view(len(relevant), -1)
     ranks = []
@@ -541,7 +541,7 @@ def retrieval_ranks(queries: Tensor, gallery: Tensor, relevant: Tensor, rows: in
         scores = queries[part] @ gallery.T  # (rows, N)
         same = (keys[part, None, :] == keys[None, :, :]).any(dim=-1)
         best = scores.masked_fill(~same, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((scores >= best) & ~same).sum(dim=1) + 1)
+        ranks.append((~(scores < best) & ~same).sum(dim=1) + 1)
     return torch.cat(ranks)
 
 
@@ -549,7 +549,7 @@ def retrieval_metrics(images: Tensor, texts: Tensor, relevant: Tensor) -> dict[s
     """recall@1/5/10 and MRR, text to image and image to text, and `mrr`, the mean of both."""
     metrics: dict[str, float] = {}
     for name, queries, gallery in (("text_to_image", texts, images), ("image_to_text", images, texts)):
-        ranks = retrieval_ranks(queries, gallery, relevant)
+        ranks = retrieval_ranks(queries, gallery, relevant).cpu()  # Apple's GPUs have no float64
         metrics |= {f"{name}_recall@{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
         metrics[f"{name}_mrr"] = (1.0 / ranks.double()).mean().item()
     metrics["mrr"] = (metrics["text_to_image_mrr"] + metrics["image_to_text_mrr"]) / 2

@@ -6,6 +6,7 @@ Importing it costs little. Beside it stand storage.py (folders and S3 alike, sha
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -13,12 +14,14 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +96,7 @@ class TrainingConfig:
     effective_batch_size: int | None = setting(
         None, "pairs contrasted with each other in one step (unset: an eighth of the train split, 32 to 1024)"
     )
-    micro_batch_size: str = setting("auto", "pairs in memory at once, a number, or auto: as many as fit; same result")
+    micro_batch_size: str = setting("auto", "pairs in memory at once, a number, or auto: as many as fit; same batch")
     lr: float = setting(1e-4, "peak learning rate of the projections and the temperature")
     lora_lr: float = setting(1e-3, "peak learning rate of LoRA; 5e-6 suits thousands of small steps, not large batches")
     weight_decay: float = setting(0.01, "of AdamW; none on temperature and biases")
@@ -274,6 +277,18 @@ def _refusal(error: Exception) -> str | None:
 # Progress and memory
 
 
+@contextlib.contextmanager
+def memory_running_out(remedy: str) -> Iterator[None]:
+    """Turn what Python and torch (whose OutOfMemoryError is a RuntimeError) raise then into one line with a remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        spoken = re.search("out of memory|not enough memory|can't allocate memory", str(error))
+        if isinstance(error, RuntimeError) and not spoken:
+            raise
+        raise Fail(f"out of memory; {remedy}") from None
+
+
 def progress(items: Iterable, what: str, total: int | None = None, unit: str = "row", every: float = 15.0) -> Iterator:
     """Yield the items, showing a tqdm bar on a terminal, or a plain line every 15 s in a log; a rate at the end."""
     if sys.stderr and sys.stderr.isatty():
@@ -428,32 +443,36 @@ class Row(NamedTuple):
     reason: str | None
 
 
-def text_encoding(path: str | Path) -> str:
-    """utf-8-sig, utf-16 (by its BOM) or, where the bytes are not UTF-8, cp1252 with Latin-1 for its gaps."""
-    import codecs
+codecs.register_error("cp1252-gaps", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
+
+
+def text_encoding(path: str | Path) -> dict[str, str]:
+    """How open() reads it: utf-8-sig, utf-16 (by its BOM) or, where the bytes are not UTF-8, as Windows does: cp1252,
+    with Latin-1 for its gaps."""
 
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as handle:
         head = handle.read(2)
         if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16"
+            return {"encoding": "utf-16"}
         handle.seek(0)
         try:
             while block := handle.read(1 << 20):
                 decoder.decode(block)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
-            return "latin-1"
-    return "utf-8-sig"
+            return {"encoding": "cp1252", "errors": "cp1252-gaps"}
+    return {"encoding": "utf-8-sig"}
 
 
 class Catalogue:
     """One or several CSV files read as one stream of rows.
 
-    Finds encoding (UTF-8 with or without BOM, UTF-16, Latin-1) and delimiter (comma, semicolon, tab, bar). Values are
-    kept to the letter. A row without id, with an id seen before, without image_path or with too many fields is given
-    with its reason; the first of several rows with the same id is the one that counts. Raises Fail for a missing or
-    empty file and for a missing column.
+    Finds encoding (UTF-8 with or without BOM, UTF-16, Windows-1252) and delimiter (comma, semicolon, tab, bar). Values
+    are kept to the letter; of columns with the same name the second is called name_2. A row without id, with an id seen
+    before, without image_path or with too many fields is given with its reason; the first of several rows with the same
+    id is the one that counts. Raises Fail for a missing or empty file, for a column that is missing or there twice, and
+    for a file that ends within quotes: what the open quote swallowed would be lost without a word.
     """
 
     def __init__(self, paths: list[str | Path]):
@@ -462,11 +481,11 @@ class Catalogue:
         self.columns = list(dict.fromkeys(name for *_, header in self.sources for name in header))
 
     @staticmethod
-    def _dialect(path: Path) -> tuple[str, str, list[str]]:
-        """Encoding, delimiter and header of one file."""
+    def _dialect(path: Path) -> tuple[dict[str, str], str, list[str]]:
+        """Encoding (as open() takes it), delimiter and header of one file."""
         try:
             encoding = text_encoding(path)
-            with open(path, encoding=encoding, newline="") as handle:
+            with open(path, newline="", **encoding) as handle:
                 line = handle.readline(1 << 20)
         except FileNotFoundError:
             raise Fail(f"{path}: no such CSV; check --input", USAGE) from None
@@ -474,27 +493,36 @@ class Catalogue:
             raise Fail(f"{path}: is a folder, not a CSV; check --input", USAGE) from None
         except UnicodeError as error:
             raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
-        headers = [(d, [name.strip() for name in next(csv.reader([line], delimiter=d), [])]) for d in ",;\t|"]
-        delimiter, header = max(headers, key=lambda pair: len(pair[1]))
+        headers = [(d, _header(next(csv.reader([line], delimiter=d), []))) for d in ",;\t|"]
+        delimiter, header = max(headers, key=lambda pair: (set(REQUIRED_COLUMNS) <= set(pair[1]), len(pair[1])))
         if not line.strip():
             raise Fail(f"{path}: is empty; a header with {', '.join(REQUIRED_COLUMNS)} is needed")
-        header = [name.lower() if name.lower() in REQUIRED_COLUMNS else name for name in header]
         missing = [name for name in REQUIRED_COLUMNS if name not in header]
         if missing:
             raise Fail(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:200]}", USAGE)
+        if twice := [name for name in REQUIRED_COLUMNS if f"{name}_2" in header]:
+            raise Fail(f"{path}: two columns are called {twice[0]}; rename the one that is not meant", USAGE)
         return encoding, delimiter, header
 
     def __iter__(self) -> Iterator[Row]:
         seen: dict[str, None] = {}  # as a set, in a third of a set's memory
         number = 0
         for path, encoding, delimiter, header in self.sources:
-            with open(path, encoding=encoding, newline="") as handle:
-                reader = csv.reader(handle, delimiter=delimiter)
+            record: list[str] = []  # the lines of the row that is read
+            with open(path, newline="", **encoding) as handle:
+                reader = csv.reader((record.append(line) or line for line in handle), delimiter=delimiter)
                 next(reader)
                 while True:
                     try:
+                        begun, last = reader.line_num + 1, record.copy()
+                        record.clear()
                         values = next(reader)
                     except StopIteration:
+                        if _within_quotes(last, delimiter):
+                            line = begun - len(last)
+                            raise Fail(
+                                f"{path}, line {line}: the quotes opened there are never closed; mend that line"
+                            ) from None
                         break
                     except (csv.Error, UnicodeError) as error:
                         raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
@@ -514,6 +542,37 @@ class Catalogue:
         if fields["id"] in seen:
             return "duplicate id"
         return None if fields["image_path"].strip() else "missing image_path"
+
+
+def _header(names: list[str]) -> list[str]:
+    """Names of columns: the required ones in any case, unless one is there to the letter; a second "tag" is "tag_2"."""
+    names = [name.strip() for name in names]
+    for wanted in REQUIRED_COLUMNS:
+        if wanted not in names:
+            names = [wanted if name.lower() == wanted else name for name in names]
+    header: list[str] = []
+    for name in names:
+        same = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        header.append(next(free for free in same if free not in header))
+    return header
+
+
+def _within_quotes(lines: list[str], delimiter: str) -> bool:
+    """Whether the row of these lines ends in the middle of a quoted value."""
+    try:
+        list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
+
+
+def csv_rows(handle: Any) -> Any:
+    """What a csv.writer writes to, so that rows end in a newline alone.
+
+    Told to end them so itself, it would leave a lone carriage return in a value unquoted, which readers take for a new
+    row.
+    """
+    return types.SimpleNamespace(write=lambda row: handle.write(row.removesuffix("\r\n") + "\n"))
 
 
 def images_folder(images: str | None, inputs: list[str]) -> Path:

@@ -40,8 +40,8 @@ def _loss_of_rows(logits, positive, bias):
 
 
 def reseed(seed: int, step: int, position: int) -> None:
-    """Random numbers that depend on the place in the run alone: a second pass, a resumed run and any number of
-    processes draw the same dropout."""
+    """Random numbers that depend on the place in the run alone: a second pass and a resumed run draw the same dropout,
+    and so does any number of processes whose micro batches begin at the same pairs."""
     import torch
 
     number = int.from_bytes(hashlib.sha256(f"{seed} {step} {position}".encode()).digest()[:8], "little")

@@ -179,7 +179,7 @@ def write_result(run, marker: Path, shards: str, seconds: float, facts: dict[str
     import torch
 
     if run.world.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
+        memory = torch.cuda.max_memory_allocated(run.world.device)
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lost = {data.samples.split: data.samples for data in (run.train, run.validation)}

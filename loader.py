@@ -3,7 +3,7 @@
 An index of offsets into the tar files instead of a stream: a global shuffle is an array made from (seed, epoch), every
 process gets equal shares, an epoch holds each sample exactly once, and going on in its middle takes no reading.
 Shards on S3 are copied to a bounded folder; what does not fit is read by ranges, 64 at a time.
-Where a tower is frozen its features are kept on disk (keep_images, keep_texts), since its weights never change.
+Where a tower is frozen its features are kept on disk (keep), since its weights never change.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ class Data:
             good = [k for k, item in enumerate(items) if not isinstance(item, BadImage)]
             return step.only(good), [items[k] for k in good]
 
-        pool = ThreadPoolExecutor(64 if far else max(1, self.config.workers))
+        pool = ThreadPoolExecutor(FAR_THREADS if far else max(1, self.config.workers))
         try:
             for step in plan:
                 ids = [step.ids[start : start + chunk] for start in range(0, len(step.ids), chunk)]
@@ -307,6 +307,8 @@ class Data:
             plan = (step.only([k for k, i in enumerate(step.ids) if i not in self.samples.bad]) for step in plan)
         for step, items in self.items(plan, epoch, image, text) if image or text else ((step, []) for step in plan):
             keys, images, texts = (list(column) for column in zip(*items, strict=True)) if items else ([], [], [])
+            if text and not items:
+                keys = torch.empty(0, 2, dtype=torch.int64)
             if not image:
                 images = torch.from_numpy(self.images[(epoch or 0) % len(self.images), step.ids])
             if not text:

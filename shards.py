@@ -156,7 +156,7 @@ def _publish(temporary: Path, target: str) -> None:
 
 def _samples(shard: Shard, database: str) -> Iterator[tuple[str, str, str, bytes]]:
     """(fields, group, source, JPEG) of a shard's items in order, one in memory at a time."""
-    work = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    work = sqlite3.connect(f"{Path(database).resolve().as_uri()}?mode=ro", uri=True)
     order = "SELECT rowid FROM items WHERE split = ? ORDER BY place LIMIT ? OFFSET ?"
     for (rowid,) in work.execute(order, (shard.split, shard.count, shard.offset)).fetchall():
         yield work.execute(

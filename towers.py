@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ SCENARIOS = {
     "vision_lora": (True, False, True),
     "text_lora": (False, True, True),
 }
+
+
+MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper
 
 
 class World:
@@ -91,13 +95,16 @@ class World:
     @contextlib.contextmanager
     def first_on_this_machine(self) -> Iterator[None]:
         """Let one process of each machine do what the others then find done."""
-        import torch
-
         if self.local_rank:
-            self.sum(torch.zeros(1, device=self.device))
+            self.share(None)  # reads what came back: a sum on GPUs alone would hold nobody up
         yield
         if not self.local_rank:
-            self.sum(torch.zeros(1, device=self.device))
+            self.share(None)
+
+    def cache(self, output: Path) -> Path:
+        """This machine's own folder for what it keeps; `output` may be on a disk that several machines share."""
+        machine = int(os.environ.get("GROUP_RANK", 0)) if self.size > 1 else 0  # torchrun's number of the machine
+        return output / (f"cache-{machine}" if machine else "cache")
 
 
 class Towers:
@@ -110,6 +117,7 @@ class Towers:
 
         vision, text, projections = SCENARIOS[config.scenario]
         self.clip, self.model, self.config = clip, split_attention(clip.model), config
+        self.largest_scale = max(MAX_LOGIT_SCALE, self.model.logit_scale.item())  # some SigLIPs start above
         self.model.requires_grad_(False)
         self.projections = take_projections(self.model)
         self.adapted = {"image": vision, "text": text}

@@ -34,6 +34,7 @@ FAULTS = {
     "unauthorized": "every call gets 401",
     "forbidden": "every call gets 403",
     "echo": "errors repeat the key and the request's first bytes, as careless servers do",
+    "no_route": "files|batches those calls get 404, as from servers without a Batch API",
     "no_model": "the models endpoint gets 404",
     "shutdown": "DATE the model's shutdown_date",
     "rate_limit": "TIMES[:SECONDS] 429 with Retry-After",
@@ -395,6 +396,8 @@ class StandIn:
         if self.spend("web_page"):
             return 200, b"<html>Back soon</html>"
         parts = path.strip("/").split("/")[1:]
+        if parts[0] in self.faults.get("no_route", ()):
+            raise HttpError(404, f"Invalid URL ({method} {path})")
         match (method, parts):
             case ("GET", ["models", *rest]):
                 return 200, self.models(rest)

@@ -18,6 +18,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from PIL import Image, ImageDraw
 
 import batch_api
 import chat
+import cleaning
 import common
 import imaging
 from openai_standin import StandIn, answer, error_body, tokens_of
@@ -404,6 +406,104 @@ def test_a_lost_store_is_read_back_from_the_raw_results(shop):
     assert shop.call() == 0 and shop.output.read_bytes() == first and sum(shop.paid().values()) == 12
 
 
+def test_a_store_lost_under_way_costs_nothing_twice(shop):
+    flags = ("--max-requests-per-file", "4", "--pilot", "0", "--max-concurrent-batches", "2")
+    shop.server.steps = 3
+    assert shop.call("poll", *flags) == 75 and len(shop.server.ledger("batch")) == 2
+    for path in shop.workspace.glob("results.sqlite*"):
+        path.unlink()
+    shop.rows.insert(0, shop.product(12))  # so that other rows stand under the old names of files
+    shop.write()
+    assert shop.call("poll", *flags) == 75 and len(shop.server.ledger("batch")) == 2, "what is in flight comes first"
+    assert shop.call("run", *flags) == 0
+    assert len(shop.cleaned()) == 13 and set(shop.paid().values()) == {1}
+    shop.check_answers()
+    for path in shop.workspace.glob("results.sqlite*"):  # all uploads are known by name still
+        path.unlink()
+    shop.rows.insert(0, shop.product(13))
+    shop.write()
+    assert shop.call("run", *flags) == 0 and len(shop.cleaned()) == 14 and set(shop.paid().values()) == {1}
+    shop.check_answers()
+
+
+def test_a_store_that_was_killed_while_it_was_read_back_is_read_back(shop, monkeypatch):
+    shop.call()
+    for path in shop.workspace.glob("results.sqlite*"):
+        path.unlink()
+    store, stored = cleaning.DataProcessor.store, []
+
+    def killed(self, *about):
+        stored.append(about)
+        if len(stored) == 5:
+            raise KeyboardInterrupt
+        store(self, *about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cleaning.DataProcessor, "store", killed)
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert clean.main(shop.arguments("run")) not in (0, 75)
+    assert shop.call() == 0 and sum(shop.paid().values()) == 12
+
+
+def test_sync_waits_for_a_batch_that_may_be_there(shop, capsys):
+    shop.server.set_fault("create_lost:1")
+    shop.server.steps = 3
+    assert shop.call("poll", "--pilot", "0") == 75
+    common.write_json(shop.workspace / "state.json", shop.state() | {"next_attempt": 0})
+    assert shop.call("run", "--sync") == 1 and "in flight" in capsys.readouterr().err
+    while shop.call("poll") == 75:
+        pass
+    assert len(shop.cleaned()) == 12 and set(shop.paid().values()) == {1}
+
+
+@pytest.mark.parametrize("route", ["files", "batches"])
+def test_a_server_without_a_batch_api_is_told_so(shop, capsys, route):
+    shop.server.set_fault(f"no_route:{route}")
+    assert shop.call("run", "--pilot", "0") == 1
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "use `run --sync`" in error and shop.server.url in error and "Traceback" not in error
+    assert len([call for call in shop.server.calls if call == "POST /v1/files"]) <= 2
+    assert shop.call("run", "--sync") == 0 and set(shop.paid().values()) == {1}
+
+
+def test_requests_that_wait_are_built_anew_when_their_settings_change(shop):
+    sent = []
+    original = shop.server.complete
+    shop.server.complete = lambda body, fault: (sent.append(body), original(body, fault))[1]
+    assert shop.call("prepare") == 0
+    changed = ("--image-detail", "high", "--max-completion-tokens", "2000")
+    shop.server.set_fault("http_400@Sofa")
+    assert shop.call("run", "--max-failed", "1", *changed) == 0
+    assert len(sent) == 12 and {body["max_completion_tokens"] for body in sent} == {2000}
+    details = {body["messages"][1]["content"][1]["image_url"]["detail"] for body in sent}
+    assert details == {"high"}
+    failed = len(shop.rejects())
+    shop.server.faults.clear(), sent.clear()
+    assert 0 < failed < 12
+    assert shop.call("run", "--retry-failed", "--max-completion-tokens", "3000") == 0
+    assert len(sent) == failed and {body["max_completion_tokens"] for body in sent} == {3000}
+    assert len(shop.cleaned()) == 12
+
+
+def test_rows_of_any_length_pass_between_the_processes(tmp_path):
+    blocks = [[(i, str(i) * 1_000_000, "", "none.jpg")] for i in range(9)]
+    sqlite3.connect(tmp_path / "store").executescript(cleaning.TABLES)
+    built = []
+
+    def build():
+        built.extend(chat.build_rows(blocks, 2, common.CleaningConfig(), tmp_path, tmp_path / "store"))
+
+    thread = threading.Thread(target=build, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [row.number for row in built] == list(range(9)), "the processes wait for each other"
+
+
+def test_a_workspace_may_have_any_name(shop):
+    shop.workspace = shop.folder / "Shop #1 50%20?"
+    assert shop.call("run", "--workers", "2") == 0 and len(shop.cleaned()) == 12
+
+
 def test_a_poller_that_overlaps_another_ends_at_once_and_says_so(shop):
     """A second poller at every call that the first makes, while that one waits for its answer."""
     command = [sys.executable, str(ROOT / "1_clean.py"), *shop.arguments("poll", "--max-requests-per-file", "4")]
@@ -437,7 +537,8 @@ def test_two_pollers_at_once(shop, capsys):
     capsys.readouterr()
     with common.exclusive(shop.workspace / "lock") as mine:
         assert mine and shop.call("poll") == 0
-    assert capsys.readouterr().out == f"another call is at work in {shop.workspace}; nothing to do here\n"
+        assert shop.call("run") == 75  # whoever asked for the CSV, such as make, must not go on without
+    assert capsys.readouterr().out == 2 * f"another call is at work in {shop.workspace}; nothing to do here\n"
 
 
 # -- the wire's failures, each to its place

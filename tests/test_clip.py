@@ -354,8 +354,10 @@ def towers(kind, tmp_path):
     more = {}
     if kind == "resnet":
         vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
-    if kind in ("timm", "siglip"):
+    if kind in ("timm", "timm head", "siglip"):
         vision = {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear"}
+    if kind == "timm head":  # EVA02's and PE's way: timm's own head is the projection
+        vision |= {"timm_pool": "avg", "timm_proj": None}
     if kind == "siglip":
         vision |= {"timm_pool": "map", "timm_proj": "none"}
         text |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
@@ -368,7 +370,7 @@ def towers(kind, tmp_path):
     return open_clip.model.CLIP(16, vision, text)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", "timm", "siglip", "hf"])
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm", "timm head", "siglip", "hf"])
 def test_projections_are_found_taken_and_returned_wherever_a_model_keeps_them(tmp_path, tokens, kind):
     torch.manual_seed(0)
     model = towers(kind, tmp_path).eval().double()
@@ -427,5 +429,8 @@ def test_ranks_are_those_of_a_naive_count_and_ties_count_against_the_model():
     assert ours.retrieval_ranks(queries, gallery, keys, rows=7).tolist() == expected
     collapsed = torch.ones(60, 8) / 8**0.5
     assert ours.retrieval_ranks(collapsed, collapsed, torch.arange(60)).tolist() == [60] * 60
+    broken = collapsed.clone()
+    broken[::2] = torch.nan
+    assert ours.retrieval_ranks(broken, gallery, torch.arange(60))[::2].tolist() == [60] * 30
     perfect = ours.retrieval_metrics(queries, queries, torch.arange(60))
     assert perfect["mrr"] == perfect["text_to_image_recall@1"] == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import errno
 import io
@@ -173,14 +174,53 @@ TABLE = [["id", "name", "image_path", "note"], ["007.1/é", 'Chair "X"', "a.jpg"
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_any_encoding_and_delimiter_gives_the_same_rows(tmp_path, encoding, delimiter):
-    import csv
-
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter).writerows(TABLE)
     catalogue = common.Catalogue([write_csv(tmp_path / "c.csv", text.getvalue(), encoding)])
     assert catalogue.columns == TABLE[0]
     assert [list(row.fields.values()) for row in catalogue] == TABLE[1:]
     assert [row.reason for row in catalogue] == [None, None]
+
+
+def test_bytes_that_are_not_utf8_are_read_as_windows_does(tmp_path):
+    path = tmp_path / "c.csv"
+    text = "id,name,image_path\r\n1,Sofa – 3’ “Oslo” €,Tisch – weiß.jpg\r\n"
+    path.write_bytes(text.encode("cp1252") + b"2,gap \x81,b.jpg\r\n")
+    first, second = common.Catalogue([path])
+    assert first.fields == {"id": "1", "name": "Sofa – 3’ “Oslo” €", "image_path": "Tisch – weiß.jpg"}
+    assert second.fields["name"] == "gap \x81"
+
+
+def test_a_quote_that_is_never_closed_loses_no_row_without_a_word(tmp_path):
+    good = "id,name,image_path,note\n" + "".join(f'{i},a,a.jpg,"two\nlines"\n' for i in range(20))
+    assert len(list(common.Catalogue([write_csv(tmp_path / "good.csv", good + '20,"a ""b""",a.jpg,"end"')]))) == 21
+    for tail in ('20,a,a.jpg,"open', '20,a,a.jpg,"open\n' + "".join(f"{i},a,a.jpg,x\n" for i in range(21, 300))):
+        catalogue = common.Catalogue([write_csv(tmp_path / "open.csv", good + tail)])
+        with pytest.raises(common.Fail, match=r"open.csv, line 42: the quotes"):
+            list(catalogue)
+
+
+def test_columns_of_one_name_are_kept_apart(tmp_path):
+    text = "ID,name,image_path,Name,tag,tag\n1,Oslo sofa,1.jpg,SKU-77,red,blue\n"
+    (row,) = common.Catalogue([write_csv(tmp_path / "c.csv", text)])
+    assert row.fields == {
+        "id": "1", "name": "Oslo sofa", "image_path": "1.jpg", "Name": "SKU-77", "tag": "red", "tag_2": "blue",
+    }  # fmt: skip
+    for header in ("id,name,name,image_path", "ID,Id,name,image_path"):
+        with pytest.raises(common.Fail, match=r"two columns are called (name|id); rename") as failure:
+            common.Catalogue([write_csv(tmp_path / "c.csv", f"{header}\n")])
+        assert failure.value.code == common.USAGE
+    wide = 'id,name,image_path,"Size (W;D;H;L;X)"\n1,a,a.jpg,5\n'
+    assert common.Catalogue([write_csv(tmp_path / "c.csv", wide)]).columns[3] == "Size (W;D;H;L;X)"
+
+
+def test_a_lone_carriage_return_stays_within_its_value(tmp_path):
+    rows = [["id", "note"], ["1", "one\rtwo"], ["2", "one\r\ntwo\n"], ["3", 'a "b"']]
+    with open(tmp_path / "c.csv", "w", newline="") as handle:
+        csv.writer(common.csv_rows(handle)).writerows(rows)
+    assert (tmp_path / "c.csv").read_bytes().startswith(b'id,note\n1,"one\rtwo"\n')
+    with open(tmp_path / "c.csv", newline="") as handle:
+        assert list(csv.reader(handle)) == rows
 
 
 def test_every_unusable_row_is_given_with_its_reason(tmp_path):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import clip
 import common
@@ -987,6 +988,23 @@ def test_search_by_words_agrees_with_the_vectors(world, capsys):
         scores = matrix(path, f"{using}_embedding") @ query
         assert found[0][2] == rows[int(np.argmax(scores))]["id"]
         assert [float(line[1]) for line in found] == pytest.approx(np.sort(scores)[::-1][:5], abs=1e-3)
+
+
+def test_a_base_named_by_its_folder_alone_is_found_again(world, out, capsys):
+    assert embed(world, out, "--model", str(world / "base")) == 0
+    facts = pq.read_schema(out / "master.parquet").metadata
+    assert facts[b"base_model"].decode() == f"local-dir:{world / 'base'}"
+    assert stage.main(["search", "a chair", "--embeddings", str(out / "master.parquet"), "--using", "base"]) == 0
+
+
+def test_too_little_memory_is_one_line(world, out, capsys, monkeypatch):
+    def compute(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(vectors, "compute", compute)
+    assert embed(world, out) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith("out of memory; lower --batch-size")
 
 
 def test_search_with_words_and_picture_is_between_the_two(world, tmp_path, capsys):

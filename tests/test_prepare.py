@@ -345,6 +345,18 @@ def test_colour_variants_of_a_textured_product_are_no_copies():
     assert alike(variants) == set()
 
 
+def test_a_photo_that_could_not_be_read_is_tried_again(tmp_path):
+    path = write_catalogue(tmp_path, make_shop(tmp_path, 12))
+    assert run(path, tmp_path / "out #1 50%20?") == common.DONE
+    (database,) = (tmp_path / "out #1 50%20?/.work").glob("*.sqlite")
+    with contextlib.closing(sqlite3.connect(database)) as work:  # as a network disk that is away for a moment
+        work.execute("""UPDATE pictures SET reason = '["unreadable file", "stale handle"]' WHERE path LIKE '%/3.jpg'""")
+        work.commit()
+    for count in (11, 12):
+        assert run(path, tmp_path / "out #1 50%20?", "--max-failed", "1") == common.DONE
+        assert len(samples(tmp_path / "out #1 50%20?")) == count
+
+
 def test_group_by_keeps_variants_together(tmp_path):
     rows = make_shop(tmp_path, 20)
     for row in rows:

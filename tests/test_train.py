@@ -575,12 +575,14 @@ def test_wise_exports_the_best_interpolation_and_its_adapter(base, tmp_path, mon
 def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
     probe = tmp_path / "probe.csv"
     sample.make_probe(tmp_path, 8)
+    probe.write_bytes(b"\xef\xbb\xbf" + probe.read_bytes())  # as spreadsheets save it
     facts = train(base, tmp_path / "run", "--probe", probe, "--epochs", 1)
     assert [set(f) for f in facts["wise_ft"]] == [{"alpha", "validation", "probe"}] * 5
     assert all(0.125 <= f["probe"]["mrr"] <= 1 for f in facts["wise_ft"])
     assert f"general probe {facts['wise_ft'][0]['probe']['mrr']:.4f}" in capsys.readouterr().out
     head = "image_path,caption\n"
     wrong = {"none.csv": None, "column.csv": "image_path\n0000.png", "empty.csv": head, "gone.csv": f"{head}9.png,x"}
+    wrong["short.csv"] = f"{head}0000.png\n"
     for name, text in wrong.items():  # at once, not after a night of training
         if text:
             (tmp_path / name).write_text(text)
@@ -652,6 +654,59 @@ def test_bf16_is_chosen_where_the_processor_computes_in_it(base, tmp_path, capsy
     monkeypatch.setattr(ours, "has_bf16", lambda device: in_hardware)
     assert train(base, tmp_path, "--precision", "auto", "--epochs", 1)["identity"]["precision"] == precision
     assert f"of up to 24, in {precision}" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_in_its_precision_on_another_processor(base, tmp_path, capsys, monkeypatch):
+    flags = ("--precision", "auto", "--epochs", 1)
+    monkeypatch.setattr(ours, "has_bf16", lambda device: True)
+    train(base, tmp_path, *flags)
+    monkeypatch.setattr(ours, "has_bf16", lambda device: False)
+    capsys.readouterr()
+    assert train(base, tmp_path, *flags)["identity"]["precision"] == "bf16"
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_lora_that_the_model_never_asks_is_refused(base, tmp_path):
+    run = make_run(base, tmp_path)
+    run.towers.trained["visual.qkv.lora_A"] = torch.nn.Parameter(torch.zeros(2, 2))
+    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    optimizer, scaler = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(common.Fail, match=r"without visual.qkv.lora_A .* linear_probe"):
+        stage.update(run, stage.State(), optimizer, scaler, batch, 10)
+
+
+def test_a_temperature_above_the_limit_is_not_cut(base, tmp_path):
+    for start, limit in ((4.7215, 4.7215), (2.0, math.log(100))):
+        clip = ours.load_clip(f"local-dir:{base / 'clip'}")
+        clip.model.logit_scale.data.fill_(start)
+        towers = stage.Towers(clip, common.TrainingConfig(scenario="linear_probe"))
+        assert towers.largest_scale == pytest.approx(limit)
+    run = make_run(base, tmp_path)
+    run.towers.largest_scale = 0.5
+    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    stage.update(run, stage.State(), stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), batch, 10)
+    assert run.towers.model.logit_scale.item() == 0.5
+
+
+@pytest.mark.parametrize("scenario", TRAINED)
+def test_a_process_may_have_no_part_in_a_batch(base, tmp_path, scenario):
+    run = make_run(base, tmp_path, "--scenario", scenario)
+    for data in (run.train, run.validation):
+        stage.keep_features(run, data)
+    step = loader.epoch_plan(64, 1, 0, 0, 0, 2)  # one pair for two processes: the first has none
+    batch = next(run.train.batches(step, 0))
+    assert len(batch.positions) == 0 and batch.keys.shape == (0, 2) and batch.keys.dtype == torch.int64
+
+
+def test_each_machine_keeps_its_own_cache(tmp_path, monkeypatch):
+    world = stage.World("cpu")
+    assert world.cache(tmp_path) == tmp_path / "cache"
+    world.size = 4
+    folders = set()
+    for machine in ("0", "1", "2"):
+        monkeypatch.setenv("GROUP_RANK", machine)
+        folders.add(world.cache(tmp_path))
+    assert len(folders) == 3 and tmp_path / "cache" in folders
 
 
 def test_fp16_skips_overflowed_steps_without_moving_the_schedule(base, tmp_path):
