@@ -450,6 +450,8 @@ def main(argv: list[str] | None = None) -> int:
         raise Fail(
             "--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", common.USAGE
         )
+    if args.limit is not None and args.limit < 1:
+        raise Fail(f"--limit {args.limit}: must be at least 1", common.USAGE)
     args.workers = max(1, args.workers)
     return prepare(args, common.from_flags(PrepConfig, args))
 

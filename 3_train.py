@@ -220,13 +220,6 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     loss = accumulate(run, batch, state.step, scaler.scale)
-    if idle := [
-        name for name, p in towers.trained.items() if p.grad is None
-    ]:  # timm's EVA reads its qkv's weight itself
-        raise Fail(
-            f"{run.clip.name} computes without {idle[0]} ({len(idle)} of {len(towers.trained)} parameters): LoRA there"
-            " would change nothing; use --scenario linear_probe"
-        )
     scaler.unscale_(optimizer)
     gradients = [p.grad for p in towers.trained.values() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -376,6 +369,8 @@ def prepare(
         samples.check(config.max_failed)
     train, validation = (Data(samples, clip, config, k == 0) for k, samples in enumerate(splits))
     run = Run(config, output, world, clip, Towers(clip, config), train, validation, probe)
+    if note := storage.scaled_up(manifest, clip):
+        run.say(note)
     run.effective = config.effective_batch_size or min(1024, max(32, len(train) // 8))
     if run.effective > len(train):
         run.effective = len(train)
@@ -386,6 +381,8 @@ def prepare(
 def fine_tune(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     """Train, judge and export; returns what train.json says about it."""
     log, config = Log(run), run.config
+    if not checkpoint:
+        run.towers.refuse_idle_lora()
     if config.micro_batch_size != "auto":
         run.micro = int(config.micro_batch_size)
     else:  # found out once: another split of the same batch adds up in another order
@@ -477,9 +474,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     config = common.from_flags(TrainingConfig, args)
-    for name in ("epochs", "effective_batch_size", "lora_r", "views", "workers"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if config.micro_batch_size != "auto" and not (config.micro_batch_size.isdigit() and int(config.micro_batch_size)):
         parser.error(f"--micro-batch-size {config.micro_batch_size}: a number, or auto")
     helping = bool(int(os.environ.get("RANK", 0)))  # the first process holds the lock for all of torchrun's

@@ -9,7 +9,7 @@ Writes  --output: master.parquet, one row an item; beside it report.json, report
     torchrun --nproc-per-node 8 4_embed.py ...              the same, on eight GPUs
     python 4_embed.py report --shards data/shards --model local-dir:tests/small_clip \\
         --run data/runs/zero_shot --run data/runs/dual_lora --output data/report       any number of runs
-    python 4_embed.py pool --report data/folds/0/report --report data/folds/1/report --output data/proof
+    python 4_embed.py pool --report data/folds/5/0/report-dual_lora --report data/folds/5/1/... --output data/proof
     python 4_embed.py search "grey fabric sofa" [--image photo.jpg]                    seconds on a CPU
 """
 
@@ -236,6 +236,8 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         clips.append(load(run, clips[0], device))
         check_widths(*clips)
         items = open_items(args, config, folder, storage.SPLITS, ranks)
+        if note := storage.scaled_up(items.manifest, clips[0]):
+            ranks.say(note)
         encoders = [open_encoder(clip, items, config, ranks) for clip in clips]
         made = compute(items, encoders, config, ranks)
         if ranks.rank:
@@ -278,7 +280,7 @@ def master_facts(items, encoders, run: Run, args: argparse.Namespace, output: Pa
     """master.parquet's metadata. No path of this machine is among it, so that the same work gives the same bytes."""
     folder = os.path.relpath(Path(run.model.removeprefix("local-dir:")).resolve(), output.parent.resolve())
     local = encoders[0].clip.folder
-    base = f"local-dir:{args.model.removeprefix('local-dir:')}" if local else f"{args.model}/{args.pretrained}"
+    base = f"local-dir:{local}" if local else f"{args.model}/{args.pretrained}"
     shards = [(split, entry["sha256"]) for split, entry in items.entries]
     made_from = [shards, [encoder.key for encoder in encoders], COLUMNS]
     return {
@@ -307,6 +309,8 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         base = Run("zero_shot", args.model, args.pretrained, None)
         for run in (base, *(run for run in runs if run.model != args.model)):
             clip = load(run, models[0][1].clip if models else None, device)
+            if not models and (note := storage.scaled_up(items.manifest, clip)):
+                ranks.say(note)
             encoder = open_encoder(clip, items, config, ranks)
             compute(items, [encoder], config, ranks)
             clip.model = None  # one model in memory at a time
@@ -619,7 +623,7 @@ def build_parser() -> argparse.ArgumentParser:
     shards.add_argument("--shards", required=True, help="folder or s3://bucket/prefix made by 2_prepare.py")
     shards.add_argument("--model", required=True, help="base model: open_clip name, or local-dir:FOLDER")
     shards.add_argument("--pretrained", help="open_clip tag (openai), weights file, or local-dir:FOLDER")
-    shards.add_argument("--vectors", help="folder in which vectors are kept (default: beside the output)")
+    shards.add_argument("--vectors", help="folder in which vectors are kept (default: that of master.parquet)")
     common.add_flags(shards, EmbeddingConfig)
 
     one = commands.add_parser("embed", parents=[shards], help="vectors of all items under two models, and the report")
@@ -659,14 +663,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.top_k < 1:
             parser.error(f"--top-k {args.top_k}: must be at least 1")
         return search(args)
-    if args.command == "pool":
-        config = EmbeddingConfig(draws=args.draws, seed=args.seed)
-    else:
-        config = common.from_flags(EmbeddingConfig, args)
-    if config.batch_size < 1:
-        parser.error(f"--batch-size {config.batch_size}: must be at least 1")
-    if config.draws < 100:
-        parser.error(f"--draws {config.draws}: must be at least 100")
+    given = argparse.Namespace(**dataclasses.asdict(EmbeddingConfig()) | vars(args))  # pool has but two of the flags
+    config = common.from_flags(EmbeddingConfig, given)
     common.keep_freed_memory()
     with common.memory_running_out("lower --batch-size"):
         return {"embed": embed, "report": report, "pool": pool}[args.command](args, config)

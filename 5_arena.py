@@ -7,8 +7,10 @@ serve   the voting page (A, B, T tie, N skip, U undo, Q quit), and the results p
 stats   the results, recomputed from the log, as text or with --format json
 votes   every vote, as CSV or with --format json
 
-    python 5_arena.py serve --embeddings data/embeddings/master.parquet --images data --database data/arena.sqlite
-    python 5_arena.py stats --database data/arena.sqlite
+    python 5_arena.py serve --embeddings data/embeddings/master.parquet --images data/photos \\
+        --database data/arena.sqlite
+    python 5_arena.py stats --embeddings data/embeddings/master.parquet --images data/photos \\
+        --database data/arena.sqlite
 """
 
 from __future__ import annotations

@@ -32,21 +32,18 @@ strip_all = $(foreach name,$(1),$(eval override $(name) := $(strip $($(name)))))
 $(call strip_all,DATA CATALOGUE IMAGES SHARDS SCENARIO SAMPLE_COUNT SEED MAX_COST POLL_INTERVAL HOST PORT STAGE FOLDS)
 export OPENAI_API_KEY OPENAI_BASE_URL
 
-# With a key or a server of one's own and a catalogue: the real job. Else the small CLIP and the stand-in for the API.
+# With a key (or a server of one's own) and a catalogue: the real job. Else the small CLIP and the stand-in for the API;
+# a key that happens to be set pays for no drawn products.
 SAMPLE := $(DATA)/sample/catalogue.csv
-ifneq ($(strip $(OPENAI_API_KEY)$(OPENAI_BASE_URL)),)
-  API := real
-endif
-ifeq ($(API)$(filter-out $(SAMPLE),$(CATALOGUE)),real$(CATALOGUE))
-  MODEL ?= ViT-B-32
-  EPOCHS ?= 5
-  IMAGE_SIZE ?= 224
-  TRAIN_FLAGS ?=
-else
-  MODEL ?= local-dir:tests/small_clip
+API := $(and $(strip $(OPENAI_API_KEY)$(OPENAI_BASE_URL)),$(filter-out $(SAMPLE),$(CATALOGUE)))
+MODEL ?= $(if $(API),ViT-B-32,local-dir:tests/small_clip)
+IMAGE_SIZE ?= 224
+ifneq ($(filter local-dir:tests/small_clip,$(MODEL)),)
   EPOCHS ?= 40
-  IMAGE_SIZE ?= 224
   TRAIN_FLAGS ?= --augment advanced --lora-lr 0.003
+else
+  EPOCHS ?= 5
+  TRAIN_FLAGS ?=
 endif
 
 PRETRAINED ?= $(if $(filter local-dir:%,$(MODEL)),$(MODEL),openai)
@@ -120,7 +117,7 @@ endef
 STANDIN := $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standin -- )
 
 $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
-	@$(if $(API),true,echo 'No OPENAI_API_KEY is set: a local stand-in answers from title keywords and colours, at no cost.')
+	@$(if $(API),true,echo 'No OPENAI_API_KEY and CATALOGUE of your own: a local stand-in answers from title keywords and colours, at no cost.')
 	$(STANDIN)$(PYTHON) 1_clean.py run $(clean_flags)
 	@touch -c $@
 

@@ -41,6 +41,10 @@ class Quota(Exception):
     """The account may not spend more."""
 
 
+class NoBatchAPI(Fail):
+    """The server has chat completions alone."""
+
+
 class BatchAPIClient:
     """Files, batches, models and chat over the openai package. Nothing is repeated here: see Machine.step."""
 
@@ -123,8 +127,8 @@ class BatchAPIClient:
         except Missing:
             raise self.no_batches("files") from None
 
-    def no_batches(self, what: str) -> Fail:
-        return Fail(f"{self.url}/{what} is not there (404); where the server has no Batch API, use `run --sync`")
+    def no_batches(self, what: str) -> NoBatchAPI:
+        return NoBatchAPI(f"{self.url}/{what} is not there (404); where the server has no Batch API, use `run --sync`")
 
     def create(self, file_id: str, metadata: dict[str, str]) -> Any:
         def send() -> Any:

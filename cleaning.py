@@ -187,6 +187,7 @@ class DataProcessor:
         _, rows = self.catalogue()
         signature = self.signature()
         if self.meta("shape") not in (None, self.shape()):
+            self.meta("plan", "")  # first, so that after a kill all is planned anew
             self.forget_lines(sent)
         self.meta("shape", self.shape())
         self.heal(sent)
@@ -491,8 +492,8 @@ class DataProcessor:
         return requests, queue_tokens(tokens, patches), low, high
 
     # -- the end
-    def finalize(self, started: float) -> int:
-        """Write the cleaned CSV, rejects, report and sidecar; gives the exit code."""
+    def finalize(self, started: float) -> str | None:
+        """Write the cleaned CSV, rejects, report and sidecar; gives what is wrong where too many were rejected."""
         output, counts = Path(self.args.output), self.counts()
         if self.meta("plan") != self.signature():
             raise Fail(f"{', '.join(self.args.input)} changed while the command ran; run it again")
@@ -536,13 +537,12 @@ class DataProcessor:
         say(f"cost by usage: ${report['cost']['usd']:.4f} ({report['cost']['prompt_tokens']} tokens in,"
             f" {report['cost']['output_tokens']} out)")  # fmt: skip
         if counts["rejected"] > self.settings.max_failed * counts["input"]:
-            say(
-                f"more than {self.settings.max_failed:.0%} of the rows were rejected; see {rejects},"
-                " mend the rows or raise --max-failed"
+            return (
+                f"{counts['rejected']} of {counts['input']} rows were rejected, more than --max-failed"
+                f" {self.settings.max_failed}; see {rejects}, mend the rows or raise --max-failed"
             )
-            return common.FAILED
         self.meta("written", self.written())
-        return common.DONE
+        return None
 
     def written(self) -> str:
         """What the finished output was made from, and what it holds."""

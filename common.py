@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -30,9 +31,11 @@ from typing import Any, NamedTuple
 # Settings: one dataclass a stage; the flags, the sidecars and the README's table are made from these.
 
 
-def setting(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field whose metadata becomes a command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(
+    default: Any, help: str, choices: tuple | None = None, low: float = -math.inf, high: float = math.inf
+) -> Any:
+    """A dataclass field whose metadata becomes a command-line flag, of numbers from `low` to `high`."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bounds": (low, high)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,42 +44,54 @@ class CleaningConfig:
 
     model: str = setting("gpt-5-nano", "chat model that reads title and photo")
     reasoning_effort: str | None = setting(None, "effort sent with each request; by default what suits the model")
-    max_completion_tokens: int = setting(500, "tokens an answer may take, reasoning included; doubled when cut off")
-    image_size: int = setting(512, "longest side of the photo as sent; smaller photos are not enlarged")
-    jpeg_quality: int = setting(85, "quality of photos that are encoded anew")
+    max_completion_tokens: int = setting(
+        500, "tokens an answer may take, reasoning included; doubled when cut off", low=1
+    )
+    image_size: int = setting(
+        512, "longest side of the photo as sent; smaller photos are not enlarged", low=1, high=10_000
+    )
+    jpeg_quality: int = setting(85, "quality of photos that are encoded anew", low=1, high=100)
     image_detail: str = setting("low", "detail at which the model looks at the photo", ("low", "high", "auto"))
-    max_batch_file_size: int = setting(90_000_000, "bytes that a request file stays below; the API takes 200 MB")
-    max_requests_per_file: int = setting(49_000, "requests in a file; the API takes 50,000")
-    max_concurrent_batches: int = setting(1, "batches in flight at once")
-    max_enqueued_tokens: int | None = setting(None, "tokens in flight at once; by default learned from refusals")
-    poll_interval: float = setting(600, "seconds between two looks at running batches")
-    pilot: int = setting(100, "requests sent first, which must come back sound; 0 sends all at once")
-    pilot_sound: float = setting(0.95, "share of the pilot that must be parsed before the rest is sent")
-    max_attempts: int = setting(3, "times a row is asked before it is rejected")
-    max_failed: float = setting(0.05, "share of rejected rows above which the exit is 1")
-    max_cost: float | None = setting(None, "US dollars; nothing is sent that might cost more in all")
-    price_input: float | None = setting(None, "price of input tokens, for models that are not in the table")
-    price_output: float | None = setting(None, "price of output tokens, for models that are not in the table")
-    limit: int | None = setting(None, "rows of the input that count; by default all")
-    workers: int | None = setting(None, "processes that read photos; by default one for each core")
+    max_batch_file_size: int = setting(
+        90_000_000, "bytes that a request file stays below; the API takes 200 MB", low=1, high=200 << 20
+    )
+    max_requests_per_file: int = setting(49_000, "requests in a file; the API takes 50,000", low=1, high=50_000)
+    max_concurrent_batches: int = setting(1, "batches in flight at once", low=1, high=10_000)
+    max_enqueued_tokens: int | None = setting(None, "tokens in flight at once; by default learned from refusals", low=1)
+    poll_interval: float = setting(600, "seconds between two looks at running batches", low=0, high=86_400)
+    pilot: int = setting(
+        100, "requests sent first, which must come back sound; 0 sends all at once", low=0, high=50_000
+    )
+    pilot_sound: float = setting(0.95, "share of the pilot that must be parsed before the rest is sent", low=0, high=1)
+    max_attempts: int = setting(3, "times a row is asked before it is rejected", low=1, high=100)
+    max_failed: float = setting(0.05, "share of rejected rows above which the exit is 1", low=0, high=1)
+    max_cost: float | None = setting(None, "US dollars; nothing is sent that might cost more in all", low=0)
+    price_input: float | None = setting(None, "price of input tokens, for models that are not in the table", low=0)
+    price_output: float | None = setting(None, "price of output tokens, for models that are not in the table", low=0)
+    limit: int | None = setting(None, "rows of the input that count; by default all", low=1)
+    workers: int | None = setting(None, "processes that read photos; by default one for each core", low=1, high=1000)
     sync: bool = setting(False, "ask /v1/chat/completions row by row, for servers without a Batch API")
-    concurrency: int = setting(8, "requests in flight at once with --sync")
+    concurrency: int = setting(8, "requests in flight at once with --sync", low=1, high=1000)
     retry_failed: bool = setting(False, "ask again for rows whose attempts are used up")
-    timeout: float = setting(600, "seconds after which a call counts as lost")
-    settle: float = setting(30, "seconds that a batch with a lost answer has to show up before it is created again")
-    backoff: float = setting(1, "seconds of the first wait after a failed call; doubled each time, 600 at most")
+    timeout: float = setting(600, "seconds after which a call counts as lost", low=1, high=86_400)
+    settle: float = setting(
+        30, "seconds that a batch with a lost answer has to show up before it is created again", low=0, high=86_400
+    )
+    backoff: float = setting(
+        1, "seconds of the first wait after a failed call; doubled each time, 600 at most", low=0, high=600
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepConfig:
     """Stage 2."""
 
-    image_size: int = setting(224, "pixels a side of the letterboxed JPEGs")
-    quality: int = setting(95, "JPEG quality in the shards")
+    image_size: int = setting(224, "pixels a side of the letterboxed JPEGs", low=1, high=4096)
+    quality: int = setting(95, "JPEG quality in the shards", low=1, high=100)
     seed: int = setting(42, "of the split, the order and the prompt templates")
-    mini_shards: int = setting(5, "train shards that mini_train holds again")
+    mini_shards: int = setting(5, "train shards that mini_train holds again", low=0)
     fold: str = setting("", "K/N: of N equal parts of the catalogue test on part K (from 0), validate on the next")
-    max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1")
+    max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1", low=0, high=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,41 +107,45 @@ class TrainingConfig:
     pretrained: str | None = setting(
         None, "open_clip tag (openai), local-dir:FOLDER, or weights file (OpenAI's own: --model ViT-B-32-quickgelu)"
     )
-    epochs: int = setting(5, "passes over the train split")
+    epochs: int = setting(5, "passes over the train split", low=1)
     effective_batch_size: int | None = setting(
-        None, "pairs contrasted with each other in one step (unset: an eighth of the train split, 32 to 1024)"
+        None, "pairs contrasted with each other in one step (unset: an eighth of the train split, 32 to 1024)", low=1
     )
     micro_batch_size: str = setting("auto", "pairs in memory at once, a number, or auto: as many as fit; same batch")
-    lr: float = setting(1e-4, "peak learning rate of the projections and the temperature")
-    lora_lr: float = setting(1e-3, "peak learning rate of LoRA; 5e-6 suits thousands of small steps, not large batches")
-    weight_decay: float = setting(0.01, "of AdamW; none on temperature and biases")
+    lr: float = setting(1e-4, "peak learning rate of the projections and the temperature", low=0)
+    lora_lr: float = setting(
+        1e-3, "peak learning rate of LoRA; 5e-6 suits thousands of small steps, not large batches", low=0
+    )
+    weight_decay: float = setting(0.01, "of AdamW; none on temperature and biases", low=0)
     schedule: str = setting("cosine", "of the learning rates, after the warm-up", ("cosine", "onecycle"))
-    warmup: float = setting(0.1, "share of the steps in which the rates rise to their peak")
-    clip_norm: float = setting(1.0, "largest norm of the gradient")
-    lora_r: int = setting(16, "rank of LoRA")
+    warmup: float = setting(0.1, "share of the steps in which the rates rise to their peak", low=0, high=1)
+    clip_norm: float = setting(1.0, "largest norm of the gradient", low=0)
+    lora_r: int = setting(16, "rank of LoRA", low=1)
     lora_alpha: int = setting(32, "LoRA's update is scaled by alpha / rank")
-    lora_dropout: float = setting(0.05, "dropout before LoRA")
+    lora_dropout: float = setting(0.05, "dropout before LoRA", low=0, high=0.9)
     captions: str = setting("varied", "another prompt each epoch, or the shard's own", ("varied", "fixed"))
     augment: str = setting("none", "none, crop and flip, or rotation and blur too", ("none", "simple", "advanced"))
-    views: int = setting(4, "fixed augmented views of a picture where its tower is frozen and runs but once")
+    views: int = setting(4, "fixed augmented views of a picture where its tower is frozen and runs but once", low=1)
     precision: str = setting(
         "auto", "auto: bf16 where the processor computes in it, else fp32", ("auto", "fp32", "bf16", "fp16")
     )
     optimizer: str = setting(
         "adamw", "8 bits save 15 MB for LoRA of a ViT-B-32; 30 times slower on a CPU", ("adamw", "adamw8bit")
     )
-    patience: int | None = setting(None, "stop after so many epochs without a better validation MRR")
+    patience: int | None = setting(None, "stop after so many epochs without a better validation MRR", low=1)
     grad_checkpointing: bool = setting(False, "compute activations twice to save memory")
     compile: bool = setting(False, "torch.compile the towers; pays on a GPU, after minutes of compiling")
     wise: bool = setting(False, "export the interpolation with the base weights that validates best (WiSE-FT)")
     probe: str | None = setting(None, "CSV with image_path,caption of general pictures: shows what was forgotten")
-    max_failed: float = setting(0.05, "share of samples that may be unreadable")
-    limit: int | None = setting(None, "use only the first N samples of each split")
+    max_failed: float = setting(0.05, "share of samples that may be unreadable", low=0, high=1)
+    limit: int | None = setting(None, "use only the first N samples of each split", low=1)
     seed: int = setting(42, "of order, captions, augmentation, dropout and LoRA's start")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int = setting(2, "threads that read and decode pictures; they need no /dev/shm")
-    cache_gb: float = setting(50.0, "disk for shards fetched from S3; what is over is read by ranges, each epoch")
-    checkpoint_minutes: float = setting(10.0, "time between checkpoints within an epoch")
+    workers: int = setting(2, "threads that read and decode pictures; they need no /dev/shm", low=1)
+    cache_gb: float = setting(
+        50.0, "disk for shards fetched from S3; what is over is read by ranges, each epoch", low=0
+    )
+    checkpoint_minutes: float = setting(10.0, "time between checkpoints within an epoch", low=0)
     checkpoint_url: str | None = setting(None, "s3://bucket/prefix that checkpoints are copied to and resumed from")
     wandb: bool = setting(False, "log to Weights & Biases")
     wandb_artifacts: bool = setting(False, "send the best checkpoint there too")
@@ -137,34 +156,40 @@ class TrainingConfig:
 class EmbeddingConfig:
     """Stage 4."""
 
-    batch_size: int = setting(128, "pictures encoded at once; lower it when memory runs out")
+    batch_size: int = setting(128, "pictures encoded at once; lower it when memory runs out", low=1)
     precision: str = setting(
         "auto", "auto: bf16 where the processor computes in it, checked against fp32", ("auto", "fp32", "bf16")
     )
-    max_failed: float = setting(0.05, "share of pictures that may be unreadable")
-    draws: int = setting(10_000, "resamples behind each interval of the report")
+    max_failed: float = setting(0.05, "share of pictures that may be unreadable", low=0, high=1)
+    draws: int = setting(10_000, "resamples behind each interval of the report", low=100)
     seed: int = setting(42, "of the resamples")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int | None = setting(None, "threads that read and decode pictures; by default one for each core")
-    cache_gb: float = setting(50.0, "disk for shards fetched from S3; what is over is read by ranges, a picture each")
+    workers: int | None = setting(None, "threads that read and decode pictures; by default one for each core", low=1)
+    cache_gb: float = setting(
+        50.0, "disk for shards fetched from S3; what is over is read by ranges, a picture each", low=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ArenaConfig:
     """Stage 5."""
 
-    top_k: int = setting(4, "results shown in each row")
+    top_k: int = setting(4, "results shown in each row", low=1)
     query: str = setting("image", "what is searched with: a picture, or its prompt", ("image", "text"))
-    queries: int = setting(2000, "most queries asked about; duplicate groups of the test split, object types in turn")
-    votes_needed: int = setting(210, "decided votes aimed at; 820, 210, 97 find a 55, 60, 65% win rate at 80% power")
-    shared: float = setting(0.2, "share of the queries that three judges see, for their agreement")
-    repeated: float = setting(0.05, "share of a judge's queries that come again with sides exchanged")
-    picture_size: int = setting(480, "pixels a side of every picture shown")
+    queries: int = setting(
+        2000, "most queries asked about; duplicate groups of the test split, object types in turn", low=1
+    )
+    votes_needed: int = setting(
+        210, "decided votes aimed at; 820, 210, 97 find a 55, 60, 65% win rate at 80% power", low=1
+    )
+    shared: float = setting(0.2, "share of the queries that three judges see, for their agreement", low=0, high=1)
+    repeated: float = setting(0.05, "share of a judge's queries that come again with sides exchanged", low=0, high=1)
+    picture_size: int = setting(480, "pixels a side of every picture shown", low=1, high=4096)
     seed: int = setting(42, "seed of the choice of queries and of each judge's order")
     host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
-    port: int = setting(8000, "port to listen at; 0 takes a free one")
+    port: int = setting(8000, "port to listen at; 0 takes a free one", low=0, high=65_535)
     trusted_host: str | None = setting(None, "further names, separated by commas, that browsers may call the server by")
-    threads: int = setting(32, "requests answered at once; pictures take turns among them")
+    threads: int = setting(32, "requests answered at once; pictures take turns among them", low=1)
     reveal: bool = setting(False, "show results and search to everybody who is not in the middle of voting")
 
 
@@ -187,7 +212,12 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
-    """The settings dataclass filled from parsed arguments."""
+    """The settings dataclass filled from parsed arguments. Raises Fail for a number out of its bounds."""
+    for field in dataclasses.fields(config):
+        value, (low, high) = getattr(args, field.name), field.metadata["bounds"]
+        if isinstance(value, int | float) and not low <= value <= high:
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:.9g}"
+            raise Fail(f"--{field.name.replace('_', '-')} {value}: must be {bounds}", USAGE)
     return config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(config)})
 
 
@@ -500,8 +530,9 @@ class Catalogue:
         missing = [name for name in REQUIRED_COLUMNS if name not in header]
         if missing:
             raise Fail(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:200]}", USAGE)
-        if twice := [name for name in REQUIRED_COLUMNS if f"{name}_2" in header]:
+        if twice := [name for name in REQUIRED_COLUMNS if header.count(name) > 1]:
             raise Fail(f"{path}: two columns are called {twice[0]}; rename the one that is not meant", USAGE)
+        header = _numbered(header)
         return encoding, delimiter, header
 
     def __iter__(self) -> Iterator[Row]:
@@ -545,25 +576,28 @@ class Catalogue:
 
 
 def _header(names: list[str]) -> list[str]:
-    """Names of columns: the required ones in any case, unless one is there to the letter; a second "tag" is "tag_2"."""
+    """Names of columns; the required ones may come in any case, unless one is there to the letter."""
     names = [name.strip() for name in names]
     for wanted in REQUIRED_COLUMNS:
         if wanted not in names:
             names = [wanted if name.lower() == wanted else name for name in names]
+    return names
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """Each name once: a second "tag" is "tag_2", or whatever number is free."""
     header: list[str] = []
     for name in names:
-        same = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-        header.append(next(free for free in same if free not in header))
+        if name in header:
+            free = (f"{name}_{number}" for number in itertools.count(2))
+            name = next(other for other in free if other not in header and other not in names)
+        header.append(name)
     return header
 
 
 def _within_quotes(lines: list[str], delimiter: str) -> bool:
-    """Whether the row of these lines ends in the middle of a quoted value."""
-    try:
-        list(csv.reader(lines, delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        return "unexpected end of data" in str(error)
-    return False
+    """Whether the row of these lines ends in the middle of a quoted value: then a further line belongs to it."""
+    return len(list(csv.reader([*lines, "x"], delimiter=delimiter))) == 1
 
 
 def csv_rows(handle: Any) -> Any:

@@ -48,6 +48,9 @@ def _s3_client(pid: int):
     """One boto3 client a process (a forked one must not share its parent's connections)."""
     import boto3
     from botocore.config import Config
+    from dotenv import load_dotenv
+
+    load_dotenv(".env")  # keys and endpoint, where the environment has none
 
     # boto's own retries are off: they stop for good when a quota is used up, and know nothing of broken reads.
     config = Config(
@@ -397,6 +400,17 @@ def load_manifest(shards: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Fail(f"{path}: not a manifest of shards ({error}); run 2_prepare.py again") from None
     return manifest
+
+
+def scaled_up(manifest: dict[str, Any], clip: Any) -> str:
+    """One line where a model takes larger pictures than the shards hold, else ""."""
+    side = manifest.get("settings", {}).get("image_size") or clip.size
+    if side >= clip.size:
+        return ""
+    return (
+        f"note: {clip.name} takes pictures of {clip.size} px, the shards hold {side} px, which are scaled up;"
+        f" 2_prepare.py --image-size {clip.size} (make: IMAGE_SIZE={clip.size}) would show it more"
+    )
 
 
 def _check_entry(shard: dict[str, Any]) -> None:

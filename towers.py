@@ -229,6 +229,33 @@ class Towers:
             embedded.append(F.normalize(x.to(self.model.logit_scale.dtype), dim=-1))
         return tuple(embedded)
 
+    def rehearse(self, size: int) -> None:
+        """Forward and backward of so many blank pairs, whose gradients are to be forgotten."""
+        import torch
+
+        self.train(True)
+        pixels = torch.zeros(size, 3, self.clip.size, self.clip.size, dtype=torch.uint8)
+        images, texts = self.embed(Batch(size, None, None, pixels, self.clip.tokenizer(["word " * 30] * size)))
+        (images.sum() + texts.sum()).backward()
+
+    def forget_gradients(self) -> None:
+        for parameter in self.trained.values():
+            parameter.grad = None
+
+    def refuse_idle_lora(self) -> None:
+        """Fail where LoRA would change nothing: some towers (timm's EVA with one qkv) read a layer's weight past it."""
+        lora = [name for name in self.trained if "lora_" in name]
+        if not lora:
+            return
+        self.rehearse(2)  # the size that fitting_micro_batch begins with: --compile sees one shape less
+        idle = [name for name in lora if self.trained[name].grad is None]
+        self.forget_gradients()
+        if idle:
+            raise Fail(
+                f"{self.clip.name} computes without {idle[0]} ({len(idle)} of {len(lora)} tensors of LoRA), which would"
+                " change nothing there; use --scenario linear_probe"
+            )
+
     def counts(self) -> dict[str, Any]:
         """How many parameters there are, are trained, and belong to LoRA."""
         trained = {name: parameter.numel() for name, parameter in self.trained.items()}
@@ -266,41 +293,38 @@ def memory_limit() -> int:
 def fitting_micro_batch(towers: Towers, share: int) -> int:
     """The largest power of two of pairs that fits in memory, at most `share`.
 
-    On a GPU found by trying; on a CPU from the bytes kept for the backward pass of two pairs. Nothing is learned.
+    On a GPU found by trying; on a CPU from the bytes that two and four pairs keep for the backward pass. Nothing is
+    learned.
     """
     import torch
 
-    clip = towers.clip
-    towers.train(True)
-
-    def attempt(size: int) -> None:
-        pixels = torch.zeros(size, 3, clip.size, clip.size, dtype=torch.uint8)
-        images, texts = towers.embed(Batch(size, None, None, pixels, clip.tokenizer(["word " * 30] * size)))
-        (images.sum() + texts.sum()).backward()
-
     size = 1
-    if clip.device.type == "cpu":
-        kept: dict[int, int] = {}
+    if towers.clip.device.type == "cpu":
         weights = {p.data_ptr() for part in (towers.model, towers.projections) for p in part.parameters()}
 
-        def note(tensor):
-            if tensor.data_ptr() not in weights:
-                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            return tensor
+        def kept_by(size: int) -> int:
+            kept: dict[int, int] = {}
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            attempt(2)
-        pair = sum(kept.values()) / 2
-        while size < share and size * 2 * pair < memory_limit() / 8:
+            def note(tensor):
+                if tensor.data_ptr() not in weights:
+                    kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                towers.rehearse(size)
+            return sum(kept.values())
+
+        two, four = kept_by(2), kept_by(4)
+        pair = (four - two) / 2  # what is kept for any number of pairs, such as weights in bf16, is no pair's
+        while size < share and (two - 2 * pair) + size * 2 * pair < memory_limit() / 8:
             size *= 2
     else:
         while size < share:
             try:
-                attempt(size * 2)
+                towers.rehearse(size * 2)
             except torch.OutOfMemoryError:
                 break
             size *= 2
         torch.cuda.empty_cache()
-    for parameter in towers.trained.values():
-        parameter.grad = None
+    towers.forget_gradients()
     return min(size, share)

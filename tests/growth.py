@@ -1,6 +1,6 @@
 """How each stage grows: seconds and peak memory at 1,000, 5,000 and 20,000 drawn products.
 
-    python tests/growth.py [--rows 1000 5000 20000] [--folder /tmp/growth]     measures, appends to growth.jsonl
+    python tests/growth.py [--rows 1000 5000 20000] [--folder data/growth]     measures, appends to growth.jsonl
     python tests/growth.py --markdown                    the newest results as the README's table
     python tests/growth.py --plot docs/growth.svg        and as a picture
 

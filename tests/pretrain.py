@@ -1,7 +1,7 @@
 """Pretrain the small CLIP of tests/small_clip on drawn pictures that share no item with the sample catalogue.
 
     python tests/pretrain.py --output tests/small_clip               about 10 minutes on one core
-    python tests/pretrain.py --output /tmp/tiny --count 300 --steps 20
+    python tests/pretrain.py --output data/tiny --count 300 --steps 20
 
 It stands in for a public CLIP where there is no hub: it has seen furniture of another seed under loose captions
 ("a photo of a chair", "something red"), and shapes, trees and cars. So zero-shot search is far above chance, and a

@@ -1,7 +1,7 @@
 """Draw a furniture catalogue whose truth is known: pictures, and a CSV with the noise of a real feed.
 
     python tests/sample.py --output data/sample                      1,200 products, seed 42
-    python tests/sample.py --output /tmp/few --count 24 --sheet      a handful, and sheet.png to look at them
+    python tests/sample.py --output data/few --count 24 --sheet      a handful, and sheet.png to look at them
 
 Every product is a function of (seed, index): the same bytes whatever --count and --workers, and an interrupted run
 goes on. A piece of furniture is a list of parts (sheared boxes, cones) in metres; parts are drawn far to near in an

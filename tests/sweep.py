@@ -1,4 +1,4 @@
-"""Learning rates and batch tried on the validation split: what the defaults of TrainingConfig rest on.
+"""Learning rates and batch tried on the validation split: what the Makefile's flags for the small CLIP rest on.
 
     python tests/sweep.py --shards data/shards --model local-dir:tests/small_clip --output data/sweep
 

@@ -194,7 +194,8 @@ def test_bytes_that_are_not_utf8_are_read_as_windows_does(tmp_path):
 def test_a_quote_that_is_never_closed_loses_no_row_without_a_word(tmp_path):
     good = "id,name,image_path,note\n" + "".join(f'{i},a,a.jpg,"two\nlines"\n' for i in range(20))
     assert len(list(common.Catalogue([write_csv(tmp_path / "good.csv", good + '20,"a ""b""",a.jpg,"end"')]))) == 21
-    for tail in ('20,a,a.jpg,"open', '20,a,a.jpg,"open\n' + "".join(f"{i},a,a.jpg,x\n" for i in range(21, 300))):
+    stray = '20,"Sofa 72"W,a.jpg,"open\n21,b,b.jpg,c\n'
+    for tail in (stray, '20,a,a.jpg,"open', '20,a,a.jpg,"open\n' + "".join(f"{i},a,a.jpg,x\n" for i in range(21, 300))):
         catalogue = common.Catalogue([write_csv(tmp_path / "open.csv", good + tail)])
         with pytest.raises(common.Fail, match=r"open.csv, line 42: the quotes"):
             list(catalogue)
@@ -210,6 +211,9 @@ def test_columns_of_one_name_are_kept_apart(tmp_path):
         with pytest.raises(common.Fail, match=r"two columns are called (name|id); rename") as failure:
             common.Catalogue([write_csv(tmp_path / "c.csv", f"{header}\n")])
         assert failure.value.code == common.USAGE
+    more = "id,name,image_path,image_path_2,tag,tag,tag_2\n1,a,a.jpg,b.jpg,x,y,z\n"
+    (row,) = common.Catalogue([write_csv(tmp_path / "c.csv", more)])
+    assert list(row.fields) == ["id", "name", "image_path", "image_path_2", "tag", "tag_3", "tag_2"]
     wide = 'id,name,image_path,"Size (W;D;H;L;X)"\n1,a,a.jpg,5\n'
     assert common.Catalogue([write_csv(tmp_path / "c.csv", wide)]).columns[3] == "Size (W;D;H;L;X)"
 
@@ -262,6 +266,29 @@ def test_a_missing_csv_or_folder_is_wrong_use(tmp_path):
     assert failure.value.code == common.USAGE
     with pytest.raises(common.Fail, match="no such images folder"):
         common.images_folder(str(tmp_path / "none"), [])
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config, flag, said",
+    [
+        (common.PrepConfig, "--image-size=0", "--image-size 0: must be from 1 to 4096"),
+        (common.PrepConfig, "--mini-shards=-1", "--mini-shards -1: must be at least 0"),
+        (common.TrainingConfig, "--limit=-5", "--limit -5: must be at least 1"),
+        (common.TrainingConfig, "--max-failed=nan", "--max-failed nan: must be from 0 to 1"),
+        (common.EmbeddingConfig, "--draws=99", "--draws 99: must be at least 100"),
+        (common.ArenaConfig, "--port=70000", "--port 70000: must be from 0 to 65535"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_wrong_use(config, flag, said):
+    parser = argparse.ArgumentParser()
+    common.add_flags(parser, config)
+    with pytest.raises(common.Fail, match=said) as failure:
+        common.from_flags(config, parser.parse_args([flag]))
+    assert failure.value.code == common.USAGE
+    assert common.from_flags(config, parser.parse_args([])) == config()
 
 
 # Images: which file a row names --------------------------------------------------------------------------------------

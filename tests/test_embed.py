@@ -992,9 +992,10 @@ def test_search_by_words_agrees_with_the_vectors(world, capsys):
 
 def test_a_base_named_by_its_folder_alone_is_found_again(world, out, capsys):
     assert embed(world, out, "--model", str(world / "base")) == 0
-    facts = pq.read_schema(out / "master.parquet").metadata
-    assert facts[b"base_model"].decode() == f"local-dir:{world / 'base'}"
-    assert stage.main(["search", "a chair", "--embeddings", str(out / "master.parquet"), "--using", "base"]) == 0
+    assert embed(world, out / "tag", "--model", "ViT-tiny", "--pretrained", f"local-dir:{world / 'base'}") == 0
+    for path in (out / "master.parquet", out / "tag/master.parquet"):
+        assert pq.read_schema(path).metadata[b"base_model"].decode() == f"local-dir:{world / 'base'}"
+        assert stage.main(["search", "a chair", "--embeddings", str(path), "--using", "base"]) == 0
 
 
 def test_too_little_memory_is_one_line(world, out, capsys, monkeypatch):

@@ -170,6 +170,21 @@ def test_a_key_and_a_catalogue_mean_the_real_job(finished, tmp_path):
     assert "sk-x" not in plan
 
 
+def test_a_key_without_a_catalogue_pays_for_no_drawn_products(tmp_path):
+    plan = make(tmp_path / "data", "-n", "all", "OPENAI_API_KEY=sk-x").stdout
+    assert "openai_standin.py --state" in plan and "--poll-interval 0" in plan and "small_clip" in plan
+
+
+def test_the_flags_of_the_small_clip_are_for_it_alone(tmp_path):
+    def plan(*variables: str) -> str:
+        planned = ["make", "-n", "all", f"DATA={tmp_path}", *variables]
+        return subprocess.run(planned, cwd=ROOT, env=environment(), text=True, capture_output=True).stdout
+
+    other, small = plan("MODEL=ViT-B-32"), plan()
+    assert "--model ViT-B-32" in other and "--epochs 5 " in other and "--lora-lr" not in other
+    assert "small_clip" in small and "--epochs 40 " in small and "--lora-lr 0.003" in small
+
+
 def test_a_failing_recipe_leaves_no_target(tmp_path):
     (tmp_path / "shop.csv").write_text("id,title\n1,a\n")
     ended = make(tmp_path / "data", "all", f"CATALOGUE={tmp_path}/shop.csv")

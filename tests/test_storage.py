@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+import types
 
 import pytest
 
@@ -215,3 +216,24 @@ def test_other_processes_read_alike(faulty, method):
     assert [results.get(timeout=60) for _ in processes] == [common.digest(CONTENT)] * 2
     for process in processes:
         process.join()
+
+
+def test_keys_and_endpoint_may_stand_in_the_env_file(tmp_path, monkeypatch):
+    values = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    values["AWS_DEFAULT_REGION"] = "eu-west-1"
+    for name in values:
+        monkeypatch.setenv(name, "")  # so that what the file sets is taken back behind this test
+        monkeypatch.delenv(name)
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+    monkeypatch.chdir(tmp_path)
+    storage._s3_client.cache_clear()
+    try:
+        assert storage._s3_client(0).meta.endpoint_url == "http://127.0.0.1:9"
+    finally:
+        storage._s3_client.cache_clear()
+
+
+@pytest.mark.parametrize("settings, told", [({"image_size": 224}, True), ({"image_size": 336}, False), ({}, False)])
+def test_pictures_smaller_than_the_model_takes_are_told(settings, told):
+    note = storage.scaled_up({"settings": settings}, types.SimpleNamespace(name="ViT-L-14-336", size=336))
+    assert ("IMAGE_SIZE=336" in note) == told == bool(note)
