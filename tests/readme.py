@@ -76,7 +76,9 @@ def swept(path: Path = ROOT / "data/sweep/sweep.json") -> str:
         tried.setdefault(name, []).append(f"{mark}{facts['mrr']:.3f}{mark} at {facts[name]:g}")
     rows = ["| setting | validation MRR |", "|---|---|"]
     rows += [f"| `--{name.replace('_', '-')}` | {', '.join(values)} |" for name, values in tried.items()]
-    flags = f" with `{' '.join(found['flags'])}`" if found["flags"] else ""
+    own = "|".join(name.replace("_", "-") for name in tried)  # a flag that is a setting of the table is its own try's
+    flags = re.sub(rf"--({own}) \S+ ?", "", " ".join(found["flags"])).strip()
+    flags = f" with `{flags}`" if flags else ""
     told = f"{found['epochs']} epochs each{flags}; zero-shot has {found['tries'][0]['zero_shot_mrr']:.3f}."
     return "\n".join([*rows, "", told])
 
