@@ -476,10 +476,7 @@ class Machine:
             again = self.state.data.get("lost_upload") == name
             self.state.set(intent=None, lost_upload=name)
             if again:
-                raise Fail(
-                    f"{self.client.url} takes uploads, yet makes no batch of them (404, twice for {name}); where it has"
-                    " no Batch API, use `run --sync`"
-                ) from None
+                raise self.client.no_batches("batches") from None
             raise Later(f"the upload of {name} is gone; uploading it again") from None
         except (Fail, Quota) as error:
             if isinstance(error, Refused):

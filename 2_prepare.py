@@ -159,7 +159,6 @@ def work_file(folder: Path) -> Iterator[Path]:
 def scan(
     work: sqlite3.Connection,
     rows: common.Catalogue,
-    limit: int | None,
     images: Path,
     config: PrepConfig,
     pool: Executor,
@@ -183,7 +182,7 @@ def scan(
         work.commit()
 
     for row in common.progress(rows, "scan"):
-        if limit is not None and count >= limit:
+        if config.limit is not None and count >= config.limit:
             break
         count += 1
         key = take_row(work, row, images, rejects)
@@ -204,7 +203,7 @@ def scan(
         rejects.append(common.reject(common.Row(0, id, json.loads(fields), None), *json.loads(why)))
         work.execute("DELETE FROM items WHERE id = ?", (id,))
     work.execute("""DELETE FROM pictures WHERE reason LIKE '["unreadable file"%'""")  # the next run tries it again
-    if limit is None:  # what is in the catalogue no longer
+    if config.limit is None:  # what is in the catalogue no longer
         used = "SELECT path, size, changed FROM items"
         work.execute(f"DELETE FROM pictures WHERE reason = '' AND (path, size, changed) NOT IN ({used})")
     work.commit()
@@ -296,7 +295,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     with work_file(folder) as database, contextlib.closing(open_work(database, config)) as work:
         keep_splits(work, args.keep_split)
         with worker_pool(args.workers) as pool:
-            count = scan(work, rows, args.limit, images, config, pool, rejects)
+            count = scan(work, rows, images, config, pool, rejects)
             if not work.execute("SELECT 1 FROM items LIMIT 1").fetchone():
                 raise Fail(f"{args.input[0]}: none of {count} rows is usable ({_reasons(rejects) or 'it has no rows'})")
             group_items(work, args.group_by)
@@ -421,7 +420,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-range", type=shard_range, metavar="A:B", help="write only shards A to B-1, no manifest"
     )
-    parser.add_argument("--limit", type=int, help="use the first N rows only")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     common.add_flags(parser, PrepConfig)
     return parser
@@ -450,8 +448,6 @@ def main(argv: list[str] | None = None) -> int:
         raise Fail(
             "--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", common.USAGE
         )
-    if args.limit is not None and args.limit < 1:
-        raise Fail(f"--limit {args.limit}: must be at least 1", common.USAGE)
     args.workers = max(1, args.workers)
     return prepare(args, common.from_flags(PrepConfig, args))
 

@@ -349,12 +349,11 @@ def prepare(
     config: TrainingConfig, shards: str, output: Path, checkpoint: dict[str, Any] | None = None
 ) -> tuple[Run, dict[str, Any]]:
     """Open shards and model; settle what was left to be found out, as the checkpoint has it where there is one."""
-    from clip import has_bf16, load_clip
+    from clip import auto_precision, load_clip
 
     world = World(config.device)
     if config.precision == "auto":  # a run goes on as it began, on another machine too
-        suits = "bf16" if has_bf16(world.device.type) else "fp32"
-        begun = checkpoint["identity"]["precision"] if checkpoint else suits
+        begun = checkpoint["identity"]["precision"] if checkpoint else auto_precision(world.device.type)
         config = dataclasses.replace(config, precision=world.share(begun)[0])
     manifest = storage.load_manifest(shards)
     clip = load_clip(config.model, config.pretrained, world.device)

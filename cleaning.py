@@ -284,34 +284,30 @@ class DataProcessor:
                 path.unlink()
         for name in sorted(registered):
             if not (self.requests / name).exists():
-                gone = ("again",) if name in sent else ("again", "queued")
-                with self.transaction():
-                    for status in gone:
-                        self.forget(name, status)
-                    if name not in sent:
-                        self.db.execute("UPDATE files SET done = 1 WHERE name = ?", (name,))
+                self.forget(name, ["again"] if name in sent else ["again", "queued"], done=name not in sent)
 
-    def forget(self, name: str, status: str) -> None:
-        """Drop a file's items of that status, to be built anew; what their attempts cost stays in the sum."""
-        self.db.execute(
-            "INSERT INTO items (digest, status, prompt_tokens, output_tokens, usd)"
-            " SELECT '', 'forgotten', TOTAL(prompt_tokens), TOTAL(output_tokens), TOTAL(usd) FROM items"
-            " WHERE file = ? AND status = ? ON CONFLICT (digest) DO UPDATE SET usd = usd + excluded.usd,"
-            " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
-            " output_tokens = output_tokens + excluded.output_tokens",
-            (name, status),
-        )
-        self.db.execute("DELETE FROM items WHERE file = ? AND status = ?", (name, status))
+    def forget(self, name: str, statuses: list[str], done: bool = True) -> None:
+        """Drop a file's items of these statuses, to be built anew; what their attempts cost stays in the sum."""
+        chosen = f"FROM items WHERE file = ? AND status IN ({', '.join('?' * len(statuses))})"
+        with self.transaction():
+            self.db.execute(
+                "INSERT INTO items (digest, status, prompt_tokens, output_tokens, usd)"
+                f" SELECT '', 'forgotten', TOTAL(prompt_tokens), TOTAL(output_tokens), TOTAL(usd) {chosen}"
+                " ON CONFLICT (digest) DO UPDATE SET usd = usd + excluded.usd,"
+                " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
+                " output_tokens = output_tokens + excluded.output_tokens",
+                (name, *statuses),
+            )
+            self.db.execute(f"DELETE {chosen}", (name, *statuses))
+            if done:
+                self.db.execute("UPDATE files SET done = 1 WHERE name = ?", (name,))
 
     def forget_lines(self, sent: set[str]) -> None:
         """The settings that shape requests have changed: lines that wait are built anew, with --retry-failed those
         that failed too."""
         for (name,) in self.query("SELECT name FROM files"):
             if name not in sent:
-                with self.transaction():
-                    for status in ("again", "queued", *(["failed"] if self.settings.retry_failed else [])):
-                        self.forget(name, status)
-                    self.db.execute("UPDATE files SET done = 1 WHERE name = ?", (name,))
+                self.forget(name, ["again", "queued", *(["failed"] if self.settings.retry_failed else [])])
 
     def unsent(self, busy: set[str]) -> list[tuple[str, str, int, int, int, int]]:
         """(name, sha256, requests, tokens, patches, pilot) of the files to be sent, the pilot first."""

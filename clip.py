@@ -164,6 +164,11 @@ def has_bf16(device: str) -> bool:
     return device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
 
 
+def auto_precision(device: str) -> str:
+    """What --precision auto means there."""
+    return "bf16" if has_bf16(device) else "fp32"
+
+
 def fingerprint(model: nn.Module, config: dict[str, Any] | None = None) -> str:
     """sha256 (hex) over a model's configuration, and names, types, shapes and bytes of its weights."""
     total = hashlib.sha256(canonical(config or {}))

@@ -92,6 +92,7 @@ class PrepConfig:
     mini_shards: int = setting(5, "train shards that mini_train holds again", low=0)
     fold: str = setting("", "K/N: of N equal parts of the catalogue test on part K (from 0), validate on the next")
     max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1", low=0, high=1)
+    limit: int | None = setting(None, "use the first N rows only", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,7 +480,6 @@ codecs.register_error("cp1252-gaps", lambda error: (error.object[error.start : e
 def text_encoding(path: str | Path) -> dict[str, str]:
     """How open() reads it: utf-8-sig, utf-16 (by its BOM) or, where the bytes are not UTF-8, as Windows does: cp1252,
     with Latin-1 for its gaps."""
-
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as handle:
         head = handle.read(2)
@@ -532,37 +532,21 @@ class Catalogue:
             raise Fail(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:200]}", USAGE)
         if twice := [name for name in REQUIRED_COLUMNS if header.count(name) > 1]:
             raise Fail(f"{path}: two columns are called {twice[0]}; rename the one that is not meant", USAGE)
-        header = _numbered(header)
-        return encoding, delimiter, header
+        return encoding, delimiter, _numbered(header)
 
     def __iter__(self) -> Iterator[Row]:
         seen: dict[str, None] = {}  # as a set, in a third of a set's memory
         number = 0
         for path, encoding, delimiter, header in self.sources:
-            record: list[str] = []  # the lines of the row that is read
-            with open(path, newline="", **encoding) as handle:
-                reader = csv.reader((record.append(line) or line for line in handle), delimiter=delimiter)
-                next(reader)
-                while True:
-                    try:
-                        begun, last = reader.line_num + 1, record.copy()
-                        record.clear()
-                        values = next(reader)
-                    except StopIteration:
-                        if _within_quotes(last, delimiter):
-                            line = begun - len(last)
-                            raise Fail(
-                                f"{path}, line {line}: the quotes opened there are never closed; mend that line"
-                            ) from None
-                        break
-                    except (csv.Error, UnicodeError) as error:
-                        raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
-                    if not values:  # a blank line is no row
-                        continue
-                    number += 1
-                    fields = dict.fromkeys(self.columns, "") | dict(zip(header, values, strict=False))
-                    yield Row(number, fields["id"], fields, self._reason(fields, len(values) - len(header), seen))
-                    seen[fields["id"]] = None
+            records = _records(path, encoding, delimiter)
+            next(records)
+            for values in records:
+                if not values:  # a blank line is no row
+                    continue
+                number += 1
+                fields = dict.fromkeys(self.columns, "") | dict(zip(header, values, strict=False))
+                yield Row(number, fields["id"], fields, self._reason(fields, len(values) - len(header), seen))
+                seen[fields["id"]] = None
 
     @staticmethod
     def _reason(fields: dict[str, str], surplus: int, seen: dict[str, None]) -> str | None:
@@ -595,9 +579,28 @@ def _numbered(names: list[str]) -> list[str]:
     return header
 
 
-def _within_quotes(lines: list[str], delimiter: str) -> bool:
-    """Whether the row of these lines ends in the middle of a quoted value: then a further line belongs to it."""
-    return len(list(csv.reader([*lines, "x"], delimiter=delimiter))) == 1
+def _records(path: Path, encoding: dict[str, str], delimiter: str) -> Iterator[list[str]]:
+    """The values of each row, the header's first. Raises Fail for what cannot be read, and at an end within quotes."""
+    ended = False
+    with open(path, newline="", **encoding) as handle:
+
+        def lines() -> Iterator[str]:
+            nonlocal ended
+            yield from handle
+            ended = True
+            yield "end"  # a row of its own, unless open quotes swallow it
+
+        reader = csv.reader(lines(), delimiter=delimiter)
+        while not ended:
+            begun = reader.line_num + 1
+            try:
+                values = next(reader)
+            except (csv.Error, UnicodeError) as error:
+                raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
+            if not ended:
+                yield values
+            elif reader.line_num > begun:
+                raise Fail(f"{path}, line {begun}: the quotes opened there are never closed; mend that line")
 
 
 def csv_rows(handle: Any) -> Any:

@@ -24,8 +24,6 @@ SCENARIOS = {
     "vision_lora": (True, False, True),
     "text_lora": (False, True, True),
 }
-
-
 MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper
 
 

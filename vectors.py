@@ -416,11 +416,9 @@ def model_key(clip, precision: str) -> str:
 
 def open_encoder(clip, items: Items, config: EmbeddingConfig, ranks: Ranks) -> Encoder:
     """A model with its store, in half precision where that is wanted and proves true on the first pictures."""
-    from clip import has_bf16
+    from clip import auto_precision
 
-    wanted = config.precision
-    if wanted == "auto":
-        wanted = "bf16" if has_bf16(clip.device.type) else "fp32"
+    wanted = auto_precision(clip.device.type) if config.precision == "auto" else config.precision
     if wanted == "bf16":
         note = items.folder / model_key(clip, "bf16") / "model.json"
         if ranks.rank == 0 and not note.is_file():

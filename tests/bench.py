@@ -18,7 +18,6 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +66,8 @@ def measure(case: Case, rounds: int) -> dict:
 def markdown(path: Path) -> str:
     """The README's table: the newest result of each case that the newest run of its stage still had."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    runs = {line["stage"]: line.get("run") for line in lines}
-    newest = {line["case"]: line for line in lines if line.get("run") == runs[line["stage"]]}
+    runs = {line["stage"]: line["date"] for line in lines}
+    newest = {line["case"]: line for line in lines if line["date"] == runs[line["stage"]]}
     rows = ["| what | times as fast | aim | now bound by |", "|---|---|---|---|"]
     for line in newest.values():
         spread = f"{line['ratio']} ({line['low']}-{line['high']})"
@@ -91,12 +90,8 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown(RESULTS))
         return common.DONE
     packages = common.versions("torch", "open_clip_torch", "transformers", "peft", "pillow", "webdataset")
-    facts = {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "date": datetime.date.today().isoformat(),
-        "processor": processor(),
-        "versions": packages,
-    }
+    began = datetime.datetime.now().isoformat(timespec="seconds")
+    facts = {"date": began, "processor": processor(), "versions": packages}
     print(f"{facts['processor']}; a ratio is theirs / ours, median of {args.rounds}, spread in brackets")
     missed = 0
     for stage in [args.stage] if args.stage else STAGES:

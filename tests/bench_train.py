@@ -236,14 +236,13 @@ def steps(title: str, ours: tuple, theirs: tuple, target: float, times: int = 1)
 
 def cases(workdir: Path) -> list[Case]:
     """The cases of stage 3."""
-    from clip import has_bf16
+    from clip import auto_precision
 
     found = []
-    auto = "bf16" if has_bf16("cpu") else "fp32"
     for ours, theirs, hugging, full in (
         ("auto", "fp32", 2.4, 3.3), ("bf16", "bf16", 1.4, 1.8), ("fp32", "fp32", 2.4, 3.3),
     ):  # fmt: skip
-        step = (our_step, "dual_lora", auto if ours == "auto" else ours)
+        step = (our_step, "dual_lora", auto_precision("cpu") if ours == "auto" else ours)
         for name, maker, target in (
             ("transformers' CLIPModel + PEFT", transformers_step, hugging),
             ("open_clip's full fine-tuning", full_step, full),

@@ -112,6 +112,10 @@ class Shop:
     def state(self) -> dict:
         return json.loads((self.workspace / "state.json").read_text())
 
+    def lose_store(self) -> None:
+        for path in self.workspace.glob("results.sqlite*"):
+            path.unlink()
+
     def check_answers(self) -> None:
         """Every cleaned row has its own answer: the stand-in's is a function of title and picture."""
         for row in self.cleaned():
@@ -401,8 +405,7 @@ def test_a_torn_state_file(shop, damage, capsys):
 def test_a_lost_store_is_read_back_from_the_raw_results(shop):
     shop.call()
     first = shop.output.read_bytes()
-    for path in shop.workspace.glob("results.sqlite*"):
-        path.unlink()
+    shop.lose_store()
     assert shop.call() == 0 and shop.output.read_bytes() == first and sum(shop.paid().values()) == 12
 
 
@@ -410,16 +413,14 @@ def test_a_store_lost_under_way_costs_nothing_twice(shop):
     flags = ("--max-requests-per-file", "4", "--pilot", "0", "--max-concurrent-batches", "2")
     shop.server.steps = 3
     assert shop.call("poll", *flags) == 75 and len(shop.server.ledger("batch")) == 2
-    for path in shop.workspace.glob("results.sqlite*"):
-        path.unlink()
+    shop.lose_store()
     shop.rows.insert(0, shop.product(12))  # so that other rows stand under the old names of files
     shop.write()
     assert shop.call("poll", *flags) == 75 and len(shop.server.ledger("batch")) == 2, "what is in flight comes first"
     assert shop.call("run", *flags) == 0
     assert len(shop.cleaned()) == 13 and set(shop.paid().values()) == {1}
     shop.check_answers()
-    for path in shop.workspace.glob("results.sqlite*"):  # all uploads are known by name still
-        path.unlink()
+    shop.lose_store()  # all uploads are known by name still
     shop.rows.insert(0, shop.product(13))
     shop.write()
     assert shop.call("run", *flags) == 0 and len(shop.cleaned()) == 14 and set(shop.paid().values()) == {1}
@@ -428,8 +429,7 @@ def test_a_store_lost_under_way_costs_nothing_twice(shop):
 
 def test_a_store_that_was_killed_while_it_was_read_back_is_read_back(shop, monkeypatch):
     shop.call()
-    for path in shop.workspace.glob("results.sqlite*"):
-        path.unlink()
+    shop.lose_store()
     store, stored = cleaning.DataProcessor.store, []
 
     def killed(self, *about):

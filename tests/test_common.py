@@ -195,7 +195,12 @@ def test_a_quote_that_is_never_closed_loses_no_row_without_a_word(tmp_path):
     good = "id,name,image_path,note\n" + "".join(f'{i},a,a.jpg,"two\nlines"\n' for i in range(20))
     assert len(list(common.Catalogue([write_csv(tmp_path / "good.csv", good + '20,"a ""b""",a.jpg,"end"')]))) == 21
     stray = '20,"Sofa 72"W,a.jpg,"open\n21,b,b.jpg,c\n'
-    for tail in (stray, '20,a,a.jpg,"open', '20,a,a.jpg,"open\n' + "".join(f"{i},a,a.jpg,x\n" for i in range(21, 300))):
+    for tail in (
+        '"',
+        stray,
+        '20,a,a.jpg,"open',
+        '20,a,a.jpg,"open\n' + "".join(f"{i},a,a.jpg,x\n" for i in range(21, 300)),
+    ):
         catalogue = common.Catalogue([write_csv(tmp_path / "open.csv", good + tail)])
         with pytest.raises(common.Fail, match=r"open.csv, line 42: the quotes"):
             list(catalogue)
