@@ -1,4 +1,4 @@
-"""Stage 3: fine-tune a CLIP on the shards, with LoRA, exactly as one large batch would, and go on after anything.
+"""Stage 3: fine-tune a CLIP on the shards, with LoRA, exactly as one large batch would, and go on after any stop.
 
 Reads   --shards: a folder or s3://bucket/prefix from 2_prepare.py (splits train and validation)
 Writes  --output: adapter/ (PEFT and projections), model/ (merged; open_clip loads it by local-dir:), checkpoint.pt,
@@ -17,445 +17,98 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
+import hashlib
+import io
 import json
+import logging
 import math
 import os
+import random
 import re
+import resource
+import shutil
 import sys
+import tarfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
-import imaging
-import storage
-from common import DONE, Fail, TrainingConfig
-from contrast import accumulate, one_way_loss
-from journal import Log, State, check_identity, draw_curves, find_checkpoint, save_checkpoint, write_result
-from loader import Batch, Data, Samples, epoch_plan, hashed, in_order, keep
-from towers import SCENARIOS, Towers, World, fitting_micro_batch
+from common import DONE, USAGE, BadImage, Clip, Fail, World, setting
 
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # WiSE-FT: 0 is the base model, 1 the fine-tuned one
+# scenario: (LoRA in the vision tower, LoRA in the text tower, projections and temperature trained)
+SCENARIOS = {
+    "zero_shot": (False, False, False),
+    "linear_probe": (False, False, True),
+    "dual_lora": (True, True, True),
+    "vision_lora": (True, False, True),
+    "text_lora": (False, True, True),
+}
+WARMUP = 0.1  # share of the updates in which the learning rates rise to their peak
+CLIP_NORM = 1.0  # largest norm of the gradient: one odd batch must not throw the weights far
+LORA_SCALE = 2  # alpha / rank: another rank then keeps the size of LoRA's updates
+MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper (arXiv 2103.00020)
+CPU_MICRO_BATCH = 64  # pairs: a ViT-B/32 keeps about 2 GB for their backward pass
+VIEWS = 4  # augmented views of a picture that are kept where its tower is frozen and runs only once
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
-FREE_SETTINGS = (  # may differ when a run goes on: they do not change what is learned from, or only what dropout draws
-    *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "wandb_artifacts", "resume", "device"),
-    *("wise", "probe", "micro_batch_size", "model", "pretrained", "effective_batch_size"),  # resolved ones are kept
+READ_TOGETHER = 8  # samples a thread reads in one go: a future for each would cost a fifth of the decoding
+READ_AHEAD = 2  # steps that are read, at least, while one is computed
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings and command line
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Stage 3."""
+
+    scenario: str = setting("dual_lora", "what is trained: LoRA in a tower or both, and projections", tuple(SCENARIOS))
+    model: str = setting("ViT-B-32", "open_clip name, or local-dir:FOLDER")
+    pretrained: str | None = setting(
+        None, "open_clip tag (openai), local-dir:FOLDER, or weights file (OpenAI's own: --model ViT-B-32-quickgelu)"
+    )
+    epochs: int = setting(5, "passes over the train split", low=1)
+    effective_batch_size: int | None = setting(None, "pairs contrasted in one step (unset: N / 8, 32 to 1024)", low=1)
+    micro_batch_size: str = setting("auto", "pairs in memory at once: a number, or auto (64; on a GPU what fits)")
+    lr: float = setting(1e-4, "peak learning rate of the projections and the temperature", low=0)
+    lora_lr: float = setting(1e-3, "peak learning rate of LoRA; 5e-6 suits thousands of small steps", low=0)
+    weight_decay: float = setting(0.01, "of AdamW; none on temperature and biases", low=0)
+    schedule: str = setting("cosine", "of the learning rates, after the warm-up", ("cosine", "onecycle"))
+    lora_r: int = setting(16, "rank of LoRA; alpha is twice the rank", low=1)
+    lora_dropout: float = setting(0.05, "dropout before LoRA", low=0, high=0.9)
+    captions: str = setting("varied", "another prompt each epoch, or the shard's own", ("varied", "fixed"))
+    augment: str = setting("none", "none, crop and flip, or rotation and blur too", ("none", "simple", "advanced"))
+    precision: str = setting(
+        "auto", "auto: bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16", "fp16")
+    )
+    optimizer: str = setting("adamw", "8 bits save little for LoRA; far slower on a CPU", ("adamw", "adamw8bit"))
+    patience: int | None = setting(None, "stop after so many epochs without a better validation MRR", low=1)
+    grad_checkpointing: bool = setting(False, "compute activations twice to save memory")
+    compile: bool = setting(False, "torch.compile the towers; pays on a GPU, after minutes of compiling")
+    wise: bool = setting(False, "export the interpolation with the base weights that validates best (WiSE-FT)")
+    probe: str | None = setting(None, "CSV with image_path,caption of general pictures: shows what was forgotten")
+    max_failed: float = setting(0.05, "share of samples that may be unreadable", low=0, high=1)
+    limit: int | None = setting(None, "use only the first N samples of each split", low=1)
+    seed: int = setting(42, "of order, captions, augmentation, dropout and LoRA's start")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int | None = setting(None, "threads that read and decode pictures (unset: one a core, up to 16)", low=1)
+    cache_gb: float = setting(50.0, "disk for local copies of the shards that lie on S3", low=0)
+    checkpoint_minutes: float = setting(10.0, "time between checkpoints within an epoch", low=0)
+    checkpoint_url: str | None = setting(None, "s3://bucket/prefix that checkpoints are copied to and resumed from")
+    wandb: str = setting("off", "Weights & Biases gets nothing, metrics, or the model too", ("off", "metrics", "model"))
+    resume: bool = setting(True, "go on from the newest checkpoint")
+
+
+FREE_SETTINGS = (  # may differ when a run goes on: they change nothing of what is learned, or only how sums round
+    *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "resume", "device"),
+    *("wise", "probe", "micro_batch_size", "model", "pretrained", "effective_batch_size"),  # identity has what is used
 )
-
-# --------------------------------------------------------------------------------------------------------------------
-# What the parts of a run share
-
-
-@dataclasses.dataclass
-class Run:
-    """All that the parts of one run share."""
-
-    config: TrainingConfig
-    output: Path
-    world: World
-    clip: Any
-    towers: Towers
-    train: Data
-    validation: Data
-    probe: Batch | None = None  # pictures and captions away from the catalogue
-    effective: int = 0  # pairs contrasted in one step, over all processes
-    micro: int = 64  # pairs in memory at once, per process
-
-    def say(self, line: str) -> None:
-        """Print a line, once whatever the number of processes."""
-        if self.world.main:
-            print(line, flush=True)
-
-    def share_lost(self) -> None:
-        """Let every process know what any could not read. Fail, on all of them, where it is too much."""
-        for samples in (self.train.samples, self.validation.samples):
-            found = self.world.share(sorted(samples.bad.items()))
-            samples.bad = {i: reason for some in found for i, reason in some}
-            samples.check(self.config.max_failed)
-
-
-def keep_features(run: Run, data: Data) -> None:
-    """Let frozen towers run once over a split: linear_probe then trains 500 times faster, text_lora 7 times.
-
-    Pictures that are augmented anew each epoch have no lasting features: a few fixed views are kept instead.
-    """
-    import torch
-
-    config = run.config
-    shards = [entry["sha256"] for entry in data.samples.entries]
-    for tower in (tower for tower, adapted in run.towers.adapted.items() if not adapted):
-        varies = data.training and (config.augment != "none" if tower == "image" else config.captions == "varied")
-        variants = (config.views if tower == "image" else config.epochs) if varies else 1
-        shape = [varies, variants, config.seed, config.augment, len(data)]
-        known = common.digest([shards, run.clip.fingerprint, config.precision, shape])[:16]
-
-        def encode(inputs, tower=tower):
-            with torch.no_grad(), run.towers.autocast():
-                return run.towers.features(tower, inputs).float().cpu()
-
-        folder = run.world.cache(run.output) / f"{data.samples.split}-{tower}-{known}"
-        with run.world.first_on_this_machine():
-            keep(data, tower, folder, encode, run.micro, variants)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Validation
-
-
-def evaluate(run: Run, data: Data) -> dict[str, float]:
-    """Loss, recall@1/5/10 and MRR, both ways, over a whole split with the shard's own captions; memory linear in N."""
-    import torch
-
-    from clip import retrieval_metrics
-
-    towers, world = run.towers, run.world
-    towers.train(False)
-    found: list[list] = [[], [], [], []]
-    with torch.no_grad():
-        for batch in data.batches(in_order(len(data), run.micro, world.rank, world.size)):
-            if len(batch.positions):
-                for column, value in zip(found, (batch.positions, batch.keys, *towers.embed(batch)), strict=True):
-                    column.append(value)
-        if not found[0]:  # more processes than samples
-            nothing = torch.empty(0, run.clip.config["embed_dim"], device=world.device)
-            found = [[torch.empty(0).long()], [torch.empty(0, 2).long()], [nothing], [nothing]]
-        positions, keys, images, texts = (torch.cat(column) for column in found)
-        (keys, images, texts), _ = world.gather(len(data), positions, keys.to(world.device), images, texts)
-        scale, bias = towers.model.logit_scale, towers.model.logit_bias
-        loss = 0.0
-        for rows in (slice(start, start + 1024) for start in range(0, len(keys), 1024)):
-            loss += one_way_loss(images[rows], texts, keys[rows], keys, scale, bias).item()
-            loss += one_way_loss(texts[rows], images, keys[rows], keys, scale, bias).item()
-    run.share_lost()
-    return {"loss": loss / (2 * len(keys))} | retrieval_metrics(images, texts, keys)
-
-
-def load_probe(path: str, clip) -> Batch:
-    """Pictures and captions of a CSV (image_path,caption) that is not about the catalogue."""
-    import numpy as np
-    import torch
-
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            rows = [(Path(path).parent / row["image_path"], row["caption"]) for row in csv.DictReader(handle)]
-        if not rows:
-            raise ValueError("no rows")
-        pictures = [np.array(imaging.letterbox(imaging.load_image(source, clip.size), clip.size)) for source, _ in rows]
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        captions = [caption for _, caption in rows]
-        if None in captions:
-            raise ValueError(f"no caption for {rows[captions.index(None)][0].name}")
-    except (OSError, KeyError, TypeError, ValueError, imaging.BadImage) as error:
-        what = f"no column {error}" if isinstance(error, KeyError) else error
-        raise Fail(f"--probe {path}: {what}; it wants a CSV with image_path,caption and its pictures") from None
-    keys = torch.tensor([hashed(caption) for caption in captions])
-    return Batch(len(rows), torch.arange(len(rows)), keys, images, clip.tokenizer(captions))
-
-
-def general_probe(run: Run) -> dict[str, float]:
-    """Retrieval over the probe, which shows what was forgotten."""
-    import torch
-
-    from clip import retrieval_metrics
-
-    run.towers.train(False)
-    parts = [run.probe.part(start, run.micro) for start in range(0, run.probe.total, run.micro)]
-    with torch.no_grad():
-        images, texts = (torch.cat(side) for side in zip(*map(run.towers.embed, parts), strict=True))
-    return retrieval_metrics(images, texts, run.probe.keys.to(images.device))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def identity(run: Run, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a run to be gone on with."""
-    settings = {k: v for k, v in dataclasses.asdict(run.config).items() if k not in FREE_SETTINGS}
-    shards = {s: [entry["sha256"] for entry in manifest["splits"][s]["shards"]] for s in ("train", "validation")}
-    made = {"model": run.clip.fingerprint, "shards": common.digest(shards)}
-    return settings | made | {"effective_batch_size": run.effective}
-
-
-def rate(kind: str, done: float, warmup: float) -> float:
-    """Share of the peak learning rate when `done` (0 to 1) of the updates are made."""
-    if kind == "onecycle":  # from 1/25 up in 30%, down to 1/250,000 (arXiv 1708.07120)
-        low, high, part = (1 / 25, 1, done / 0.3) if done < 0.3 else (1 / 250_000, 1, (1 - done) / 0.7)
-        return low + (high - low) * (1 - math.cos(math.pi * part)) / 2
-    if done < warmup:
-        return done / warmup
-    return (1 + math.cos(math.pi * (done - warmup) / max(1e-9, 1 - warmup))) / 2
-
-
-def make_optimizer(run: Run):
-    """AdamW over three groups: LoRA and projections at their own rates, temperature and biases without decay."""
-    import torch
-
-    config, groups = run.config, {"lora": [], "projections": [], "scalars": []}
-    for name, parameter in run.towers.trained.items():
-        groups["lora" if "lora_" in name else "projections" if parameter.ndim > 1 else "scalars"].append(parameter)
-    peaks = {"lora": config.lora_lr, "projections": config.lr, "scalars": config.lr}
-    decay = {"lora": config.weight_decay, "projections": config.weight_decay, "scalars": 0.0}
-    settings = [
-        {"params": some, "peak": peaks[kind], "lr": 0.0, "weight_decay": decay[kind]}
-        for kind, some in groups.items()
-        if some
-    ]
-    if config.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(settings)
-    return torch.optim.AdamW(settings, fused=True)
-
-
-def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_updates: int) -> dict[str, float]:
-    """One step: gradient, clip, AdamW. Raises FloatingPointError before a number that is none reaches the weights."""
-    import torch
-
-    towers, config = run.towers, run.config
-    towers.train(True)
-    optimizer.zero_grad()
-    share = rate(config.schedule, (state.updates + 1) / (total_updates + 1), config.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-    loss = accumulate(run, batch, state.step, scaler.scale)
-    scaler.unscale_(optimizer)
-    gradients = [p.grad for p in towers.trained.values() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    overflow = scaler.get_scale() > 1  # of fp16, which a smaller scale mends
-    if not (loss.isfinite() and (norm.isfinite() or overflow)):
-        raise FloatingPointError(f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
-    if norm > config.clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(towers.trained.values(), config.clip_norm, norm)
-    before = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    with torch.no_grad():
-        towers.model.logit_scale.clamp_(0, towers.largest_scale)
-    state.step += 1
-    state.batch += 1
-    state.updates += scaler.get_scale() >= before
-    return {
-        "loss": loss.item(),
-        "lr": config.lr * share,
-        "lora_lr": config.lora_lr * share,
-        "gradient_norm": norm.item(),
-        "logit_scale": towers.model.logit_scale.exp().item(),
-    }
-
-
-def train(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None, log: Log) -> State:
-    """All epochs, or those that are left; returns the state with the best epoch in it."""
-    import torch
-
-    config, towers, samples = run.config, run.towers, run.train.samples
-    optimizer = make_optimizer(run)
-    scaler = torch.amp.GradScaler(run.world.device.type, enabled=config.precision == "fp16")
-    known, state = identity(run, manifest), State()
-    if checkpoint:
-        check_identity(checkpoint, known)
-        state = State(**checkpoint["state"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        towers.load(checkpoint["weights"])
-        samples.bad |= state.bad
-        run.say(f"going on after step {state.step}, in epoch {min(state.epoch + 1, config.epochs)}")
-
-    def save() -> None:
-        run.share_lost()
-        state.bad = dict(samples.bad)
-        save_checkpoint(run, state, optimizer, scaler, known)
-        run.world.share(None)  # no process goes on, or stops all, before it is written
-
-    log.start(state)
-    if not checkpoint:
-        log.write(kind="validation", epoch=0, step=0, **evaluate(run, run.validation))
-    while state.epoch < config.epochs and not out_of_patience(state, config):
-        one_epoch(run, state, optimizer, scaler, log, save)
-        state.epoch, state.batch = state.epoch + 1, 0
-        metrics = evaluate(run, run.validation)
-        if metrics["mrr"] > state.best.get("metrics", {}).get("mrr", -1):
-            state.best = {"epoch": state.epoch, "metrics": metrics, "weights": towers.copy()}
-        log.write(kind="validation", epoch=state.epoch, step=state.step, **metrics)
-        run.say(f"  validation: loss {metrics['loss']:.4f}, MRR {metrics['mrr']:.4f}")
-        save()
-    return state
-
-
-def one_epoch(run: Run, state: State, optimizer, scaler, log: Log, save: Callable[[], None]) -> None:
-    """The steps of the current epoch, from state.batch on."""
-    from tqdm import tqdm
-
-    config = run.config
-    steps = math.ceil(len(run.train) / run.effective)
-    plan = epoch_plan(
-        len(run.train), run.effective, config.seed, state.epoch, run.world.rank, run.world.size, state.batch
-    )
-    start = saved = time.monotonic()
-    pairs, title, numbers = 0, f"epoch {state.epoch + 1}/{config.epochs}", {"loss": math.nan}
-    bar = tqdm(total=steps, initial=state.batch, desc=title, unit="step", disable=None if run.world.main else True)
-    for batch in run.train.batches(plan, state.epoch):
-        try:
-            numbers = update(run, state, optimizer, scaler, batch, steps * config.epochs)
-        except FloatingPointError as error:
-            save()
-            raise Fail(
-                f"step {state.step + 1}: {error}; the last good state is in checkpoint.pt; start over with lower --lr "
-                "and --lora-lr, or with --precision fp32, and --no-resume"
-            ) from None
-        pairs += batch.total
-        speed = pairs / (time.monotonic() - start)
-        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{numbers['lr']:.1e}", pairs=f"{speed:.0f}/s", refresh=False)
-        bar.update()
-        if state.step % LOG_EVERY == 0 or state.batch == steps:
-            log.write(kind="step", epoch=state.epoch + 1, step=state.step, **numbers)
-        due = time.monotonic() - saved >= config.checkpoint_minutes * 60 and state.batch < steps
-        if any(run.world.share(due)):
-            save()
-            saved = time.monotonic()
-    bar.close()
-    speed = pairs / (time.monotonic() - start)
-    run.say(f"{title}: step {state.step}, loss {numbers['loss']:.4f}, {speed:.0f} pairs a second")
-
-
-def out_of_patience(state: State, config: TrainingConfig) -> bool:
-    """Whether --patience epochs went by without a better one."""
-    return config.patience is not None and bool(state.best) and state.epoch - state.best["epoch"] >= config.patience
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What remains of a run
-
-
-def sweep_alpha(run: Run, fine: dict[str, Any]) -> tuple[float, list[dict[str, Any]]]:
-    """The interpolation between base and fine-tuned weights that validates best, and what each gives (WiSE-FT)."""
-    swept = []
-    for alpha in ALPHAS:
-        run.towers.interpolate(alpha, fine)
-        facts = {"alpha": alpha, "validation": evaluate(run, run.validation)}
-        if run.probe:
-            facts["probe"] = general_probe(run)
-        swept.append(facts)
-    best = max(swept, key=lambda facts: (facts["validation"]["mrr"], facts["alpha"]))
-    return best["alpha"], swept
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The whole
-
-
-def prepare(
-    config: TrainingConfig, shards: str, output: Path, checkpoint: dict[str, Any] | None = None
-) -> tuple[Run, dict[str, Any]]:
-    """Open shards and model; settle what was left to be found out, as the checkpoint has it where there is one."""
-    from clip import auto_precision, load_clip
-
-    world = World(config.device)
-    if config.precision == "auto":  # a run goes on as it began, on another machine too
-        begun = checkpoint["identity"]["precision"] if checkpoint else auto_precision(world.device.type)
-        config = dataclasses.replace(config, precision=world.share(begun)[0])
-    manifest = storage.load_manifest(shards)
-    clip = load_clip(config.model, config.pretrained, world.device)
-    probe = load_probe(config.probe, clip) if config.probe else None
-    with world.first_on_this_machine():
-        room = config.cache_gb * 1e9
-        splits = [
-            Samples(shards, manifest, s, world.cache(output) / "shards", room, config.limit)
-            for s in ("train", "validation")
-        ]
-    for samples in splits:
-        samples.check(config.max_failed)
-    train, validation = (Data(samples, clip, config, k == 0) for k, samples in enumerate(splits))
-    run = Run(config, output, world, clip, Towers(clip, config), train, validation, probe)
-    if note := storage.scaled_up(manifest, clip):
-        run.say(note)
-    run.effective = config.effective_batch_size or min(1024, max(32, len(train) // 8))
-    if run.effective > len(train):
-        run.effective = len(train)
-        run.say(f"the train split has only {len(train)} samples: all of them make one effective batch")
-    return run, manifest
-
-
-def fine_tune(run: Run, manifest: dict[str, Any], checkpoint: dict[str, Any] | None) -> dict[str, Any]:
-    """Train, judge and export; returns what train.json says about it."""
-    log, config = Log(run), run.config
-    if not checkpoint:
-        run.towers.refuse_idle_lora()
-    if config.micro_batch_size != "auto":
-        run.micro = int(config.micro_batch_size)
-    else:  # found out once: another split of the same batch adds up in another order
-        run.micro = (
-            checkpoint["micro"]
-            if checkpoint
-            else fitting_micro_batch(run.towers, math.ceil(run.effective / run.world.size))
-        )
-    for data in (run.train, run.validation):
-        keep_features(run, data)
-    parts = math.ceil(run.effective / run.world.size / run.micro)
-    run.say(
-        f"effective batch {run.effective} = {run.world.size} processes x {parts} micro batches of up to {run.micro},"
-        f" in {config.precision}"
-    )
-    counts = run.towers.counts()
-    state = train(run, manifest, checkpoint, log)
-    fine = state.best["weights"]
-    best_alpha, swept = sweep_alpha(run, fine)
-    alpha = best_alpha if config.wise else 1.0
-    for facts in swept:
-        forgotten = f", general probe {facts['probe']['mrr']:.4f}" if run.probe else ""
-        run.say(f"  WiSE-FT: alpha {facts['alpha']:.2f}, validation MRR {facts['validation']['mrr']:.4f}{forgotten}")
-    run.say(f"  the best alpha is {best_alpha}; exported is {alpha}" + ("" if config.wise else " (--wise: the best)"))
-    known = identity(run, manifest)
-    if run.world.main:
-        run.towers.export(run.output, alpha, fine)
-        draw_curves(log, run.output / "curves.png")
-        log.close(run.output / "model" if config.wandb_artifacts else None)
-    before, best = swept[0]["validation"], next(f["validation"] for f in swept if f["alpha"] == alpha)
-    return {
-        "model_dir": "model",
-        "validation": {"zero_shot": before, "best": best, "best_epoch": state.best["epoch"]},
-        "alpha": alpha,
-        "best_alpha": best_alpha,
-        "wise_ft": swept,
-        "parameters": counts,
-        "batch": {"effective": run.effective, "micro": run.micro, "processes": run.world.size},
-        "identity": known,
-    }
-
-
-def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
-    """One scenario from shards to train.json."""
-    import torch
-
-    start = time.monotonic()
-    common.keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 where there is one
-    checkpoint = find_checkpoint(config, output) if SCENARIOS[config.scenario][2] else None
-    run, manifest = prepare(config, shards, output, checkpoint)
-    found = run.world.share(checkpoint and checkpoint["state"]["step"])
-    if len(set(found)) > 1:
-        raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
-    marker = output / "train.json"
-    known = json.loads(json.dumps(identity(run, manifest)))
-    if run.world.share(config.resume and is_finished(marker, config, known))[0]:
-        run.say(f"{marker}: finished already; --no-resume trains again")
-        return
-    if run.world.main:
-        storage.remove(marker)
-    if SCENARIOS[config.scenario][2]:
-        facts = fine_tune(run, manifest, checkpoint)
-    else:
-        facts = {"model_dir": None, "validation": {"zero_shot": evaluate(run, run.validation)}, "identity": known}
-    if run.world.main:
-        write_result(run, marker, shards, time.monotonic() - start, facts)
-
-
-def is_finished(marker: Path, config: TrainingConfig, known: dict[str, Any]) -> bool:
-    """Whether the marker belongs to a run that gave all that this one would."""
-    facts = common.read_json(marker) if marker.is_file() else {}
-    before = facts.get("settings", {})
-    return facts.get("identity") == known and all(before[name] == getattr(config, name) for name in ("wise", "probe"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -467,21 +120,1344 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_flags(argv: list[str] | None) -> tuple[TrainingConfig, str, Path]:
+    """(settings, --shards, --output)."""
+    args = build_parser().parse_args(argv)
+    config = common.from_flags(TrainingConfig, args)
+    if not re.fullmatch("auto|[1-9][0-9]*", config.micro_batch_size):
+        raise Fail(f"--micro-batch-size {config.micro_batch_size}: must be a number, or auto", USAGE)
+    return config, args.shards, args.output
+
+
+# --help and mistakes are answered here: what is imported next takes seconds.
+if __name__ == "__main__" and (code := common.entry_point(lambda argv: read_flags(argv) and DONE)()):
+    sys.exit(code)
+
+# ruff: noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as T
+from tqdm import tqdm
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes of torchrun: what common.World does not do
+
+
+def gather(world: World, *columns: Tensor) -> tuple[list[Tensor], int]:
+    """([N, ...] of each column [B, ...], the rows of all processes in the order of their ranks; where ours begin)."""
+    if world.size == 1:
+        return list(columns), 0
+    counts = world.share(len(columns[0]))
+    whole = []
+    for column in columns:
+        padded = column.new_zeros((max(counts), *column.shape[1:]))
+        padded[: len(column)] = column
+        parts = [torch.empty_like(padded) for _ in counts]
+        torch.distributed.all_gather(parts, padded)
+        whole.append(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
+    return whole, sum(counts[: world.rank])
+
+
+@contextlib.contextmanager
+def first_on_this_machine(world: World) -> Iterator[None]:
+    """Let one process of each machine do what the others then find done."""
+    if world.local_rank:
+        world.share(None)  # waits
+    yield
+    if not world.local_rank:
+        world.share(None)
+
+
+def cache_folder(world: World, output: Path) -> Path:
+    """This machine's own folder for what it keeps; `output` may be on a disk that several machines share."""
+    machine = int(os.environ.get("GROUP_RANK", 0)) if world.size > 1 else 0  # torchrun's number of the machine
+    return output / (f"cache-{machine}" if machine else "cache")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samples: an epoch's order, captions and augmentation; batches that are read ahead of the model
+
+
+def epoch_plan(
+    count: int, size: int, seed: int, epoch: int, rank: int, ranks: int, skip: int = 0
+) -> Iterator[tuple[list[int], int]]:
+    """An epoch's steps as (samples of this process, pairs over all processes); every sample once, shuffled.
+
+    There is no small rest at the end: the epoch is cut into steps that differ by one sample at most.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    steps = math.ceil(count / size)
+    for step in range(skip, steps):
+        mine = order[count * step // steps : count * (step + 1) // steps]
+        total = len(mine)
+        yield mine[total * rank // ranks : total * (rank + 1) // ranks].tolist(), total
+
+
+def in_order(count: int, size: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[list[int], int]]:
+    """This process's share of a split in order, in batches of `size`, as epoch_plan() has it."""
+    stop = count * (rank + 1) // ranks
+    for first in range(count * rank // ranks, stop, size):
+        yield list(range(first, min(first + size, stop))), count
+
+
+class Batch(NamedTuple):
+    """A part of an effective batch, on the CPU. What could not be read is missing from it, never replaced."""
+
+    total: int  # pairs in the effective batch, over all processes
+    ids: Tensor  # int64 [B]: samples
+    keys: Tensor  # int64 [B, 2]: duplicate group and caption; pairs that agree in one are positives of each other
+    images: Tensor  # uint8 [B, 3, S, S], or a frozen tower's float32 [B, W]
+    texts: Tensor  # tokens int64 [B, L], or a frozen tower's float32 [B, W]
+
+    def part(self, start: int, size: int) -> Batch:
+        return Batch(self.total, *(field[start : start + size] for field in self[1:]))
+
+
+def augment(pixels: Tensor, kind: str, seed: str) -> Tensor:
+    """uint8 [3, S, S] -> the same shape: cropped, flipped, for `advanced` turned and blurred too; never recoloured."""
+    draw, size = random.Random(seed), pixels.shape[-1]
+    if kind == "advanced":
+        pixels = T.rotate(pixels, draw.uniform(-10, 10), T.InterpolationMode.BILINEAR, fill=[255.0] * 3)
+        if draw.random() < 0.3:
+            pixels = T.gaussian_blur(pixels, [3, 3], [draw.uniform(0.1, 1.0)])
+    side = max(1, round(size * math.sqrt(draw.uniform(0.8 if kind == "simple" else 0.6, 1.0))))
+    top, left = draw.randint(0, size - side), draw.randint(0, size - side)
+    crop = pixels[None, :, top : top + side, left : left + side]
+    pixels = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    return pixels.flip(-1) if draw.random() < 0.5 else pixels
+
+
+def hash_text(text: str) -> int:
+    """A signed 64-bit number for a string, the same everywhere."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def index_shard(path: Path) -> list[dict[str, tuple[int, int]]]:
+    """{extension: (offset, bytes)} of each sample of a tar file. Raises Fail where the tar is cut or damaged."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise Fail(f"{path}: damaged shard ({error}); run 2_prepare.py again") from None
+    return list(samples.values())
+
+
+class Split:
+    """The samples of a split in any order, and batches of them.
+
+    An index of offsets (52 bytes a sample) instead of a stream: a global shuffle is an array, and resuming within an
+    epoch reads nothing. Where a tower is frozen, its kept features take the place of pictures or captions.
+    """
+
+    KINDS = ("jpg", "json", "txt")
+
+    def __init__(self, name: str, entries: list[dict], paths: list[Path], clip: Clip, config: TrainingConfig):
+        self.name, self.entries, self.paths, self.clip, self.config = name, entries, paths, clip, config
+        self.training = name == "train"
+        self.kept: dict[str, dict[str, Any]] = {}  # tower -> arrays of keep_pictures() or keep_captions()
+        self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
+        self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
+        shard: list[int] = []
+        places: list[list[tuple[int, int]]] = []
+        for number, (entry, path) in enumerate(zip(entries, paths, strict=True)):
+            try:
+                found = index_shard(path)
+                if len(found) != entry["samples"]:
+                    raise Fail(f"{len(found)} of {entry['samples']} samples are left in it")
+            except Fail as error:
+                self.damaged[entry["name"]] = str(error)
+                continue
+            shard += [number] * len(found)
+            places += [[members.get(kind, (0, -1)) for kind in self.KINDS] for members in found]
+        self.shard = np.array(shard[: config.limit], dtype=np.int32)
+        self.places = np.array(places[: config.limit], dtype=np.int64).reshape(-1, len(self.KINDS), 2)
+        self.check_unreadable()
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def counts(self) -> dict[str, int]:
+        """Samples of the split, and how many of them are known to be unreadable."""
+        gone = sum(entry["samples"] for entry in self.entries if entry["name"] in self.damaged)
+        return {"samples": gone + len(self), "unreadable": gone + len(self.unreadable)}
+
+    def check_unreadable(self) -> None:
+        """Fail where more samples than --max-failed are unreadable."""
+        total, lost = self.counts().values()
+        if not len(self) or lost > self.config.max_failed * total:
+            first = next((": ".join(fault) for fault in self.damaged.items()), None)
+            first = first or next(iter(self.unreadable.values()), "none left")
+            raise Fail(
+                f"{lost} of {total} {self.name} samples are unreadable; first: {first}; run 2_prepare.py --verify, "
+                "make the shards again, or raise --max-failed"
+            )
+
+    def place(self, i: int) -> str:
+        """Shard and offset of a sample, for messages."""
+        return f"{self.entries[self.shard[i]]['name']} at byte {self.places[i, 0, 0]}"
+
+    def mark_unreadable(self, failed: dict[int, str]) -> None:
+        """Count unreadable samples, given with their reasons; Fail where there are too many."""
+        self.unreadable |= {i: f"{self.place(i)}: {reason}" for i, reason in failed.items()}
+        self.check_unreadable()
+
+    def read(self, i: int, *kinds: str) -> list[bytes]:
+        """The bytes of members of sample i, read in one piece, since they lie side by side. Raises BadImage."""
+        wanted = [tuple(map(int, self.places[i, self.KINDS.index(kind)])) for kind in kinds]
+        start, end = min(offset for offset, _ in wanted), max(offset + size for offset, size in wanted)
+        if min(size for _, size in wanted) < 0:
+            raise BadImage(f"a member is missing ({', '.join(kinds)} wanted)")
+        with open(self.paths[self.shard[i]], "rb") as handle:
+            handle.seek(start)
+            data = handle.read(end - start)
+        if len(data) < end - start:
+            raise BadImage("the shard ends early")
+        return [data[offset - start : offset - start + size] for offset, size in wanted]
+
+    def picture(self, i: int, epoch: int | None) -> Tensor:
+        """uint8 [3, S, S] of sample i, augmented in training. Raises BadImage."""
+        pixels = common.decode_jpeg(self.read(i, "jpg")[0], self.clip.size)
+        if self.training and self.config.augment != "none":
+            pixels = augment(pixels, self.config.augment, f"{self.config.seed} {epoch} {i}")
+        return pixels
+
+    def captions(self, i: int, epochs: Iterable[int | None]) -> tuple[str, list[str]]:
+        """(duplicate group of sample i, its caption in each epoch). Raises BadImage.
+
+        The shard's own prompt, or in training another of the item's prompts each epoch.
+        """
+        record, own = self.read(i, "json", "txt")
+        try:
+            fields, own = json.loads(record or b"{}"), own.decode().strip()
+            group, id = str(fields.get("group") or fields.get("id") or self.place(i)), str(fields.get("id"))
+            if not self.training or self.config.captions == "fixed" or not fields.get("title"):
+                return group, [own for _ in epochs]
+            meta = {name: fields.get(name) or "" for name in ("title", *common.ATTRIBUTES)}
+            return group, [common.pick_prompt(meta, id, self.config.seed, epoch or 0) for epoch in epochs]
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise BadImage(f"damaged text ({error})") from None
+
+    def load(self, ids: list[int], epoch: int | None, image: bool, text: bool) -> dict[int, tuple | str]:
+        """What one thread does for a few samples: (keys, pixels, tokens) of each, or what is wrong with it."""
+        loaded: dict[int, tuple | str] = {}
+        for i in ids:
+            try:
+                keys, pixels, tokens = None, self.picture(i, epoch) if image else None, None
+                if text:
+                    group, (caption,) = self.captions(i, [epoch])
+                    keys, tokens = [hash_text(group), hash_text(caption)], self.clip.tokenizer([caption])[0]
+                loaded[i] = keys, pixels, tokens
+            except BadImage as error:
+                loaded[i] = str(error)
+        return loaded
+
+    def assemble(self, ids: list[int], total: int, blocks: list, epoch, image: bool, text: bool) -> tuple[Batch, dict]:
+        """(the step's batch, what could not be read with the reasons); blocks: futures of load()."""
+        items = {i: item for block in blocks for i, item in block.result().items()}
+        failed = {i: item for i, item in items.items() if isinstance(item, str)}
+        ids = [i for i in ids if i not in failed]
+        images = texts = torch.empty(len(ids), 0)  # where not wanted
+        keys = torch.empty(len(ids), 2, dtype=torch.int64)
+        if image and ids:
+            images = torch.stack([items[i][1] for i in ids])
+        if text and ids:
+            keys, texts = torch.tensor([items[i][0] for i in ids]), torch.stack([items[i][2] for i in ids])
+        for tower, kept in self.kept.items():
+            rows = kept["table"][ids, (epoch or 0) % kept["table"].shape[1]]
+            features = torch.from_numpy(kept["features"][rows])
+            if tower == "image":
+                images = features
+            else:
+                texts = features
+                keys = torch.stack([torch.from_numpy(kept["groups"][ids]), torch.from_numpy(rows)], dim=1)
+        if torch.cuda.is_available() and self.clip.device.type == "cuda":  # pinned memory is copied without waiting
+            keys, images, texts = keys.pin_memory(), images.pin_memory(), texts.pin_memory()
+        return Batch(total, torch.tensor(ids, dtype=torch.int64), keys, images, texts), failed
+
+    def batches(
+        self, plan: Iterable[tuple[list[int], int]], epoch: int | None = None, image: bool = True, text: bool = True
+    ) -> Iterator[Batch]:
+        """A Batch for each step of the plan; the next ones are read meanwhile. Fail where too much is unreadable.
+
+        image, text: False where not needed. Threads, not processes: decoding leaves the interpreter's lock, and nothing
+        passes through /dev/shm.
+        """
+        image, text = image and "image" not in self.kept, text and "text" not in self.kept
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+        workers = self.config.workers or min(16, max(1, (os.cpu_count() or 1) // processes))
+        reading: deque = deque()  # (number of samples, future of assemble())
+
+        def finished() -> Batch:
+            batch, failed = reading.popleft()[1].result()
+            self.mark_unreadable(failed)
+            return batch
+
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for ids, total in plan:
+                ids = [i for i in ids if i not in self.unreadable]
+                starts = range(0, len(ids) if image or text else 0, READ_TOGETHER)
+                some = (ids[start : start + READ_TOGETHER] for start in starts)
+                blocks = [pool.submit(self.load, block, epoch, image, text) for block in some]
+                reading.append((len(ids), pool.submit(self.assemble, ids, total, blocks, epoch, image, text)))
+                while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * workers * READ_TOGETHER:
+                    yield finished()
+            while reading:
+                yield finished()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def open_splits(shards: str, manifest: dict, cache: Path, clip: Clip, config: TrainingConfig) -> list[Split]:
+    """Train and validation; shards on S3 are copied to `cache` first. Fail for an empty split."""
+    splits = {split: manifest["splits"].get(split, {}).get("shards", []) for split in ("train", "validation")}
+    for split, entries in splits.items():
+        if not entries:
+            raise Fail(f"the {split} split is empty; give more rows, or check the split report of 2_prepare.py")
+    paths = iter(common.local_shards(shards, [*splits["train"], *splits["validation"]], cache, config.cache_gb))
+    return [Split(name, some, [next(paths) for _ in some], clip, config) for name, some in splits.items()]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention and LoRA: where PEFT's own way is wrong or slow
+
+
+class SplitAttention(nn.Module):
+    """nn.MultiheadAttention as four Linears q, k, v, out, so that LoRA reaches each of them exactly once.
+
+    PEFT's own LoRA for nn.MultiheadAttention (0.21.2) adds the output projection's delta twice.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        super().__init__()
+        self.heads, self.dropout = attention.num_heads, attention.dropout
+        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        for name, weight, bias in zip("qkv", attention.in_proj_weight.chunk(3), biases, strict=True):
+            self.add_module(name, linear_of(weight, bias))
+        self.out = linear_of(attention.out_proj.weight, attention.out_proj.bias)
+
+    def forward(self, x, key, value, need_weights=False, attn_mask=None):
+        """Self-attention, as open_clip's towers call it: key and value are x [B, L, W] too."""
+        B, L, W = x.shape
+        projected = lean_lora((self.q, self.k, self.v), x)
+        q, k, v = (part.view(B, L, self.heads, W // self.heads).transpose(1, 2) for part in projected)
+        mask = None if attn_mask is None else attn_mask.to(q.dtype)
+        dropout = self.dropout if self.training else 0.0
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where the fused kernel is 4 to 10 times slower
+            scores = (q * (W // self.heads) ** -0.5) @ k.transpose(-1, -2)
+            x = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out(x.transpose(1, 2).reshape(B, L, W)), None
+
+    def fused(self) -> nn.MultiheadAttention:
+        """The same attention as open_clip keeps it."""
+        parts, bias = (self.q, self.k, self.v), self.q.bias is not None
+        fused = nn.MultiheadAttention(self.q.in_features, self.heads, self.dropout, bias=bias, batch_first=True)
+        fused = fused.to(self.q.weight.device, self.q.weight.dtype).train(self.training)
+        with torch.no_grad():
+            fused.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+            fused.out_proj.weight.copy_(self.out.weight)
+            if bias:
+                fused.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+                fused.out_proj.bias.copy_(self.out.bias)
+        return fused
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear that holds copies of these weights."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def residual_blocks(model: nn.Module) -> list[nn.Module]:
+    """open_clip's own residual blocks of both towers."""
+    return [module for module in model.modules() if isinstance(module, ResidualAttentionBlock)]
+
+
+def split_attention(model: nn.Module) -> nn.Module:
+    """Replace, in place, the attention of every residual block by SplitAttention; returns the model."""
+    for block in residual_blocks(model):
+        block.attn = SplitAttention(block.attn).train(block.training)
+    return model
+
+
+def fuse_attention(model: nn.Module) -> nn.Module:
+    """Undo split_attention, with the weights as they now are; returns the model."""
+    for block in residual_blocks(model):
+        block.attn = block.attn.fused()
+    return model
+
+
+class LoraProduct(torch.autograd.Function):
+    """h W^T + b + scale (h kept) A^T B^T for each (W, b, A, B), where h is x or, with an activation, activation(x).
+
+    x [N, I]; each W [O, I] and b [O] (or None) frozen, A [R, I], B [O, R]; `dropped` / 256 is the dropout. PEFT runs
+    the same operation by operation, and keeps masks and copies of x as floats: a step of a ViT-B/32 then takes a third
+    longer (CPU, float32, batch 32). On a GPU, where memory is scarcer than time, only x is kept for the backward pass:
+    h and the mask are made again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, activation, dropped, seed, scale, *parts):
+        weights, biases, a, b = (parts[i::4] for i in range(4))
+        h = activation(x) if activation else x
+        kept = draw_mask(h, dropped, seed) if dropped else None
+        masked = h if kept is None else h * kept
+        low = masked @ torch.cat(a).T  # (N, R of all)
+        again = x.is_cuda or activation is not None
+        ctx.save_for_backward(x if again else masked, None if again else kept, low, *weights, *a, *b)
+        ctx.settings, ctx.ranks = (again, activation, dropped, seed, scale), [len(one) for one in a]
+        ys = (h @ w.T if bias is None else torch.addmm(bias, h, w.T) for w, bias in zip(weights, biases, strict=True))
+        lows = low.split(ctx.ranks, dim=1)
+        return tuple(y.addmm_(part, up.T, alpha=scale) for y, part, up in zip(ys, lows, b, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, kept, low, *parts = ctx.saved_tensors
+        again, activation, dropped, seed, scale = ctx.settings
+        weights, a, b = (parts[i * len(grads) : (i + 1) * len(grads)] for i in range(3))
+        masked = h = x
+        if again:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_(activation is not None)
+                h = activation(x) if activation else x
+            kept = draw_mask(h, dropped, seed) if dropped else None
+            masked = h.detach() if kept is None else h.detach() * kept
+        down = torch.cat([grad @ up for grad, up in zip(grads, b, strict=True)], dim=1).mul_(scale)  # (N, R of all)
+        grad_a = (down.T @ masked).split(ctx.ranks)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = down @ torch.cat(a)
+            grad_x = grad_x if kept is None else grad_x.mul_(kept)
+            for grad, weight in zip(grads, weights, strict=True):
+                grad_x.addmm_(grad, weight)
+            if activation:
+                (grad_x,) = torch.autograd.grad(h, x, grad_x)
+        lows = low.split(ctx.ranks, dim=1)
+        grad_b = [(grad.T @ part).mul_(scale) for grad, part in zip(grads, lows, strict=True)]
+        return grad_x, *[None] * 4, *(g for pair in zip(grad_a, grad_b, strict=True) for g in (None, None, *pair))
+
+
+def lean_lora(layers: tuple[nn.Module, ...], x: Tensor, activation: Callable | None = None) -> tuple[Tensor, ...]:
+    """What several Linears give for one input x, or activation(x); PEFT's LoRA Linears together, in autocast precision.
+
+    These share the dropout of that input, as they do in loralib, the code of the paper (arXiv 2106.09685).
+    """
+    if not all(hasattr(layer, "lora_A") for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    dropout, scale = layers[0].lora_dropout["default"], layers[0].scaling["default"]
+    kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dropped = max(1, round(dropout.p * 256)) if dropout.training and getattr(dropout, "p", 0) else 0
+    seed = int(torch.empty((), dtype=torch.int64).random_()) if dropped else 0
+    parts = []
+    for layer in layers:
+        parts += [*frozen_parts(layer, kind), *(m["default"].weight.to(kind) for m in (layer.lora_A, layer.lora_B))]
+    shape, x = x.shape, x.reshape(-1, x.shape[-1]).to(kind)
+    ys = LoraProduct.apply(x, activation, dropped, seed, scale / (1 - dropped / 256), *parts)
+    return tuple(y.view(*shape[:-1], -1) for y in ys)
+
+
+def frozen_parts(layer: nn.Module, kind: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Frozen weight and bias of a LoRA layer in the precision of its products, cast once: they never change."""
+    base = layer.base_layer
+    if base.weight.dtype == kind:
+        return base.weight, base.bias
+    if getattr(layer, "frozen", None) is None or layer.frozen[0].dtype != kind:
+        layer.frozen = (base.weight.to(kind), None if base.bias is None else base.bias.to(kind))
+    return layer.frozen
+
+
+def lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """open_clip's MLP of two LoRA Linears; what lies between them is not kept for the backward pass on a GPU."""
+    return lean_lora((mlp.c_proj,), lean_lora((mlp.c_fc,), x)[0], mlp.gelu)[0]
+
+
+@functools.cache
+def generator_of(device: torch.device) -> torch.Generator:
+    """One source of random numbers a device, seeded for each mask."""
+    return torch.Generator(device)
+
+
+def draw_mask(h: Tensor, dropped: int, seed: int) -> Tensor:
+    """[N, W] of 1 and, with a probability of dropped / 256, 0.
+
+    On a CPU int8 from 8 random bits an element: drawing floats, as torch's dropout does, would be a tenth of a step.
+    """
+    generator = generator_of(h.device).manual_seed(seed)
+    if h.is_cuda:
+        return torch.empty_like(h).bernoulli_(1 - dropped / 256, generator=generator)
+    bits = torch.empty((h.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = bits.view(torch.int8)[: h.numel()].view(h.shape)
+    return torch.ge(bits, dropped - 128, out=torch.empty(h.shape, dtype=torch.int8))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Towers: a CLIP prepared for a scenario, and made plain open_clip again
+
+
+class Projection(nn.Module):
+    """A raw projection parameter as a module: [B, W] -> [B, D]."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def projection_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(tower, owner, attribute) of each projection, wherever this kind of model keeps it."""
+    visual, text = model.visual, getattr(model, "text", model)
+    if not hasattr(visual, "trunk"):
+        yield "image", visual, "proj"
+    elif names := [name for name in ("proj", "mlp") if hasattr(visual.head, name)]:  # timm
+        yield "image", visual.head, names[0]
+    elif isinstance(getattr(visual.trunk, "head", None), nn.Linear | nn.Identity):  # Identity: it is taken
+        yield "image", visual.trunk, "head"
+    yield "text", text, "text_projection" if hasattr(text, "text_projection") else "proj"
+
+
+def take_projections(model: nn.Module) -> nn.ModuleDict:
+    """Take the projections {"image", "text"} out of a model, whose towers then give features before projection.
+
+    A tower without one (SigLIP's picture tower) gets an Identity.
+    """
+    taken = nn.ModuleDict({"image": nn.Identity(), "text": nn.Identity()})
+    for tower, owner, name in projection_places(model):
+        projection = getattr(owner, name)
+        if projection is not None and not isinstance(projection, nn.Identity):
+            raw = isinstance(projection, nn.Parameter)
+            taken[tower] = Projection(projection) if raw else projection
+            optional = raw or name == "text_projection"  # open_clip asks `is not None` there
+            setattr(owner, name, None if optional else nn.Identity())
+    return taken
+
+
+def return_projections(model: nn.Module, projections: nn.ModuleDict) -> nn.Module:
+    """Undo take_projections; returns the model."""
+    for tower, owner, name in projection_places(model):
+        projection = projections[tower]
+        if not isinstance(projection, nn.Identity):
+            owner._modules.pop(name, None)
+            setattr(owner, name, projection.weight if isinstance(projection, Projection) else projection)
+    return model
+
+
+def save_clip(clip: Clip, folder: str | Path) -> None:
+    """Write a folder that plain open_clip loads by `local-dir:`; it appears whole, replacing an older one."""
+    with common.atomic_folder(folder) as temporary:
+        if clip.folder is not None:  # tokenizer files, if the model brought its own
+            for path in clip.folder.iterdir():
+                if path.is_file() and path.suffix not in common.WEIGHTS and path.name != "open_clip_config.json":
+                    shutil.copyfile(path, temporary / path.name)
+        elif hasattr(clip.tokenizer, "tokenizer") and hasattr(clip.tokenizer.tokenizer, "save_pretrained"):
+            clip.tokenizer.tokenizer.save_pretrained(temporary)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.model.state_dict().items()}
+        save_file(state, temporary / "open_clip_model.safetensors")
+        config = {"model_cfg": clip.config, "preprocess_cfg": clip.preprocess}
+        common.write_json(temporary / "open_clip_config.json", config)
+
+
+class Towers:
+    """A CLIP prepared for a scenario: attention split, projections apart, LoRA where the scenario puts it."""
+
+    def __init__(self, clip: Clip, config: TrainingConfig):
+        if type(clip.model.visual).__name__ == "ModifiedResNet":
+            raise Fail(f"{clip.name}: ResNet picture towers are not supported; take a ViT, such as --model ViT-B-32")
+        vision, text, projections = SCENARIOS[config.scenario]
+        self.clip, self.model, self.config = clip, split_attention(clip.model), config
+        self.largest_scale = max(MAX_LOGIT_SCALE, self.model.logit_scale.item())  # some SigLIPs start above
+        self.model.requires_grad_(False)
+        self.projections = take_projections(self.model)
+        self.adapted = {"image": vision, "text": text}
+        self.peft = self.add_lora() if vision or text else None
+        for parameter in (*self.projections.parameters(), self.model.logit_scale, self.model.logit_bias):
+            if parameter is not None:
+                parameter.requires_grad_(projections)
+        named = [*self.model.named_parameters(), *self.projections.named_parameters("projections")]
+        self.trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        self.base = {name: p.detach().clone() for name, p in self.trained.items() if "lora_" not in name}
+        self.dropouts = [m for name, m in self.model.named_modules() if name.endswith("lora_dropout.default")]
+        if config.grad_checkpointing:
+            self.model.set_grad_checkpointing(True)
+        if config.compile:
+            for module in (self.model.visual, *residual_blocks(self.model)):
+                module.compile(dynamic=True)
+
+    def add_lora(self) -> nn.Module:
+        """Put LoRA on the Linears of attention and MLP in the adapted towers, in place; returns PEFT's wrapper."""
+        logging.disable(logging.WARNING)  # bitsandbytes, which peft imports, warns of what is not used here
+        import peft
+
+        logging.disable(logging.NOTSET)
+        names: list[str] = []
+        for tower in (tower for tower, adapted in self.adapted.items() if adapted):
+            # type() leaves out the subclass inside nn.MultiheadAttention, which is never called either
+            linears = [name for name, module in self.model.named_modules() if type(module) is nn.Linear]
+            found = [name for name in linears if name.startswith("visual.") == (tower == "image")]
+            if not found:
+                raise Fail(
+                    f"--scenario {self.config.scenario}: the {tower} tower of {self.clip.name} has no attention or MLP "
+                    "to adapt; use linear_probe"
+                )
+            names += found
+        torch.manual_seed(self.config.seed)  # LoRA's start
+        # Whole names: a list would be matched by endings, and text names are endings of "visual.*" ones.
+        targets, rank, dropout = "|".join(map(re.escape, names)), self.config.lora_r, self.config.lora_dropout
+        lora = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=dropout, target_modules=targets)
+        wrapper = peft.get_peft_model(self.model, lora)
+        for module in self.model.modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                module.forward = lambda x, layer=module: lean_lora((layer,), x)[0]
+        for mlp in (block.mlp for block in residual_blocks(self.model)):
+            if self.clip.device.type == "cuda" and hasattr(getattr(mlp, "c_proj", None), "lora_A"):
+                mlp.forward = lambda x, mlp=mlp: lean_mlp(mlp, x)
+        return wrapper
+
+    def copy(self) -> dict[str, Tensor]:
+        """The trained weights as they are now, on the CPU."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+
+    def train(self, mode: bool) -> None:
+        """Dropout on or off where LoRA is; everything else always computes as in evaluation."""
+        for module in self.dropouts:
+            module.train(mode)
+
+    def interpolate(self, alpha: float, fine: dict[str, Tensor]) -> None:
+        """Set the weights to (1 - alpha) base + alpha fine-tuned (WiSE-FT, arXiv 2109.01903); 1.0 undoes copy()."""
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                there = fine[name].to(parameter.device)
+                parameter.copy_(torch.lerp(self.base[name], there, alpha) if name in self.base else there)
+        for module in self.model.modules():
+            if hasattr(module, "lora_A"):  # its update is linear in its scaling
+                module.scaling = dict.fromkeys(module.scaling, LORA_SCALE * alpha)
+
+    def autocast(self) -> torch.autocast:
+        """Half precision for the towers where asked for; loss, norms and temperature stay float32."""
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision, torch.float32)
+        return torch.autocast(self.clip.device.type, kind, enabled=kind is not torch.float32)
+
+    def features(self, tower: str, inputs: Tensor) -> Tensor:
+        """What a tower gives before its projection, [B, W], for uint8 pictures or int64 tokens."""
+        if tower == "image":
+            return self.model.visual(common.normalise_pixels(self.clip, inputs))
+        return common.text_features(self.model, inputs)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(images, texts), float [B, D], L2-normalised. A frozen tower's kept features are only projected."""
+        embedded = []
+        for tower, inputs in (("image", batch.images), ("text", batch.texts)):
+            with self.autocast():
+                kept = inputs.is_floating_point()
+                x = inputs.to(self.clip.device, non_blocking=True) if kept else self.features(tower, inputs)
+                x = self.projections[tower](x)
+            embedded.append(F.normalize(x.to(self.model.logit_scale.dtype), dim=-1))
+        return embedded[0], embedded[1]
+
+    def dry_run(self, size: int) -> set[str]:
+        """Forward and backward of blank pairs with captions of full length; the parameters that got a gradient.
+
+        Nothing is learned: the gradients are thrown away.
+        """
+        self.train(True)
+        pixels = torch.zeros(size, 3, self.clip.size, self.clip.size, dtype=torch.uint8)
+        try:
+            images, texts = self.embed(Batch(size, None, None, pixels, self.clip.tokenizer(["word " * 100] * size)))
+            (images.sum() + texts.sum()).backward()
+            return {name for name, parameter in self.trained.items() if parameter.grad is not None}
+        finally:
+            for parameter in self.trained.values():
+                parameter.grad = None
+
+    def check_lora_gradients(self) -> None:
+        """Fail where LoRA would change nothing: some towers (timm's EVA with one qkv) use a layer's weight directly."""
+        lora = [name for name in self.trained if "lora_" in name]
+        reached = self.dry_run(2) if lora else set()
+        idle = [name for name in lora if name not in reached]
+        if idle:
+            raise Fail(
+                f"{self.clip.name} computes without {idle[0]} ({len(idle)} of {len(lora)} tensors of LoRA), which would"
+                " change nothing there; use --scenario linear_probe"
+            )
+
+    def fitting_micro_batch(self, share: int) -> int:
+        """Pairs in memory at once where --micro-batch-size is auto, at most `share`.
+
+        On a GPU the whole share, halved until it fits. Elsewhere full memory shows only by a killed process.
+        """
+        if self.clip.device.type != "cuda":
+            return min(share, CPU_MICRO_BATCH)
+        while share > 1:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self.dry_run(share)
+                break
+            torch.cuda.empty_cache()
+            share = math.ceil(share / 2)
+        return share
+
+    def export(self, output: Path, alpha: float, fine: dict[str, Tensor]) -> None:
+        """Write adapter/ and model/ for the weights at alpha; the model becomes plain open_clip again."""
+        self.interpolate(alpha, fine)
+        with common.atomic_folder(output / "adapter") as folder:
+            if self.peft is not None:  # PEFT saves LoRA only: the rest stands beside it
+                self.peft.peft_config["default"].lora_alpha *= alpha
+                self.peft.save_pretrained(folder)
+            rest = {name: p.detach().cpu().contiguous() for name, p in self.trained.items() if "lora_" not in name}
+            save_file(rest, folder / "projections.safetensors")
+        if self.peft is not None:
+            self.peft.merge_and_unload()
+        fuse_attention(return_projections(self.model, self.projections))
+        save_clip(self.clip, output / "model")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss and its gradient: exact for the whole effective batch, over micro batches and processes
+
+
+@dataclasses.dataclass
+class Run:
+    """All that the parts of one run share."""
+
+    config: TrainingConfig
+    output: Path
+    world: World
+    clip: Clip
+    towers: Towers
+    train: Split
+    validation: Split
+    probe: Batch | None = None  # pictures and captions away from the catalogue
+    effective: int = 0  # pairs contrasted in one step, over all processes
+    micro: int = CPU_MICRO_BATCH  # pairs in memory at once, per process
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # what must be equal to go on with a run
+    wandb: Any = None  # the run there
+
+    def print(self, line: str) -> None:
+        """Print a line, once whatever the number of processes."""
+        if self.world.main:
+            print(line, flush=True)
+
+    def share_unreadable(self) -> None:
+        """Tell every process what any could not read. Fail, on all of them, where it is too much."""
+        for split in (self.train, self.validation):
+            split.unreadable = {i: reason for some in self.world.share(split.unreadable) for i, reason in some.items()}
+            split.check_unreadable()
+
+
+def one_way_loss(queries, gallery, query_keys, keys, scale, bias=None) -> Tensor:
+    """Sum over queries [B, D] of their loss against the gallery [N, D].
+
+    Pairs that agree in any column of their keys (int64 [B, K], [N, K]) are all positives: a duplicate product or the
+    same caption is no negative. Softmax cross-entropy with the positives sharing the target (CLIP), or the sigmoid
+    loss of SigLIP (arXiv 2303.15343) where the model has a bias.
+    """
+    logits, positive = scale.exp() * (queries @ gallery.T), (query_keys[:, None] == keys).any(dim=-1)  # (B, N)
+    if bias is not None:
+        return -F.logsigmoid((logits + bias) * (2.0 * positive - 1.0)).sum()
+    return -(positive / positive.sum(dim=1, keepdim=True) * logits.log_softmax(dim=1)).sum()
+
+
+def pair_loss(images, texts, keys, scale, bias=None) -> Tensor:
+    """The mean of both directions over N pairs."""
+    one_way = one_way_loss(images, texts, keys, keys, scale, bias), one_way_loss(texts, images, keys, keys, scale, bias)
+    return sum(one_way) / (2 * len(images))
+
+
+def reseed(seed: int, step: int, first: int) -> None:
+    """Random numbers that depend only on the step and the first sample of a micro batch: a second pass and a resumed
+    run draw the same dropout, and so does any number of processes whose micro batches begin at the same samples."""
+    number = int.from_bytes(hashlib.sha256(f"{seed} {step} {first}".encode()).digest()[:8], "little")
+    # Without a GPU torch.manual_seed takes half a millisecond: it notes from where each kind was to be seeded.
+    seeded = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seeded(number)
+
+
+def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor:
+    """Leave in .grad the gradient of the whole effective batch, over all processes; returns the loss.
+
+    Two passes where memory does not hold the batch (GradCache, arXiv 2101.06983): all embeddings without a graph, the
+    loss over all pairs, then each micro batch again with its share of the gradient. Plain accumulation would contrast
+    pairs with their micro batch only, which is another loss. `scale_up` is a GradScaler's.
+    """
+    towers, world = run.towers, run.world
+    parts = [batch.part(start, run.micro) for start in range(0, len(batch.ids), run.micro)]
+    fits = len(parts) == 1
+    embedded = []
+    for part in parts:
+        reseed(run.config.seed, step, int(part.ids[0]))
+        with torch.set_grad_enabled(fits):
+            embedded.append(towers.embed(part))
+    dim, scale = run.clip.config["embed_dim"], towers.model.logit_scale
+    local = [torch.cat([e[side].detach() for e in embedded] or [scale.new_empty(0, dim)]) for side in (0, 1)]
+    (images, texts, keys), first = gather(world, *local, batch.keys.to(world.device, non_blocking=True))
+    leaves = images.requires_grad_(), texts.requires_grad_()
+    loss = pair_loss(*leaves, keys, scale, towers.model.logit_bias)
+    scale_up(loss).backward()  # the temperature has its whole gradient now, on every process
+    for k, part in enumerate(parts):
+        if not fits:
+            reseed(run.config.seed, step, int(part.ids[0]))
+            embedded[k] = towers.embed(part)
+        rows = slice(first + k * run.micro, first + k * run.micro + len(part.ids))
+        ends = [(e, leaf.grad[rows]) for e, leaf in zip(embedded[k], leaves, strict=True) if e.requires_grad]
+        torch.autograd.backward(*zip(*ends, strict=True))
+        embedded[k] = None  # its graph is done with
+    if world.size > 1:
+        shared = [p for name, p in towers.trained.items() if not name.endswith(("logit_scale", "logit_bias"))]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in shared])
+        torch.distributed.all_reduce(flat)
+        for p, part in zip(shared, flat.split([p.numel() for p in shared]), strict=True):
+            p.grad = part.view_as(p).clone()
+    return loss.detach()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Features of frozen towers, computed once and kept on disk: their weights never change
+
+
+def cache_tower_features(run: Run, split: Split) -> None:
+    """Run frozen towers over a split once: linear_probe then trains 500 times faster, text_lora 7 times.
+
+    Pictures that are augmented anew each epoch have no lasting features: a few fixed views are kept instead.
+    """
+    config = run.config
+    for tower in (tower for tower, adapted in run.towers.adapted.items() if not adapted):
+        varies = split.training and (config.augment != "none" if tower == "image" else config.captions == "varied")
+        variants = (VIEWS if tower == "image" else config.epochs) if varies else 1
+        made = [[entry["sha256"] for entry in split.entries], run.clip.fingerprint, config.precision, varies, variants]
+        made += [config.seed, config.augment, len(split), "rows"]
+        folder = cache_folder(run.world, run.output) / f"{split.name}-{tower}-{common.digest(made)[:16]}"
+        with first_on_this_machine(run.world):
+            if not (folder / "failed.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                (keep_pictures if tower == "image" else keep_captions)(run, split, folder, variants)
+                common.write_json(folder / "failed.json", sorted(split.unreadable.items()))
+        split.unreadable |= dict(common.read_json(folder / "failed.json"))
+        split.kept[tower] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+
+
+def keep_pictures(run: Run, split: Split, folder: Path, views: int) -> None:
+    """table.npy, int64 [N, views]: row of each view in features.npy."""
+    np.save(folder / "table.npy", np.arange(views * len(split)).reshape(views, -1).T)
+
+    def blocks() -> Iterator[tuple[Any, Tensor]]:
+        for view in range(views):
+            for batch in split.batches(in_order(len(split), run.micro), view, text=False):
+                yield view * len(split) + batch.ids.numpy(), batch.images
+
+    keep_features(run, split, "image", folder, views * len(split), blocks())
+
+
+def keep_captions(run: Run, split: Split, folder: Path, epochs: int) -> None:
+    """table.npy, int64 [N, epochs]: row of each sample's caption in features.npy; groups.npy, int64 [N]."""
+    rows: dict[str, int] = {}
+    table, groups = np.zeros((len(split), epochs), np.int64), np.zeros(len(split), np.int64)
+    for i in range(len(split)):
+        try:
+            group, captions = split.captions(i, range(epochs))
+            groups[i], table[i] = hash_text(group), [rows.setdefault(caption, len(rows)) for caption in captions]
+        except BadImage as error:
+            split.mark_unreadable({i: str(error)})
+    np.save(folder / "table.npy", table)
+    np.save(folder / "groups.npy", groups)
+    by_length = sorted(rows, key=len)  # little is padded this way
+
+    def blocks() -> Iterator[tuple[Any, Tensor]]:
+        for some in (by_length[start : start + run.micro] for start in range(0, len(rows), run.micro)):
+            yield [rows[caption] for caption in some], split.clip.tokenizer(some)
+
+    keep_features(run, split, "text", folder, len(rows), blocks())
+
+
+def keep_features(run: Run, split: Split, tower: str, folder: Path, count: int, blocks: Iterable) -> None:
+    """features.npy, float32 [count, W]: what a tower gives before its projection, for blocks of (rows, inputs)."""
+    features, title = None, f"{split.name} {'pictures' if tower == 'image' else 'captions'}, once"
+    for rows, inputs in common.progress(blocks, title, math.ceil(count / run.micro), "batch"):
+        if not len(inputs):
+            continue
+        with torch.no_grad(), run.towers.autocast():
+            x = run.towers.features(tower, inputs).float().cpu().numpy()
+        if features is None:
+            path = folder / "features.npy"
+            features = np.lib.format.open_memmap(path, "w+", np.float32, (count, x.shape[1]))
+            if hasattr(os, "posix_fallocate"):  # writing to a memory map on a full disk kills the process (SIGBUS)
+                with open(path, "r+b") as handle:
+                    os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+        features[rows] = x
+    features.flush()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation: validation, the general probe, and weights between base and fine-tuned
+
+
+def retrieval_metrics(images: Tensor, texts: Tensor, keys: Tensor) -> dict[str, float]:
+    """recall@1/5/10 and MRR, text to image and image to text, and `mrr`, the mean of both.
+
+    images, texts: float [N, D], L2-normalised; keys: int64 [N, K], equal in any column where an answer is right.
+    """
+    images, texts, keys = (tensor.cpu().numpy() for tensor in (images, texts, keys))
+    metrics: dict[str, float] = {}
+    for name, queries, gallery in (("text_to_image", texts, images), ("image_to_text", images, texts)):
+        ranks = common.right_ranks(queries, gallery, keys)
+        metrics |= {f"{name}_recall@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
+        metrics[f"{name}_mrr"] = float((1.0 / ranks).mean())
+    metrics["mrr"] = (metrics["text_to_image_mrr"] + metrics["image_to_text_mrr"]) / 2
+    return metrics
+
+
+def evaluate(run: Run, split: Split) -> dict[str, float]:
+    """Loss, recall@1/5/10 and MRR, both ways, over a whole split with the shard's own captions; memory linear in N."""
+    towers, world = run.towers, run.world
+    towers.train(False)
+    nothing = torch.empty(0, run.clip.config["embed_dim"], device=world.device)
+    found = [(torch.empty(0, 2, dtype=torch.int64, device=world.device), nothing, nothing)]
+    with torch.no_grad():
+        for batch in split.batches(in_order(len(split), run.micro, world.rank, world.size)):
+            if len(batch.ids):
+                found.append((batch.keys.to(world.device, non_blocking=True), *towers.embed(batch)))
+        (keys, images, texts), _ = gather(world, *(torch.cat(column) for column in zip(*found, strict=True)))
+        metrics = None
+        if world.main:
+            scale, bias, loss = towers.model.logit_scale, towers.model.logit_bias, 0.0
+            for rows in (slice(start, start + 1024) for start in range(0, len(keys), 1024)):
+                loss += one_way_loss(images[rows], texts, keys[rows], keys, scale, bias).item()
+                loss += one_way_loss(texts[rows], images, keys[rows], keys, scale, bias).item()
+            metrics = {"loss": loss / (2 * len(keys))} | retrieval_metrics(images, texts, keys)
+    run.share_unreadable()
+    return world.share(metrics)[0]
+
+
+def load_probe(path: str, clip: Clip) -> Batch:
+    """Pictures and captions of a CSV (image_path,caption) that is not about the catalogue."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            rows = [(Path(path).parent / row["image_path"], row["caption"]) for row in csv.DictReader(handle)]
+        if not rows:
+            raise ValueError("no rows")
+        pictures = [np.array(common.letterbox(common.load_image(source, clip.size), clip.size)) for source, _ in rows]
+        captions = [caption for _, caption in rows]
+        if None in captions:
+            raise ValueError(f"no caption for {rows[captions.index(None)][0].name}")
+    except (OSError, KeyError, TypeError, ValueError, BadImage) as error:
+        what = f"no column {error}" if isinstance(error, KeyError) else error
+        raise Fail(f"--probe {path}: {what}; it wants a CSV with image_path,caption and its pictures") from None
+    keys = torch.tensor([[hash_text(caption)] for caption in captions])
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return Batch(len(rows), torch.arange(len(rows)), keys, images, clip.tokenizer(captions))
+
+
+def sweep_alpha(run: Run, fine: dict[str, Tensor]) -> tuple[float, list[dict[str, Any]]]:
+    """The interpolation between base and fine-tuned weights that validates best, and what each gives (WiSE-FT).
+
+    Retrieval over the probe shows what of the base model's knowledge was forgotten.
+    """
+    swept = []
+    for alpha in ALPHAS:
+        run.towers.interpolate(alpha, fine)
+        facts, forgotten = {"alpha": alpha, "validation": evaluate(run, run.validation)}, ""
+        if run.probe:
+            parts = [run.probe.part(start, run.micro) for start in range(0, run.probe.total, run.micro)]
+            with torch.no_grad():
+                images, texts = (torch.cat(side) for side in zip(*map(run.towers.embed, parts), strict=True))
+            facts["probe"] = retrieval_metrics(images, texts, run.probe.keys)
+            forgotten = f", general probe {facts['probe']['mrr']:.4f}"
+        swept.append(facts)
+        run.print(f"  WiSE-FT: alpha {alpha:.2f}, validation MRR {facts['validation']['mrr']:.4f}{forgotten}")
+    best = max(swept, key=lambda facts: (facts["validation"]["mrr"], facts["alpha"]))
+    return best["alpha"], swept
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoint and log: where a run stands, and how it went
+
+CHECKPOINT_PARTS = {"identity", "micro", "state", "weights", "optimizer", "scaler"}
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run stands: all that a checkpoint holds beside weights and optimizer, as plain values and tensors."""
+
+    epoch: int = 0  # of the next step
+    batch: int = 0  # of the next step, within its epoch
+    step: int = 0  # steps done
+    updates: int = 0  # steps that changed the weights: fp16 skips those whose gradient overflowed
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable training samples found so far
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metrics and weights with the best MRR
+    lines: list[str] = dataclasses.field(default_factory=list)  # of metrics.jsonl: none is lost or written twice
+
+
+def save_checkpoint(run: Run, state: State, optimizer, scaler) -> None:
+    """Write checkpoint.pt, whole; copy it to --checkpoint-url."""
+    run.share_unreadable()
+    state.bad = dict(run.train.unreadable)
+    if run.world.main:
+        weights = {name: parameter.detach() for name, parameter in run.towers.trained.items()}
+        content = {"identity": run.identity, "micro": run.micro, "state": dataclasses.asdict(state), "weights": weights}
+        buffer = io.BytesIO()  # torch's own file writer answers a full disk with an internal error
+        torch.save(content | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, buffer)
+        common.atomic_write(run.output / "checkpoint.pt", buffer.getvalue())
+        if run.config.checkpoint_url:
+            common.upload_atomic(buffer.getvalue(), common.join(run.config.checkpoint_url, "checkpoint.pt"))
+    run.world.share(None)  # no process goes on, or stops all, before it is written
+
+
+def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | None:
+    """The newest whole checkpoint of the output folder and --checkpoint-url; None without one or with --no-resume.
+
+    No pickle is executed. Fail where all that there is is damaged: starting over would cost what a person may still
+    save.
+    """
+    places = [str(output / "checkpoint.pt")] if config.resume else []
+    places += [common.join(config.checkpoint_url, "checkpoint.pt")] if config.resume and config.checkpoint_url else []
+    found, damaged = [], []
+    for place in filter(common.exists, places):
+        data = io.BytesIO(common.read_bytes(place))
+        try:
+            if torn := zipfile.ZipFile(data).testzip():  # torch.load looks at no checksum
+                raise ValueError(f"{torn} is damaged")
+            data.seek(0)
+            checkpoint = torch.load(data, map_location="cpu", weights_only=True)
+            if not checkpoint.keys() >= CHECKPOINT_PARTS or State(**checkpoint["state"]).step < 0:
+                raise ValueError("not made by 3_train.py")
+            found.append(checkpoint)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            damaged.append(f"{place}: not a readable checkpoint ({' '.join(str(error).split())[:100]})")
+    if damaged and not found:
+        raise Fail(f"{damaged[0]}; remove it, or use --no-resume")
+    for line in damaged:
+        print(f"{line}; going on from the other one", flush=True)
+    return max(found, key=lambda checkpoint: checkpoint["state"]["step"], default=None)
+
+
+def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], effective: int) -> dict[str, Any]:
+    """What must be equal for a run to be gone on with; what was a setting once and is a constant now included."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
+    settings |= {"warmup": WARMUP, "clip_norm": CLIP_NORM, "lora_alpha": LORA_SCALE * config.lora_r, "views": VIEWS}
+    shards = {s: [entry["sha256"] for entry in manifest["splits"][s]["shards"]] for s in ("train", "validation")}
+    return settings | {
+        "model": clip.fingerprint, "shards": common.digest(shards), "effective_batch_size": effective,
+    }  # fmt: skip
+
+
+def check_identity(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
+    """Fail, naming the difference, where a checkpoint belongs to another run."""
+    theirs = checkpoint["identity"]
+    if other := [name for name in known if known[name] != theirs.get(name)]:
+        what = "; ".join(f"{name} was {theirs.get(name)}, is {known[name]}" for name in other[:4])
+        raise Fail(
+            f"checkpoint.pt belongs to other settings ({what}); use --no-resume to start over, or other --output"
+        )
+
+
+def log(run: Run, state: State, **facts: Any) -> None:
+    """Append a line to metrics.jsonl, and to Weights & Biases where wanted; `kind` is "step" or "validation"."""
+    state.lines.append(json.dumps(facts) + "\n")
+    if run.world.main:
+        with open(run.output / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(state.lines[-1])
+    if run.wandb:
+        run.wandb.log({f"{facts['kind']}/{name}": value for name, value in facts.items() if name != "kind"})
+
+
+def draw_curves(lines: list[str], path: Path) -> None:
+    """Loss over steps, validation MRR over epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, epochs = ([x for x in map(json.loads, lines) if x["kind"] == kind] for kind in ("step", "validation"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training")
+    left.plot([line["step"] for line in epochs], [line["loss"] for line in epochs], "o-", label="validation")
+    left.set(xlabel="step", ylabel="contrastive loss", title="Loss (over more pairs at validation)")
+    left.legend()
+    for name in ("text_to_image_mrr", "image_to_text_mrr"):
+        right.plot([line["epoch"] for line in epochs], [line[name] for line in epochs], "o-", label=name)
+    right.set(xlabel="epoch (0: zero-shot)", ylabel="MRR", title="Validation", ylim=(0, 1))
+    right.legend()
+    figure.tight_layout()
+    with common.atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def rate(kind: str, done: float) -> float:
+    """Share of the peak learning rate when `done` (0 to 1) of the updates are made."""
+    if kind == "onecycle":  # from 1/25 up in 30%, down to 1/250,000 (arXiv 1708.07120)
+        low, high, part = (1 / 25, 1, done / 0.3) if done < 0.3 else (1 / 250_000, 1, (1 - done) / 0.7)
+        return low + (high - low) * (1 - math.cos(math.pi * part)) / 2
+    if done < WARMUP:
+        return done / WARMUP
+    return (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP))) / 2
+
+
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """AdamW over three groups: LoRA and projections at their own rates, temperature and biases without decay."""
+    config, groups = run.config, {"lora": [], "projections": [], "scalars": []}
+    for name, parameter in run.towers.trained.items():
+        groups["lora" if "lora_" in name else "projections" if parameter.ndim > 1 else "scalars"].append(parameter)
+    settings = [
+        {"params": some, "peak": config.lora_lr if kind == "lora" else config.lr, "lr": 0.0,
+         "weight_decay": 0.0 if kind == "scalars" else config.weight_decay}
+        for kind, some in groups.items() if some
+    ]  # fmt: skip
+    if config.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(settings)
+    return torch.optim.AdamW(settings, fused=True)
+
+
+def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_updates: int) -> dict[str, float]:
+    """One training step: gradient, clipping, AdamW. Raises FloatingPointError before a NaN reaches the weights.
+
+    A GPU is waited for once, when loss and norm are read.
+    """
+    towers, config = run.towers, run.config
+    towers.train(True)
+    optimizer.zero_grad()
+    share = rate(config.schedule, (state.updates + 1) / (total_updates + 1))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+    loss = accumulate(run, batch, state.step, scaler.scale)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in towers.trained.values() if p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(towers.trained.values(), CLIP_NORM, norm)
+    numbers = torch.stack([x.detach().float() for x in (loss, norm, towers.model.logit_scale.exp())]).tolist()
+    before = scaler.get_scale()
+    overflow = before > 1  # of fp16, which a smaller scale mends
+    if not (math.isfinite(numbers[0]) and (math.isfinite(numbers[1]) or overflow)):
+        raise FloatingPointError(f"loss {numbers[0]:.4g}, gradient norm {numbers[1]:.4g}")
+    scaler.step(optimizer)
+    scaler.update()
+    with torch.no_grad():
+        towers.model.logit_scale.clamp_(0, towers.largest_scale)
+    state.step += 1
+    state.batch += 1
+    state.updates += scaler.get_scale() >= before
+    rates = {"lr": config.lr * share, "lora_lr": config.lora_lr * share}
+    return dict(zip(("loss", "gradient_norm", "logit_scale"), numbers, strict=True)) | rates
+
+
+def train(run: Run, checkpoint: dict[str, Any] | None) -> State:
+    """All epochs, or those that are left; returns the state with the best epoch in it."""
+    config, towers = run.config, run.towers
+    optimizer, state = make_optimizer(run), State()
+    scaler = torch.amp.GradScaler(run.world.device.type, enabled=config.precision == "fp16")
+    if checkpoint:
+        check_identity(checkpoint, run.identity)
+        state = State(**checkpoint["state"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        towers.interpolate(1.0, checkpoint["weights"])
+        run.train.unreadable |= state.bad
+        run.print(f"going on after step {state.step}, in epoch {min(state.epoch + 1, config.epochs)}")
+    if run.world.main:  # what was logged after the checkpoint is dropped
+        common.atomic_write(run.output / "metrics.jsonl", "".join(state.lines))
+    if run.world.main and config.wandb != "off":
+        import wandb
+
+        settings, folder = dataclasses.asdict(config), str(run.output)
+        run.wandb = wandb.init(project="catalogue-clip", name=run.output.name, dir=folder, config=settings)
+    if not checkpoint:
+        log(run, state, kind="validation", epoch=0, step=0, **evaluate(run, run.validation))
+    while state.epoch < config.epochs:
+        if config.patience and state.best and state.epoch - state.best["epoch"] >= config.patience:
+            break
+        train_epoch(run, state, optimizer, scaler)
+        state.epoch, state.batch = state.epoch + 1, 0
+        metrics = evaluate(run, run.validation)
+        if metrics["mrr"] > state.best.get("metrics", {}).get("mrr", -1):
+            state.best = {"epoch": state.epoch, "metrics": metrics, "weights": towers.copy()}
+        log(run, state, kind="validation", epoch=state.epoch, step=state.step, **metrics)
+        run.print(f"  validation: loss {metrics['loss']:.4f}, MRR {metrics['mrr']:.4f}")
+        save_checkpoint(run, state, optimizer, scaler)
+    return state
+
+
+def train_epoch(run: Run, state: State, optimizer, scaler) -> None:
+    """The steps of the current epoch, from state.batch on."""
+    config, world, count = run.config, run.world, len(run.train)
+    steps = math.ceil(count / run.effective)
+    plan = epoch_plan(count, run.effective, config.seed, state.epoch, world.rank, world.size, state.batch)
+    start = saved = time.monotonic()
+    pairs, title, numbers = 0, f"epoch {state.epoch + 1}/{config.epochs}", {"loss": math.nan}
+    bar = tqdm(total=steps, initial=state.batch, desc=title, unit="step", disable=None if world.main else True)
+    for batch in run.train.batches(plan, state.epoch):
+        try:
+            numbers = update(run, state, optimizer, scaler, batch, steps * config.epochs)
+        except FloatingPointError as error:
+            save_checkpoint(run, state, optimizer, scaler)
+            raise Fail(
+                f"step {state.step + 1}: {error}; the last good state is in checkpoint.pt; start over with lower --lr "
+                "and --lora-lr, or with --precision fp32, and --no-resume"
+            ) from None
+        pairs += batch.total
+        speed = pairs / (time.monotonic() - start)
+        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{numbers['lr']:.1e}", pairs=f"{speed:.0f}/s", refresh=False)
+        bar.update()
+        if state.step % LOG_EVERY == 0 or state.batch == steps:
+            log(run, state, kind="step", epoch=state.epoch + 1, step=state.step, **numbers)
+        due = time.monotonic() - saved >= config.checkpoint_minutes * 60 and state.batch < steps
+        if any(world.share(due)):
+            save_checkpoint(run, state, optimizer, scaler)
+            saved = time.monotonic()
+    bar.close()
+    speed = pairs / (time.monotonic() - start)
+    run.print(f"{title}: step {state.step}, loss {numbers['loss']:.4f}, {speed:.0f} pairs a second")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One scenario, from shards to train.json
+
+
+def prepare(config: TrainingConfig, shards: str, output: Path, checkpoint: dict[str, Any] | None = None) -> Run:
+    """Open shards and model; settle what was left to be found out, as the checkpoint has it where there is one."""
+    world = World(config.device)
+    if config.precision == "auto":  # a run goes on as it began, on another machine too
+        begun = checkpoint["identity"]["precision"] if checkpoint else common.auto_precision(world.device.type)
+        config = dataclasses.replace(config, precision=world.share(begun)[0])
+    manifest = common.load_manifest(shards)
+    clip = common.load_clip(config.model, config.pretrained, world.device)
+    probe = load_probe(config.probe, clip) if config.probe else None
+    with first_on_this_machine(world):
+        train, validation = open_splits(shards, manifest, cache_folder(world, output) / "shards", clip, config)
+    run = Run(config, output, world, clip, Towers(clip, config), train, validation, probe)
+    run.effective = config.effective_batch_size or min(1024, max(32, len(train) // 8))
+    if run.effective > len(train):
+        run.effective = len(train)
+        run.print(f"the train split has only {len(train)} samples: all of them make one effective batch")
+    side = manifest.get("settings", {}).get("image_size") or clip.size
+    if side < clip.size:
+        run.print(
+            f"note: {clip.name} takes pictures of {clip.size} px, the shards hold {side} px, which are scaled up;"
+            f" 2_prepare.py --image-size {clip.size} (make: IMAGE_SIZE={clip.size}) would show it more"
+        )
+    run.identity = identity_of(config, clip, manifest, run.effective)
+    return run
+
+
+def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
+    """Train, evaluate and export; returns what train.json says about it."""
+    config, world, towers = run.config, run.world, run.towers
+    if not checkpoint:
+        towers.check_lora_gradients()
+    share = math.ceil(run.effective / world.size)
+    if config.micro_batch_size != "auto":
+        run.micro = int(config.micro_batch_size)
+    else:  # found once a run: another split of the same batch adds up in another order
+        run.micro = checkpoint["micro"] if checkpoint else min(world.share(towers.fitting_micro_batch(share)))
+    for split in (run.train, run.validation):
+        cache_tower_features(run, split)
+    run.print(
+        f"effective batch {run.effective} = {world.size} processes x {math.ceil(share / run.micro)} micro batches of "
+        f"up to {run.micro}, in {config.precision}"
+    )
+    trained = {name: parameter.numel() for name, parameter in towers.trained.items()}
+    lora = sum(count for name, count in trained.items() if "lora_" in name)
+    base = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters()) - lora
+    state = train(run, checkpoint)
+    best_alpha, swept = sweep_alpha(run, state.best["weights"])
+    alpha = best_alpha if config.wise else 1.0
+    run.print(f"  the best alpha is {best_alpha}; exported is {alpha}" + ("" if config.wise else " (--wise: the best)"))
+    if world.main:
+        towers.export(run.output, alpha, state.best["weights"])
+        draw_curves(state.lines, run.output / "curves.png")
+    if run.wandb:
+        if config.wandb == "model":
+            run.wandb.log_artifact(str(run.output / "model"), name="model", type="model")
+        run.wandb.finish()
+    before, best = swept[0]["validation"], next(f["validation"] for f in swept if f["alpha"] == alpha)
+    return {
+        "model_dir": "model",
+        "validation": {"zero_shot": before, "best": best, "best_epoch": state.best["epoch"]},
+        "alpha": alpha,
+        "best_alpha": best_alpha,
+        "wise_ft": swept,
+        "parameters": {"base": base, "trained": sum(trained.values()), "lora": lora, "lora_share": lora / base},
+        "batch": {"effective": run.effective, "micro": run.micro, "processes": world.size},
+    }
+
+
+def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -> None:
+    """Write train.json, the mark of a finished run, and print what came out."""
+    config, marker, splits = run.config, run.output / "train.json", (run.train, run.validation)
+    if run.world.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(run.world.device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    counts = {split.name: split.counts() for split in splits}
+    facts |= {"scenario": config.scenario, "model": config.model, "pretrained": config.pretrained}
+    facts |= {"memory_mb": round(memory / 1e6), "versions": common.versions("torch", "open_clip_torch", "peft")}
+    facts["unreadable"] = [line for split in splits for line in (*split.damaged, *split.unreadable.values())][:1000]
+    inputs = {"shards": shards, "base": run.clip.name, "base_fingerprint": run.clip.fingerprint}
+    common.write_sidecar(marker, config, counts, inputs, seconds, identity=run.identity, **facts)
+    for name, count in counts.items():
+        if count["unreadable"]:
+            print(f"{name}: {count['unreadable']} of {count['samples']} samples were unreadable; named in {marker}")
+    before, after = facts["validation"]["zero_shot"], facts["validation"].get("best")
+    print(f"{'validation':<26}{'zero-shot':>10}" + (f"{'fine-tuned':>12}" if after else ""))
+    for name in before:
+        print(f"{name:<26}{before[name]:>10.4f}" + (f"{after[name]:>12.4f}" if after else ""), flush=True)
+
+
+def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
+    """One scenario from shards to train.json."""
+    start = time.monotonic()
+    common.keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 where there is one
+    trains = SCENARIOS[config.scenario][2]
+    checkpoint = find_checkpoint(config, output) if trains else None
+    run = prepare(config, shards, output, checkpoint)
+    found = run.world.share(checkpoint and checkpoint["state"]["step"])
+    if len(set(found)) > 1:
+        raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
+    marker = output / "train.json"
+    facts = common.read_json(marker) if config.resume and marker.is_file() else {}
+    wanted = {name: getattr(config, name) for name in ("wise", "probe")}
+    finished = facts.get("identity", {}).items() >= run.identity.items() and facts["settings"].items() >= wanted.items()
+    if run.world.share(finished)[0]:
+        run.print(f"{marker}: finished already; --no-resume trains again")
+        return
+    if run.world.main:
+        marker.unlink(missing_ok=True)
+    if trains:
+        facts = fine_tune(run, checkpoint)
+    else:
+        facts = {"model_dir": None, "validation": {"zero_shot": evaluate(run, run.validation)}}
+    if run.world.main:
+        write_result(run, shards, time.monotonic() - start, facts)
+
+
 @common.entry_point
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    config = common.from_flags(TrainingConfig, args)
-    if config.micro_batch_size != "auto" and not (config.micro_batch_size.isdigit() and int(config.micro_batch_size)):
-        parser.error(f"--micro-batch-size {config.micro_batch_size}: a number, or auto")
+    config, shards, output = read_flags(argv)
     helping = bool(int(os.environ.get("RANK", 0)))  # the first process holds the lock for all of torchrun's
-    with contextlib.nullcontext(True) if helping else common.exclusive(args.output / ".lock") as mine:
+    with contextlib.nullcontext(True) if helping else common.exclusive(output / ".lock") as mine:
         if not mine:
-            raise Fail(f"{args.output}: another run is writing here; wait for it, or choose another --output")
+            raise Fail(f"{output}: another run is writing here; wait for it, or choose another --output")
         try:
-            with common.memory_running_out("lower --micro-batch-size, or use --grad-checkpointing"):
-                run_scenario(config, args.shards, args.output)
+            with common.explain_out_of_memory("lower --micro-batch-size, or use --grad-checkpointing"):
+                run_scenario(config, shards, output)
         except RuntimeError as error:
             if re.search("Connection (closed|reset) by (remote )?peer", str(error)):
                 raise Fail("another process of this run stopped, and says why; start them all again") from None

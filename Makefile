@@ -1,11 +1,9 @@
 # A furniture catalogue (CSV + photos) -> a CLIP model fine-tuned on it, its vectors, and the proof that it searches better.
 # `make help` lists the targets. Set the variables below on the command line or, as NAME=value without quotes, in .env.
-#
-# Targets are files; a changed variable rebuilds what depends on it. The scripts themselves are no prerequisites:
-# a changed comment must not retrain a night's model. After changing code, use `make -B TARGET`.
+# Targets are files; a changed variable rebuilds what depends on it. The scripts are no prerequisites: a changed comment
+# must not retrain a night's model. After changing code, use `make -B TARGET`.
 
 -include .env
-
 DATA ?= data#                            folder of everything that is made
 CATALOGUE ?= $(DATA)/sample/catalogue.csv#  CSV with id,name,image_path; the default is drawn by tests/sample.py
 IMAGES ?= $(patsubst %/,%,$(dir $(firstword $(CATALOGUE))))#  folder that image_path is relative to
@@ -17,12 +15,12 @@ MAX_COST ?=#                             US dollars that stage 1 may spend; empt
 POLL_INTERVAL ?= 600#                    seconds between two looks at a running batch
 HOST ?= 127.0.0.1#                       where the arena listens
 PORT ?= 8000
+FOLDS ?= 5#                              parts of the catalogue that `make proof` tests on, one after another
+STAGE ?=#                                `make bench STAGE=3` measures one stage only
 CLEAN_FLAGS ?=#                          further flags of the five scripts
 PREPARE_FLAGS ?=
 EMBED_FLAGS ?=
 ARENA_FLAGS ?=
-FOLDS ?= 5#                              parts of the catalogue that `make proof` tests on, one after another
-STAGE ?=#                                `make bench STAGE=3` measures one stage only
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -35,18 +33,15 @@ export OPENAI_API_KEY OPENAI_BASE_URL
 # With a key (or a server of one's own) and a catalogue: the real job. Else the small CLIP and the stand-in for the API;
 # a key that happens to be set pays for no drawn products.
 SAMPLE := $(DATA)/sample/catalogue.csv
+SMALL := local-dir:tests/small_clip
 API := $(and $(strip $(OPENAI_API_KEY)$(OPENAI_BASE_URL)),$(filter-out $(SAMPLE),$(CATALOGUE)))
-MODEL ?= $(if $(API),ViT-B-32,local-dir:tests/small_clip)
+STANDIN = $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standin -- )
+MODEL ?= $(if $(API),ViT-B-32,$(SMALL))
 IMAGE_SIZE ?= 224
-ifneq ($(filter local-dir:tests/small_clip,$(MODEL)),)
-  EPOCHS ?= 40
-  TRAIN_FLAGS ?= --augment advanced --lora-lr 0.003
-else
-  EPOCHS ?= 5
-  TRAIN_FLAGS ?=
-endif
-
+EPOCHS ?= $(if $(filter $(SMALL),$(MODEL)),40,5)
+TRAIN_FLAGS ?= $(if $(filter $(SMALL),$(MODEL)),--augment advanced --lora-lr 0.003 --micro-batch-size 128)
 PRETRAINED ?= $(if $(filter local-dir:%,$(MODEL)),$(MODEL),openai)
+judged = --model $(MODEL) --pretrained $(PRETRAINED)
 
 VENV := .venv/.installed
 PYTHON ?= .venv/bin/python
@@ -55,9 +50,8 @@ MANIFEST := $(if $(filter s3://%,$(SHARDS)),$(DATA)/shards.uploaded,$(SHARDS)/ma
 RUNS := $(DATA)/runs
 MASTER := $(DATA)/embeddings/master.parquet
 SCENARIOS := zero_shot linear_probe vision_lora text_lora dual_lora
-ifeq ($(filter-out zero_shot,$(filter $(SCENARIO),$(SCENARIOS))),)
-  $(error SCENARIO=$(SCENARIO): choose one that trains: $(filter-out zero_shot,$(SCENARIOS)))
-endif
+$(if $(filter $(filter-out zero_shot,$(SCENARIOS)),$(SCENARIO)),,\
+  $(error SCENARIO=$(SCENARIO): choose one that trains: $(filter-out zero_shot,$(SCENARIOS))))
 
 # A settings file is rewritten only when its text changes, so that a changed variable is a changed prerequisite. `make -n`
 # writes none: what it would rebuild must not be rebuilt because somebody looked.
@@ -78,14 +72,13 @@ ifneq ($(filter all clean-data poll prepare train embed arena ablation report pr
   $(call settings,embed,$(SCENARIO) $(EMBED_FLAGS))
 endif
 
-.PHONY: help all clean-data poll prepare train embed arena ablation report proof sweep bench pictures growth memory fuzz verify test lint clean
+.PHONY: help all clean-data poll prepare train embed arena ablation report proof sweep bench bench-gpu pictures growth memory fuzz verify test lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
 	@echo 'now: CATALOGUE=$(CATALOGUE) MODEL=$(MODEL) SCENARIO=$(SCENARIO) SHARDS=$(SHARDS)'
 
 all: $(MASTER) ## the whole road: clean, prepare, train, embed, and the table of zero-shot against fine-tuned
-
 clean-data: $(CLEANED) ## stage 1: titles and attributes over the OpenAI Batch API
 prepare: $(MANIFEST) ## stage 2: split and WebDataset shards
 train: $(RUNS)/$(SCENARIO)/train.json ## stage 3: fine-tune (SCENARIO, EPOCHS, MODEL, PRETRAINED)
@@ -99,23 +92,11 @@ $(VENV): requirements.txt
 
 $(SAMPLE): $(SETTINGS)/sample | $(VENV)
 	@echo 'No CATALOGUE is set: drawing a sample catalogue of $(SAMPLE_COUNT) products.'
-	$(PYTHON) tests/sample.py \
-	  --output $(dir $@) \
-	  --count $(SAMPLE_COUNT) \
-	  --seed $(SEED)
+	$(PYTHON) tests/sample.py --output $(dir $@) --count $(SAMPLE_COUNT) --seed $(SEED)
 	@touch -c $@
 
-define clean_flags
-	  --input $(CATALOGUE) \
-	  --images $(IMAGES) \
-	  --workspace $(DATA)/batch \
-	  --output $(CLEANED) \
-	  --poll-interval $(if $(API),$(POLL_INTERVAL),0) \
-	  $(if $(MAX_COST),--max-cost $(MAX_COST)) \
-	  $(CLEAN_FLAGS)
-endef
-STANDIN := $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standin -- )
-
+clean_flags = --input $(CATALOGUE) --images $(IMAGES) --workspace $(DATA)/batch --output $(CLEANED) \
+  --poll-interval $(if $(API),$(POLL_INTERVAL),0) $(if $(MAX_COST),--max-cost $(MAX_COST)) $(CLEAN_FLAGS)
 $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
 	@$(if $(API),true,echo 'No OPENAI_API_KEY and CATALOGUE of your own: a local stand-in answers from title keywords and colours, at no cost.')
 	$(STANDIN)$(PYTHON) 1_clean.py run $(clean_flags)
@@ -124,133 +105,76 @@ $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
 poll: $(CATALOGUE) | $(VENV) ## stage 1, one step for cron: collect, send what fits, finalize when all is in
 	@$(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || test $$? = 75
 
-define prepare_flags
-	  --input $(CLEANED) \
-	  --images $(IMAGES) \
-	  --image-size $(IMAGE_SIZE) \
-	  --seed $(SEED) \
-	  $(PREPARE_FLAGS)
-endef
-
+prepare_flags = --input $(CLEANED) --images $(IMAGES) --image-size $(IMAGE_SIZE) --seed $(SEED) $(PREPARE_FLAGS)
 $(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
-	$(PYTHON) 2_prepare.py \
-	  --output $(SHARDS) \
-	$(prepare_flags)
+	$(PYTHON) 2_prepare.py --output $(SHARDS) $(prepare_flags)
 	@touch $(if $(filter %.uploaded,$@),,-c) $@
 
-# A checkpoint older than its settings or than what it was trained on belongs to another run: it is not gone on with.
+# $(call train,shards,scenario,what it was trained on). A checkpoint that is older than its settings or than its shards
+# belongs to another run: it is not gone on with.
 define train
-	@$(if $(filter local-dir:tests/small_clip,$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
-	@checkpoint=$(@D)/checkpoint.pt; resume=--resume; \
-	if [ -e $$checkpoint ] && { [ ! $$checkpoint -nt $(SETTINGS)/train ] || \
-	  [ -n "$$(find $(3) -newer $$checkpoint -print -quit)" ]; }; then resume=--no-resume; fi; \
-	set -x; $(PYTHON) 3_train.py \
-	  --shards $(1) \
-	  --scenario $(2) \
-	  --model $(MODEL) \
-	  --pretrained $(PRETRAINED) \
-	  --output $(@D) \
-	  --epochs $(EPOCHS) \
-	  --seed $(SEED) \
-	  $$resume \
-	  $(TRAIN_FLAGS)
+	@$(if $(filter $(SMALL),$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
+	@old=$(@D)/checkpoint.pt; resume=--resume; \
+	if [ -e $$old ] && { [ ! $$old -nt $(SETTINGS)/train ] || [ -n "$$(find $(3) -newer $$old -print -quit)" ]; }; then resume=--no-resume; fi; \
+	set -x; $(PYTHON) 3_train.py --shards $(1) --scenario $(2) $(judged) --output $(@D) --epochs $(EPOCHS) --seed $(SEED) \
+	  $$resume $(TRAIN_FLAGS)
 	@touch -c $@
 endef
-TRAINED_ON := $(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation)
 $(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
-	$(call train,$(SHARDS),$*,$(TRAINED_ON))
+	$(call train,$(SHARDS),$*,$(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation))
 
 $(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(SETTINGS)/embed | $(VENV)
-	$(PYTHON) 4_embed.py \
-	  --shards $(SHARDS) \
-	  --model $(MODEL) \
-	  --pretrained $(PRETRAINED) \
-	  --finetuned $(RUNS)/$(SCENARIO)/model \
-	  --output $@ \
-	  $(EMBED_FLAGS)
+	$(PYTHON) 4_embed.py --shards $(SHARDS) $(judged) --finetuned $(RUNS)/$(SCENARIO)/model --output $@ $(EMBED_FLAGS)
 	@touch -c $@
 	@echo 'Vote in the browser, blind, on which model searches better: make arena'
 
 arena: $(MASTER) ## stage 5: blind A/B voting at http://HOST:PORT
-	$(PYTHON) 5_arena.py serve \
-	  --embeddings $(MASTER) \
-	  --images $(IMAGES) \
-	  --database $(DATA)/arena.sqlite \
-	  --host $(HOST) \
-	  --port $(PORT) \
-	  $(ARENA_FLAGS)
+	$(PYTHON) 5_arena.py serve --embeddings $(MASTER) --images $(IMAGES) --database $(DATA)/arena.sqlite \
+	  --host $(HOST) --port $(PORT) $(ARENA_FLAGS)
 
 ablation: $(SCENARIOS:%=$(RUNS)/%/train.json) ## train all five scenarios, then compare them
 	@$(MAKE) --no-print-directory report
 
+finished = $(foreach name,$(SCENARIOS),$(if $(wildcard $(RUNS)/$(name)/train.json),--run $(RUNS)/$(name)))
 report: | $(VENV) ## compare every finished run on the test split
-	$(PYTHON) 4_embed.py report \
-	  --shards $(SHARDS) \
-	  --model $(MODEL) \
-	  --pretrained $(PRETRAINED) \
-	  $(foreach scenario,$(SCENARIOS),$(if $(wildcard $(RUNS)/$(scenario)/train.json),--run $(RUNS)/$(scenario))) \
-	  --output $(DATA)/report
+	$(PYTHON) 4_embed.py report --shards $(SHARDS) $(judged) $(finished) --output $(DATA)/report
 
 # Each fold is a catalogue of its own: tested on one part, trained on the others. Static patterns, so that make keeps all.
 FOLD := $(DATA)/folds/$(FOLDS)
 PARTS := $(shell seq 0 $$(($(FOLDS) - 1)))
 $(PARTS:%=$(FOLD)/%/shards/manifest.json): $(FOLD)/%/shards/manifest.json: $(CLEANED) $(SETTINGS)/prepare | $(VENV)
-	$(PYTHON) 2_prepare.py \
-	  --output $(@D) \
-	  --fold $*/$(FOLDS) \
-	$(prepare_flags)
+	$(PYTHON) 2_prepare.py --output $(@D) --fold $*/$(FOLDS) $(prepare_flags)
 	@touch -c $@
-
 $(PARTS:%=$(FOLD)/%/$(SCENARIO)/train.json): $(FOLD)/%/$(SCENARIO)/train.json: $(FOLD)/%/shards/manifest.json $(SETTINGS)/train | $(VENV)
 	$(call train,$(FOLD)/$*/shards,$(SCENARIO),$(FOLD)/$*/shards/train $(FOLD)/$*/shards/validation)
-
 REPORTS := $(PARTS:%=$(FOLD)/%/report-$(SCENARIO)/report.json)
 $(REPORTS): $(FOLD)/%/report-$(SCENARIO)/report.json: $(FOLD)/%/$(SCENARIO)/train.json | $(VENV)
-	$(PYTHON) 4_embed.py report \
-	  --shards $(FOLD)/$*/shards \
-	  --model $(MODEL) \
-	  --pretrained $(PRETRAINED) \
-	  --run $(FOLD)/$*/$(SCENARIO) \
-	  --output $(@D)
+	$(PYTHON) 4_embed.py report --shards $(FOLD)/$*/shards $(judged) --run $(FOLD)/$*/$(SCENARIO) --output $(@D)
 	@touch -c $@
 
 proof: $(REPORTS) ## test SCENARIO on every product, FOLDS trainings long: for catalogues whose test split is too small
 	$(PYTHON) 4_embed.py pool $(REPORTS:%/report.json=--report %) --output $(DATA)/proof
-
 sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: what the small CLIP's rests on
-	$(PYTHON) tests/sweep.py \
-	  --shards $(SHARDS) \
-	  --model $(MODEL) \
-	  --pretrained $(PRETRAINED) \
-	  --output $(DATA)/sweep \
-	  --epochs $(EPOCHS) \
-	  $(TRAIN_FLAGS)
-
+	$(PYTHON) tests/sweep.py --shards $(SHARDS) $(judged) --output $(DATA)/sweep --epochs $(EPOCHS) $(TRAIN_FLAGS)
 bench: | $(VENV) ## speed against the plain way, side by side (STAGE=3 for one stage); appends to bench.jsonl
 	$(PYTHON) tests/bench.py $(if $(STAGE),--stage $(STAGE))
-
-pictures: $(MASTER) ## the README's pictures, made anew from the sample catalogue (needs chromium and chromedriver)
+bench-gpu: | $(VENV) ## stages 3 and 4 on a GPU, checked and then timed; appends to bench_gpu.jsonl
+	$(PYTHON) tests/bench_gpu.py
+pictures: $(MASTER) ## the README's pictures, made again from the sample catalogue (needs chromium and chromedriver)
 	$(PYTHON) tests/pictures.py --data $(DATA) --output docs
-
 growth: | $(VENV) ## seconds and memory of each stage at 1,000, 5,000 and 20,000 products; appends to growth.jsonl
 	$(PYTHON) tests/growth.py
-
 memory: | $(VENV) ## parameters and memory of each scenario against full fine-tuning (ViT-B/32); writes memory.md
 	$(PYTHON) tests/bench_train.py | tee memory.md
-
 verify: | $(VENV) ## hold the shards against their manifest
 	$(PYTHON) 2_prepare.py --verify --output $(SHARDS)
-
-test: lint | $(VENV) ## every test
-	$(PYTHON) -m pytest
-
+test: lint | $(VENV) ## every test, on two cores
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 lint: | $(VENV) ## style and mistakes that a reader would find
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-
 fuzz: | $(VENV) ## at least 10,000 cases of broken input
 	FUZZ_EXAMPLES=1500 $(PYTHON) -m pytest tests/test_fuzz.py
-
 clean: ## remove shards, vectors and reports; paid results, trained models and votes stay
 	rm -rf $(if $(filter s3://%,$(SHARDS)),,$(SHARDS)) $(DATA)/embeddings $(DATA)/report $(SETTINGS) \
 	  $(DATA)/proof $(DATA)/folds/*/*/shards $(DATA)/folds/*/*/report-* $(DATA)/folds/*/*/embeddings

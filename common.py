@@ -1,6 +1,7 @@
-"""What the five scripts share: settings, errors and exits, progress, whole files, catalogues, prompts.
+"""What two or more of the five scripts share, in sections: errors and exits, settings, progress, files, S3, shards,
+catalogue, metadata and prompts, photos, processes, CLIP, search.
 
-Importing it costs little. Beside it stand storage.py (folders and S3 alike, shards) and imaging.py (photos).
+Importing it costs little: numpy, pandas, Pillow, boto3 and torch are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -14,218 +15,34 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
 import time
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-# --------------------------------------------------------------------------------------------------------------------
-# Settings: one dataclass a stage; the flags, the sidecars and the README's table are made from these.
-
-
-def setting(
-    default: Any, help: str, choices: tuple | None = None, low: float = -math.inf, high: float = math.inf
-) -> Any:
-    """A dataclass field whose metadata becomes a command-line flag, of numbers from `low` to `high`."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bounds": (low, high)})
-
-
-@dataclasses.dataclass(frozen=True)
-class CleaningConfig:
-    """Stage 1. Sizes in bytes, times in seconds, prices in US dollars for a million tokens."""
-
-    model: str = setting("gpt-5-nano", "chat model that reads title and photo")
-    reasoning_effort: str | None = setting(None, "effort sent with each request; by default what suits the model")
-    max_completion_tokens: int = setting(
-        500, "tokens an answer may take, reasoning included; doubled when cut off", low=1
-    )
-    image_size: int = setting(
-        512, "longest side of the photo as sent; smaller photos are not enlarged", low=1, high=10_000
-    )
-    jpeg_quality: int = setting(85, "quality of photos that are encoded anew", low=1, high=100)
-    image_detail: str = setting("low", "detail at which the model looks at the photo", ("low", "high", "auto"))
-    max_batch_file_size: int = setting(
-        90_000_000, "bytes that a request file stays below; the API takes 200 MB", low=1, high=200 << 20
-    )
-    max_requests_per_file: int = setting(49_000, "requests in a file; the API takes 50,000", low=1, high=50_000)
-    max_concurrent_batches: int = setting(1, "batches in flight at once", low=1, high=10_000)
-    max_enqueued_tokens: int | None = setting(None, "tokens in flight at once; by default learned from refusals", low=1)
-    poll_interval: float = setting(600, "seconds between two looks at running batches", low=0, high=86_400)
-    pilot: int = setting(
-        100, "requests sent first, which must come back sound; 0 sends all at once", low=0, high=50_000
-    )
-    pilot_sound: float = setting(0.95, "share of the pilot that must be parsed before the rest is sent", low=0, high=1)
-    max_attempts: int = setting(3, "times a row is asked before it is rejected", low=1, high=100)
-    max_failed: float = setting(0.05, "share of rejected rows above which the exit is 1", low=0, high=1)
-    max_cost: float | None = setting(None, "US dollars; nothing is sent that might cost more in all", low=0)
-    price_input: float | None = setting(None, "price of input tokens, for models that are not in the table", low=0)
-    price_output: float | None = setting(None, "price of output tokens, for models that are not in the table", low=0)
-    limit: int | None = setting(None, "rows of the input that count; by default all", low=1)
-    workers: int | None = setting(None, "processes that read photos; by default one for each core", low=1, high=1000)
-    sync: bool = setting(False, "ask /v1/chat/completions row by row, for servers without a Batch API")
-    concurrency: int = setting(8, "requests in flight at once with --sync", low=1, high=1000)
-    retry_failed: bool = setting(False, "ask again for rows whose attempts are used up")
-    timeout: float = setting(600, "seconds after which a call counts as lost", low=1, high=86_400)
-    settle: float = setting(
-        30, "seconds that a batch with a lost answer has to show up before it is created again", low=0, high=86_400
-    )
-    backoff: float = setting(
-        1, "seconds of the first wait after a failed call; doubled each time, 600 at most", low=0, high=600
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class PrepConfig:
-    """Stage 2."""
-
-    image_size: int = setting(224, "pixels a side of the letterboxed JPEGs", low=1, high=4096)
-    quality: int = setting(95, "JPEG quality in the shards", low=1, high=100)
-    seed: int = setting(42, "of the split, the order and the prompt templates")
-    mini_shards: int = setting(5, "train shards that mini_train holds again", low=0)
-    fold: str = setting("", "K/N: of N equal parts of the catalogue test on part K (from 0), validate on the next")
-    max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1", low=0, high=1)
-    limit: int | None = setting(None, "use the first N rows only", low=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """Stage 3."""
-
-    scenario: str = setting(
-        "dual_lora",
-        "what is trained: nothing, the projections, or these and LoRA in both towers or in one",
-        ("zero_shot", "linear_probe", "dual_lora", "vision_lora", "text_lora"),
-    )
-    model: str = setting("ViT-B-32", "open_clip name, or local-dir:FOLDER")
-    pretrained: str | None = setting(
-        None, "open_clip tag (openai), local-dir:FOLDER, or weights file (OpenAI's own: --model ViT-B-32-quickgelu)"
-    )
-    epochs: int = setting(5, "passes over the train split", low=1)
-    effective_batch_size: int | None = setting(
-        None, "pairs contrasted with each other in one step (unset: an eighth of the train split, 32 to 1024)", low=1
-    )
-    micro_batch_size: str = setting("auto", "pairs in memory at once, a number, or auto: as many as fit; same batch")
-    lr: float = setting(1e-4, "peak learning rate of the projections and the temperature", low=0)
-    lora_lr: float = setting(
-        1e-3, "peak learning rate of LoRA; 5e-6 suits thousands of small steps, not large batches", low=0
-    )
-    weight_decay: float = setting(0.01, "of AdamW; none on temperature and biases", low=0)
-    schedule: str = setting("cosine", "of the learning rates, after the warm-up", ("cosine", "onecycle"))
-    warmup: float = setting(0.1, "share of the steps in which the rates rise to their peak", low=0, high=1)
-    clip_norm: float = setting(1.0, "largest norm of the gradient", low=0)
-    lora_r: int = setting(16, "rank of LoRA", low=1)
-    lora_alpha: int = setting(32, "LoRA's update is scaled by alpha / rank")
-    lora_dropout: float = setting(0.05, "dropout before LoRA", low=0, high=0.9)
-    captions: str = setting("varied", "another prompt each epoch, or the shard's own", ("varied", "fixed"))
-    augment: str = setting("none", "none, crop and flip, or rotation and blur too", ("none", "simple", "advanced"))
-    views: int = setting(4, "fixed augmented views of a picture where its tower is frozen and runs but once", low=1)
-    precision: str = setting(
-        "auto", "auto: bf16 where the processor computes in it, else fp32", ("auto", "fp32", "bf16", "fp16")
-    )
-    optimizer: str = setting(
-        "adamw", "8 bits save 15 MB for LoRA of a ViT-B-32; 30 times slower on a CPU", ("adamw", "adamw8bit")
-    )
-    patience: int | None = setting(None, "stop after so many epochs without a better validation MRR", low=1)
-    grad_checkpointing: bool = setting(False, "compute activations twice to save memory")
-    compile: bool = setting(False, "torch.compile the towers; pays on a GPU, after minutes of compiling")
-    wise: bool = setting(False, "export the interpolation with the base weights that validates best (WiSE-FT)")
-    probe: str | None = setting(None, "CSV with image_path,caption of general pictures: shows what was forgotten")
-    max_failed: float = setting(0.05, "share of samples that may be unreadable", low=0, high=1)
-    limit: int | None = setting(None, "use only the first N samples of each split", low=1)
-    seed: int = setting(42, "of order, captions, augmentation, dropout and LoRA's start")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int = setting(2, "threads that read and decode pictures; they need no /dev/shm", low=1)
-    cache_gb: float = setting(
-        50.0, "disk for shards fetched from S3; what is over is read by ranges, each epoch", low=0
-    )
-    checkpoint_minutes: float = setting(10.0, "time between checkpoints within an epoch", low=0)
-    checkpoint_url: str | None = setting(None, "s3://bucket/prefix that checkpoints are copied to and resumed from")
-    wandb: bool = setting(False, "log to Weights & Biases")
-    wandb_artifacts: bool = setting(False, "send the best checkpoint there too")
-    resume: bool = setting(True, "go on from the newest checkpoint")
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbeddingConfig:
-    """Stage 4."""
-
-    batch_size: int = setting(128, "pictures encoded at once; lower it when memory runs out", low=1)
-    precision: str = setting(
-        "auto", "auto: bf16 where the processor computes in it, checked against fp32", ("auto", "fp32", "bf16")
-    )
-    max_failed: float = setting(0.05, "share of pictures that may be unreadable", low=0, high=1)
-    draws: int = setting(10_000, "resamples behind each interval of the report", low=100)
-    seed: int = setting(42, "of the resamples")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int | None = setting(None, "threads that read and decode pictures; by default one for each core", low=1)
-    cache_gb: float = setting(
-        50.0, "disk for shards fetched from S3; what is over is read by ranges, a picture each", low=0
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class ArenaConfig:
-    """Stage 5."""
-
-    top_k: int = setting(4, "results shown in each row", low=1)
-    query: str = setting("image", "what is searched with: a picture, or its prompt", ("image", "text"))
-    queries: int = setting(
-        2000, "most queries asked about; duplicate groups of the test split, object types in turn", low=1
-    )
-    votes_needed: int = setting(
-        210, "decided votes aimed at; 820, 210, 97 find a 55, 60, 65% win rate at 80% power", low=1
-    )
-    shared: float = setting(0.2, "share of the queries that three judges see, for their agreement", low=0, high=1)
-    repeated: float = setting(0.05, "share of a judge's queries that come again with sides exchanged", low=0, high=1)
-    picture_size: int = setting(480, "pixels a side of every picture shown", low=1, high=4096)
-    seed: int = setting(42, "seed of the choice of queries and of each judge's order")
-    host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
-    port: int = setting(8000, "port to listen at; 0 takes a free one", low=0, high=65_535)
-    trusted_host: str | None = setting(None, "further names, separated by commas, that browsers may call the server by")
-    threads: int = setting(32, "requests answered at once; pictures take turns among them", low=1)
-    reveal: bool = setting(False, "show results and search to everybody who is not in the middle of voting")
-
-
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add one flag for each field of a settings dataclass: the name with dashes, its default, help and choices.
-
-    A field of type bool becomes --name / --no-name; `X | None` takes an X and defaults to None.
-    """
-    types = {"int": int, "float": float, "str": str}
-    for field in dataclasses.fields(config):
-        flag = "--" + field.name.replace("_", "-")
-        kind = str(field.type).replace(" ", "").removesuffix("|None")
-        default = "" if field.default is None else f" (default {field.default})"
-        help = (field.metadata["help"] + default).replace("%", "%%")
-        if kind == "bool":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
-        else:
-            choices = field.metadata["choices"]
-            parser.add_argument(flag, type=types[kind], default=field.default, choices=choices, help=help)
-
-
-def from_flags(config: type, args: argparse.Namespace) -> Any:
-    """The settings dataclass filled from parsed arguments. Raises Fail for a number out of its bounds."""
-    for field in dataclasses.fields(config):
-        value, (low, high) = getattr(args, field.name), field.metadata["bounds"]
-        if isinstance(value, int | float) and not low <= value <= high:
-            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:.9g}"
-            raise Fail(f"--{field.name.replace('_', '-')} {value}: must be {bounds}", USAGE)
-    return config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(config)})
-
+from typing import Any
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors and exits
 
 DONE, FAILED, USAGE, UNFINISHED, INTERRUPTED = 0, 1, 2, 75, 130
+SYSTEM_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again; nothing is lost"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions or choose another place"),
+    errno.EFBIG: "raise the limit (ulimit -f) and run the same command again",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
+    errno.EISDIR: "a folder stands where a file is needed; choose another place",
+}
 
 
 class Fail(Exception):
@@ -242,16 +59,14 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
     Ctrl-C and SIGTERM give 130, a full disk or a forbidden file one line and 1. A traceback is left for our own bugs.
     """
 
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        name = Path(sys.argv[0]).name
-        if argv is None:
-            _speak_utf8()
+        encodings = {sys.getfilesystemencoding(), (getattr(sys.stdout, "encoding", None) or "utf-8").lower()}
+        if argv is None and encodings != {"utf-8"} and os.environ.get("PYTHONUTF8") != "1":
+            os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}  # shops' file names are UTF-8
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            signal.signal(signal.SIGTERM, interrupt)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(argv)
         except Fail as error:
@@ -262,62 +77,79 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         except Exception as error:
-            message, code = _refusal(error), FAILED
+            message, code = _system_error(error), FAILED
             if message is None:
                 raise
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
         return code
 
     return wrapped
 
 
-def _speak_utf8() -> None:
-    """Start the script anew where the locale is not UTF-8: shops name files, and we print, in every script."""
-    foreign = sys.getfilesystemencoding() != "utf-8" or (sys.stdout and sys.stdout.encoding.lower() != "utf-8")
-    if foreign and os.environ.get("PYTHONUTF8") != "1":
-        os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _refusal(error: Exception) -> str | None:
-    """One line where the file system refused something; None for any other error."""
+def _system_error(error: Exception) -> str | None:
+    """One line where the file system or SQLite refused something; None for any other error."""
     number, text = getattr(error, "errno", None), " ".join(str(error).split())
-    if told := re.search(r"\(os error (\d+)\)", text):  # as safetensors says it
-        number = int(told[1])
-    elif number is None and re.search(r"disk is full|requested and \d+ written", text):  # as SQLite and NumPy do
+    if match := re.search(r"\(os error (\d+)\)", text):  # safetensors
+        number = int(match[1])
+    elif number is None and re.search(r"disk is full|requested and \d+ written", text):  # SQLite, NumPy
         number = errno.ENOSPC
-    hints = {
-        errno.ENOSPC: "free some space and run the same command again; nothing finished is lost",
-        errno.EDQUOT: "the quota is used up; free some space and run the same command again",
-        errno.EFBIG: "raise the limit (ulimit -f) and run the same command again",
-        errno.EROFS: "the file system is read-only; choose another place",
-        errno.EACCES: "check the permissions or choose another place",
-        errno.EPERM: "check the permissions or choose another place",
-        errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
-        errno.EISDIR: "a folder stands where a file is needed; choose another place",
-    }
-    if number in hints:
-        return f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number)}; {hints[number]}"
-    told = re.search("readonly|unable to open|disk I/O|malformed|not a database|unsupported file", text)
-    if told and type(error).__module__ == "sqlite3":
+    if number in SYSTEM_ERRORS:
+        return f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number)}; {SYSTEM_ERRORS[number]}"
+    known = re.search("readonly|unable to open|disk I/O|malformed|not a database|unsupported file", text)
+    if known and type(error).__module__ == "sqlite3":
         return f"SQLite: {text}; check the disk, its permissions and free space, then run the same command again"
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Progress and memory
-
-
 @contextlib.contextmanager
-def memory_running_out(remedy: str) -> Iterator[None]:
+def explain_out_of_memory(remedy: str) -> Iterator[None]:
     """Turn what Python and torch (whose OutOfMemoryError is a RuntimeError) raise then into one line with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        spoken = re.search("out of memory|not enough memory|can't allocate memory", str(error))
-        if isinstance(error, RuntimeError) and not spoken:
+        known = re.search("out of memory|not enough memory|can't allocate memory", str(error))
+        if isinstance(error, RuntimeError) and not known:
             raise
         raise Fail(f"out of memory; {remedy}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass a script; flags, sidecars and docs/settings.md are made from it
+
+
+def setting(default: Any, help: str, choices: tuple | None = None, low: float = -math.inf, high: float = math.inf):
+    """A dataclass field whose metadata becomes a command-line flag, of numbers from `low` to `high`."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bounds": (low, high)})
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add one flag for each field of a settings dataclass: the name with dashes, its default, help and choices.
+
+    A field of type bool becomes --name / --no-name; `X | None` takes an X and defaults to None.
+    """
+    for field in dataclasses.fields(config):
+        kind = str(field.type).replace(" ", "").removesuffix("|None")
+        help = field.metadata["help"] + ("" if field.default is None else f" (default {field.default})")
+        options: dict[str, Any] = {"default": field.default, "help": help.replace("%", "%%")}
+        if kind == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": {"int": int, "float": float, "str": str}[kind], "choices": field.metadata["choices"]}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def from_flags(config: type, args: argparse.Namespace) -> Any:
+    """The settings dataclass filled from parsed arguments. Raises Fail for a number out of its bounds."""
+    for field in dataclasses.fields(config):
+        value, (low, high) = getattr(args, field.name), field.metadata["bounds"]
+        if isinstance(value, int | float) and not low <= value <= high:
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:.9g}"
+            raise Fail(f"--{field.name.replace('_', '-')} {value}: must be {bounds}", USAGE)
+    return config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(config)})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Progress and memory
 
 
 def progress(items: Iterable, what: str, total: int | None = None, unit: str = "row", every: float = 15.0) -> Iterator:
@@ -328,24 +160,21 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
         yield from tqdm(items, desc=what, total=total, unit=unit, dynamic_ncols=True)
         return
     start = shown = time.monotonic()
-    count, units = 0, f"{unit}{'es' if unit.endswith('ch') else 's'}"
+    count, units, of = 0, f"{unit}{'es' if unit.endswith('ch') else 's'}", f"/{total}" if total else ""
     for item in items:
         yield item
         count += 1
-        now = time.monotonic()
-        if now - shown >= every:
+        if (now := time.monotonic()) - shown >= every:
             shown = now
-            of = f"/{total}" if total else ""
             print(f"{what}: {count}{of} {units}, {count / (now - start):.1f} a second", file=sys.stderr, flush=True)
     seconds = max(time.monotonic() - start, 1e-9)
-    line = f"{what}: {count} {units} in {seconds:.1f} s, {count / seconds:.1f} a second"
-    print(line, file=sys.stderr, flush=True)
+    print(f"{what}: {count} {units} in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr, flush=True)
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep what this process frees for its next array; with another C library nothing is done.
 
-    Else the kernel clears each page anew, which takes a tenth of a training step and a third of scaling a photo.
+    Else the kernel clears each page again, which takes a tenth of a training step and a third of scaling a photo.
     """
     import ctypes
 
@@ -356,7 +185,7 @@ def keep_freed_memory() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Digests and whole files
+# Files: digests, atomic writes, locks, sidecars
 
 
 def canonical(value: Any) -> bytes:
@@ -376,7 +205,7 @@ def file_digest(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on a clean exit it is flushed to disk and renamed, else removed.
 
     One name a target: what a killed process left behind is overwritten by the next one.
@@ -394,7 +223,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; on a clean exit it takes the place of `path`."""
     import shutil
 
@@ -410,19 +239,19 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_whole(path: str | Path, data: bytes | str) -> None:
+def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write a local file so that it is there whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON, whole."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write indented JSON, atomically."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path, what: str = "file") -> Any:
-    """Read a local JSON file; Fail with its path where it is missing or torn."""
+    """Read a local JSON file; Fail with its path where it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -434,8 +263,7 @@ def read_json(path: str | Path, what: str = "file") -> Any:
 @contextlib.contextmanager
 def exclusive(path: str | Path) -> Iterator[bool]:
     """Hold a lock file while inside; gives False at once where a live process holds it (flock: death frees it)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -460,30 +288,248 @@ def write_sidecar(path: str | Path, settings: Any, counts: dict, inputs: dict, s
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Catalogue: CSV files as shops export them
+# S3: whole objects by boto3's transfer manager
+
+S3_ATTEMPTS = 16  # of one request, with growing, jittered pauses in between: half a minute
+S3_FIRST_ATTEMPTS = 4  # of reaching an endpoint that has not answered yet: it is likelier mistyped than down
+S3_BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be another one a moment later
+S3_HINTS = {
+    403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
+    404: "check bucket and key, or make it first",
+    412: "the object changed while it was being read; run again",
+}
+_s3_answered: set[int] = set()  # processes that an S3 endpoint has answered
+
+
+def is_s3(path: str | Path) -> bool:
+    """Whether the path is an S3 URL."""
+    return str(path).startswith("s3://")
+
+
+def join(base: str | Path, *parts: str) -> str:
+    """A path below a local folder or an S3 prefix."""
+    return "/".join([str(base).rstrip("/"), *parts]) if is_s3(base) else str(Path(base, *parts))
+
+
+def _s3_pause(attempts: int, response: tuple | None = None, **_) -> float | None:
+    """The retry rule, as botocore asks for it: seconds to wait before the next attempt, or None for no more."""
+    if response is not None:
+        _s3_answered.add(os.getpid())
+        if response[0].status_code not in S3_BUSY:
+            return None
+    if attempts >= (S3_ATTEMPTS if os.getpid() in _s3_answered else S3_FIRST_ATTEMPTS):
+        return None
+    return min(5.0, 0.1 * 2 ** (attempts - 1)) * random.random()
+
+
+@functools.lru_cache(maxsize=1)
+def _s3_client(pid: int) -> Any:
+    """One boto3 client a process: a forked one must not share its parent's connections."""
+    import boto3
+    from botocore.config import Config
+    from dotenv import load_dotenv
+
+    load_dotenv(".env")  # keys and endpoint, where the environment has none
+    once = {"total_max_attempts": 1}  # boto's own retries stop for good once their quota is used up
+    config = Config(retries=once, connect_timeout=10, read_timeout=20, max_pool_connections=32)
+    client = boto3.session.Session().client("s3", config=config)
+    client.meta.events.register_first("needs-retry.s3", _s3_pause)
+    # Do not wait for "100 Continue": botocore reads for ever when the connection is cut there.
+    client.meta.events.register_last(
+        "before-call.s3", lambda params, **_: params["headers"].pop("Expect", None) and None
+    )
+    return client
+
+
+def s3_call(path: str, act: Callable[..., Any], transfer: bool = False) -> Any:
+    """act(client, bucket, key), with Config= for a transfer; again where an answer was cut.
+
+    A refusal becomes Fail with the URL and the cause.
+    """
+    import boto3.exceptions as transfers
+    import botocore.exceptions as failures
+    from boto3.s3.transfer import TransferConfig
+    from botocore.parsers import ResponseParserError
+
+    part = 16 << 20
+    config = {"Config": TransferConfig(part, multipart_chunksize=part, num_download_attempts=S3_ATTEMPTS)}
+    bucket, _, key = path.removeprefix("s3:").lstrip("/").partition("/")
+    if not bucket:
+        raise Fail(f"{path}: names no bucket; write s3://bucket/prefix", USAGE)
+    for attempt in range(1, S3_ATTEMPTS + 1):
+        try:
+            return act(_s3_client(os.getpid()), bucket, key, **(config if transfer else {}))
+        except (failures.ClientError, transfers.S3UploadFailedError) as error:
+            answer = getattr(error, "response", None) or getattr(error.__context__, "response", {})
+            status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code")
+            cause = f"S3 answers {status} {code}; {S3_HINTS.get(status, 'see the AWS_ variables and the bucket')}"
+            if status and status not in S3_BUSY and code != "NoSuchUpload":  # that: completed, but its answer was lost
+                raise Fail(f"{path}: {cause}") from None
+        except (failures.NoCredentialsError, failures.PartialCredentialsError):
+            raise Fail(f"{path}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+        except (failures.ParamValidationError, failures.NoRegionError, failures.ProfileNotFound, ValueError) as error:
+            raise Fail(f"{path}: {' '.join(str(error).split())[:200]}; check the AWS_ variables") from None
+        except (failures.BotoCoreError, transfers.Boto3Error, ResponseParserError, OSError, KeyError) as error:
+            cause = f"{type(error).__name__}: {error}"  # KeyError: headers that were cut lack a field
+            if os.getpid() not in _s3_answered:
+                break
+        time.sleep(_s3_pause(attempt) or 0)
+    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    where, cause = (re.sub(r"//[^/@ ]*@", "//", text) for text in (where, " ".join(cause.split())))  # no password
+    raise Fail(f"{path}: {where} cannot be reached ({cause[:160]}); check AWS_ENDPOINT_URL and run again")
+
+
+def download(path: str, open_target: Callable[[], Any]) -> Any:
+    """Copy one S3 object into the stream that open_target() gives, and return it; again where a connection broke."""
+
+    def act(client, bucket: str, key: str) -> Any:
+        # Not by the transfer manager, which takes a part whose headers were cut for whole and leaves a hole.
+        answer, target = client.get_object(Bucket=bucket, Key=key), open_target()
+        for block in answer["Body"].iter_chunks(1 << 20):
+            target.write(block)
+        if target.tell() != answer["ContentLength"]:
+            raise OSError("the answer was cut")
+        return target
+
+    return s3_call(path, act)
+
+
+def download_atomic(path: str, target: str | Path) -> None:
+    """Copy one S3 object to a local file, which is there whole or not at all."""
+    with atomic_file(target) as temporary:
+        download(path, lambda: open(temporary, "wb")).close()
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The whole content of a file or object. Raises FileNotFoundError for a missing local file, Fail for an object."""
+    return download(str(path), io.BytesIO).getvalue() if is_s3(path) else Path(path).read_bytes()
+
+
+def upload_atomic(source: bytes | Path, path: str | Path) -> None:
+    """Store bytes, or a finished local file, so that `path` (local or S3) holds it whole or not at all."""
+    if not is_s3(path):
+        return atomic_write(path, source if isinstance(source, bytes) else source.read_bytes())
+
+    def act(client, bucket: str, key: str, **config) -> None:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            client.upload_fileobj(stream, bucket, key, **config)
+
+    s3_call(str(path), act, transfer=True)
+
+
+def list_files(prefix: str | Path) -> list[tuple[str, int]]:
+    """(path relative to prefix, size in bytes) of every file below it, sorted; "" where it is an object itself."""
+    if not is_s3(prefix):
+        files = (path for path in Path(prefix).rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
+        return sorted((path.relative_to(prefix).as_posix(), path.stat().st_size) for path in files)
+
+    def act(client, bucket: str, key: str) -> list[tuple[str, int]]:
+        found = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        objects = [(one["Key"], one["Size"]) for page in found if page["Name"] for one in page.get("Contents", [])]
+        below = [(name[len(key) :], size) for name, size in objects if not key or name[len(key) :][:1] in ("", "/")]
+        return sorted((name.removeprefix("/"), size) for name, size in below)
+
+    return s3_call(str(prefix).rstrip("/"), act)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether a file or object is there."""
+    return any(name == "" for name, _ in list_files(path)) if is_s3(path) else Path(path).is_file()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Shards: the manifest of stage 2, and local copies of what lies on S3
+
+SPLITS = ("train", "validation", "test")
+
+
+def load_manifest(shards: str | Path) -> dict[str, Any]:
+    """manifest.json of a shard folder; Fail says how to make one."""
+    path = join(shards, "manifest.json")
+    try:
+        manifest = json.loads(read_bytes(path))
+        for split in [manifest["splits"]["train"], *manifest["splits"].values()]:
+            for shard in split["shards"]:  # name and digest become paths
+                names = re.fullmatch(r"\w+/[\w-]+\.tar", shard["name"]), re.fullmatch("[0-9a-f]{64}", shard["sha256"])
+                sizes = (shard["samples"], shard["bytes"])
+                if not all(names) or not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
+                    raise ValueError(f"a shard is {str(shard)[:60]}")
+    except FileNotFoundError:
+        raise Fail(f"{path}: no such manifest; run 2_prepare.py first, or check --shards") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Fail(f"{path}: not a manifest of shards ({error}); run 2_prepare.py again") from None
+    return manifest
+
+
+def local_shards(shards: str | Path, entries: list[dict[str, Any]], cache: Path, cache_gb: float) -> list[Path]:
+    """Local paths of these manifest entries; what lies on S3 is copied to `cache` first, once, by its digest.
+
+    Raises Fail for a missing shard, and where the copies would need more than `cache_gb`.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    def fetch(entry: dict[str, Any]) -> Path:
+        path = join(shards, entry["name"])
+        target = cache / f"{entry['sha256']}.tar" if is_s3(path) else Path(path)
+        if is_s3(path) and not (target.is_file() and target.stat().st_size == entry["bytes"]):
+            download_atomic(path, target)
+        if not target.is_file():
+            raise Fail(f"{path}: missing shard; run 2_prepare.py again, or copy the folder again, whole")
+        return target
+
+    size = sum({entry["sha256"]: entry["bytes"] for entry in entries}.values()) / 1e9
+    if is_s3(shards) and size > cache_gb:
+        raise Fail(f"{shards}: {size:.1f} GB of shards are more than --cache-gb {cache_gb:g}; raise it, or use fewer")
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(fetch, entries))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Catalogue: CSV files as shops export them, as a pandas DataFrame of text
 
 REQUIRED_COLUMNS = ("id", "name", "image_path")
 
-
-class Row(NamedTuple):
-    """One line of a catalogue. `reason` is None, or says why the row cannot be used."""
-
-    number: int  # counted from 1 over all files, header lines left out
-    id: str
-    fields: dict[str, str]
-    reason: str | None
-
-
+# Windows-1252, with Latin-1 for the bytes that it leaves undefined
 codecs.register_error("cp1252-gaps", lambda error: (error.object[error.start : error.end].decode("latin-1"), error.end))
 
 
-def text_encoding(path: str | Path) -> dict[str, str]:
-    """How open() reads it: utf-8-sig, utf-16 (by its BOM) or, where the bytes are not UTF-8, as Windows does: cp1252,
-    with Latin-1 for its gaps."""
+def read_catalogue(paths: list[str | Path]) -> tuple[Any, Any]:
+    """(rows: DataFrame of str, one column a CSV column, index 1 to N over all files; reasons: Series of str).
+
+    reasons holds "" for a usable row, else why it cannot be used: missing id, too many fields, duplicate id (the first
+    row of an id counts), missing image_path. Finds encoding (UTF-8, UTF-16, Windows-1252) and delimiter (comma,
+    semicolon, tab, bar). Values are kept to the letter; a second column of one name is name_2; absent values are "".
+    Raises Fail for a missing or empty file, for a required column that is missing or there twice, and for a file that
+    ends within quotes: what the open quote swallowed would be lost without a word.
+    """
+    import pandas as pd
+
+    csv.field_size_limit(1 << 24)
+    parts, surplus = [], []
+    for path in map(Path, paths):
+        encoding, delimiter, header = _csv_dialect(path)
+        records, width, values = _csv_records(path, encoding, delimiter), len(header), []
+        next(records)
+        for record in filter(None, records):  # a blank line is no row
+            surplus.append(len(record) > width)
+            values.append(record[:width] + [""] * (width - len(record)))
+        parts.append(pd.DataFrame(values, columns=header, dtype="str"))
+        del values
+    rows = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True).fillna("")
+    rows.index = range(1, len(rows) + 1)
+    reasons = pd.Series("", index=rows.index, dtype="str")
+    reasons[rows["image_path"].str.strip() == ""] = "missing image_path"
+    reasons[rows["id"].duplicated()] = "duplicate id"
+    reasons[pd.Series(surplus, index=rows.index, dtype=bool)] = "too many fields"
+    reasons[rows["id"].str.strip() == ""] = "missing id"
+    return rows, reasons
+
+
+def _csv_encoding(path: Path) -> dict[str, str]:
+    """Arguments of open(): UTF-8 where every byte is, UTF-16 by its mark, else Windows-1252."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as handle:
-        head = handle.read(2)
-        if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             return {"encoding": "utf-16"}
         handle.seek(0)
         try:
@@ -495,92 +541,42 @@ def text_encoding(path: str | Path) -> dict[str, str]:
     return {"encoding": "utf-8-sig"}
 
 
-class Catalogue:
-    """One or several CSV files read as one stream of rows.
-
-    Finds encoding (UTF-8 with or without BOM, UTF-16, Windows-1252) and delimiter (comma, semicolon, tab, bar). Values
-    are kept to the letter; of columns with the same name the second is called name_2. A row without id, with an id seen
-    before, without image_path or with too many fields is given with its reason; the first of several rows with the same
-    id is the one that counts. Raises Fail for a missing or empty file, for a column that is missing or there twice, and
-    for a file that ends within quotes: what the open quote swallowed would be lost without a word.
-    """
-
-    def __init__(self, paths: list[str | Path]):
-        csv.field_size_limit(1 << 24)
-        self.sources = [(Path(path), *self._dialect(Path(path))) for path in paths]
-        self.columns = list(dict.fromkeys(name for *_, header in self.sources for name in header))
-
-    @staticmethod
-    def _dialect(path: Path) -> tuple[dict[str, str], str, list[str]]:
-        """Encoding (as open() takes it), delimiter and header of one file."""
-        try:
-            encoding = text_encoding(path)
-            with open(path, newline="", **encoding) as handle:
-                line = handle.readline(1 << 20)
-        except FileNotFoundError:
-            raise Fail(f"{path}: no such CSV; check --input", USAGE) from None
-        except IsADirectoryError:
-            raise Fail(f"{path}: is a folder, not a CSV; check --input", USAGE) from None
-        except UnicodeError as error:
-            raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
-        headers = [(d, _header(next(csv.reader([line], delimiter=d), []))) for d in ",;\t|"]
-        delimiter, header = max(headers, key=lambda pair: (set(REQUIRED_COLUMNS) <= set(pair[1]), len(pair[1])))
-        if not line.strip():
-            raise Fail(f"{path}: is empty; a header with {', '.join(REQUIRED_COLUMNS)} is needed")
-        missing = [name for name in REQUIRED_COLUMNS if name not in header]
-        if missing:
-            raise Fail(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:200]}", USAGE)
-        if twice := [name for name in REQUIRED_COLUMNS if header.count(name) > 1]:
-            raise Fail(f"{path}: two columns are called {twice[0]}; rename the one that is not meant", USAGE)
-        return encoding, delimiter, _numbered(header)
-
-    def __iter__(self) -> Iterator[Row]:
-        seen: dict[str, None] = {}  # as a set, in a third of a set's memory
-        number = 0
-        for path, encoding, delimiter, header in self.sources:
-            records = _records(path, encoding, delimiter)
-            next(records)
-            for values in records:
-                if not values:  # a blank line is no row
-                    continue
-                number += 1
-                fields = dict.fromkeys(self.columns, "") | dict(zip(header, values, strict=False))
-                yield Row(number, fields["id"], fields, self._reason(fields, len(values) - len(header), seen))
-                seen[fields["id"]] = None
-
-    @staticmethod
-    def _reason(fields: dict[str, str], surplus: int, seen: dict[str, None]) -> str | None:
-        if not fields["id"].strip():
-            return "missing id"
-        if surplus > 0:
-            return "too many fields"
-        if fields["id"] in seen:
-            return "duplicate id"
-        return None if fields["image_path"].strip() else "missing image_path"
+def _csv_dialect(path: Path) -> tuple[dict[str, str], str, list[str]]:
+    """Encoding (as open() takes it), delimiter and column names of one file."""
+    try:
+        encoding = _csv_encoding(path)
+        with open(path, newline="", **encoding) as handle:
+            line = handle.readline(1 << 20)
+    except FileNotFoundError:
+        raise Fail(f"{path}: no such CSV; check --input", USAGE) from None
+    except IsADirectoryError:
+        raise Fail(f"{path}: is a folder, not a CSV; check --input", USAGE) from None
+    except UnicodeError as error:
+        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
+    if not line.strip():
+        raise Fail(f"{path}: is empty; a header with {', '.join(REQUIRED_COLUMNS)} is needed")
+    headers = [(d, _column_names(next(csv.reader([line], delimiter=d), []))) for d in ",;\t|"]
+    delimiter, header = max(headers, key=lambda pair: (set(REQUIRED_COLUMNS) <= set(pair[1]), len(pair[1])))
+    if missing := [name for name in REQUIRED_COLUMNS if name not in header]:
+        raise Fail(f"{path}: no column {', '.join(missing)}; the header has {', '.join(header)[:200]}", USAGE)
+    if twice := [name for name in REQUIRED_COLUMNS if header.count(name) > 1]:
+        raise Fail(f"{path}: two columns are called {twice[0]}; rename the one that is not meant", USAGE)
+    unique: list[str] = []
+    for name in header:  # a second "tag" is "tag_2", or whatever number is free
+        free = (f"{name}_{number}" for number in itertools.count(2))
+        unique.append(name if name not in unique else next(n for n in free if n not in unique and n not in header))
+    return encoding, delimiter, unique
 
 
-def _header(names: list[str]) -> list[str]:
+def _column_names(names: list[str]) -> list[str]:
     """Names of columns; the required ones may come in any case, unless one is there to the letter."""
     names = [name.strip() for name in names]
-    for wanted in REQUIRED_COLUMNS:
-        if wanted not in names:
-            names = [wanted if name.lower() == wanted else name for name in names]
-    return names
+    wanted = {name for name in REQUIRED_COLUMNS if name not in names}
+    return [name.lower() if name.lower() in wanted else name for name in names]
 
 
-def _numbered(names: list[str]) -> list[str]:
-    """Each name once: a second "tag" is "tag_2", or whatever number is free."""
-    header: list[str] = []
-    for name in names:
-        if name in header:
-            free = (f"{name}_{number}" for number in itertools.count(2))
-            name = next(other for other in free if other not in header and other not in names)
-        header.append(name)
-    return header
-
-
-def _records(path: Path, encoding: dict[str, str], delimiter: str) -> Iterator[list[str]]:
-    """The values of each row, the header's first. Raises Fail for what cannot be read, and at an end within quotes."""
+def _csv_records(path: Path, encoding: dict[str, str], delimiter: str) -> Iterator[list[str]]:
+    """The values of each line, the header's first. Raises Fail for what cannot be read, and at an end within quotes."""
     ended = False
     with open(path, newline="", **encoding) as handle:
 
@@ -603,13 +599,12 @@ def _records(path: Path, encoding: dict[str, str], delimiter: str) -> Iterator[l
                 raise Fail(f"{path}, line {begun}: the quotes opened there are never closed; mend that line")
 
 
-def csv_rows(handle: Any) -> Any:
-    """What a csv.writer writes to, so that rows end in a newline alone.
+def csv_writer(handle: Any) -> Any:
+    """A csv.writer whose rows end in a newline alone.
 
-    Told to end them so itself, it would leave a lone carriage return in a value unquoted, which readers take for a new
-    row.
+    Told to end them so itself, it would leave a lone carriage return in a value unquoted, which readers take for a row.
     """
-    return types.SimpleNamespace(write=lambda row: handle.write(row.removesuffix("\r\n") + "\n"))
+    return csv.writer(types.SimpleNamespace(write=lambda row: handle.write(row.removesuffix("\r\n") + "\n")))
 
 
 def images_folder(images: str | None, inputs: list[str]) -> Path:
@@ -618,12 +613,6 @@ def images_folder(images: str | None, inputs: list[str]) -> Path:
     if not folder.is_dir():
         raise Fail(f"{folder}: no such images folder; set --images to the folder that image_path is relative to", USAGE)
     return folder.resolve()
-
-
-def reject(row: Row, reason: str, detail: str = "") -> dict[str, Any]:
-    """One line of a rejects file."""
-    fields = {"image_path": row.fields.get("image_path", ""), "name": row.fields.get("name", "")}
-    return {"id": row.id, "row": row.number, "reason": reason, "detail": detail} | fields
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -639,10 +628,11 @@ SYNONYMS = {
     "multicolour": "multicolor", "multi-color": "multicolor", "colour": "color",
 }  # fmt: skip
 UNKNOWN = {"", "unknown", "n/a", "na", "none", "null", "nan", "-", "other", "various"}
+TEMPLATES = ("{subject}", "a photo of {article} {subject}", "{title}, {details}", "{article} {subject} for the home")
 
 
 @functools.lru_cache(4096)  # a catalogue has few
-def uniform(value: str) -> str:
+def normalise_attribute(value: str) -> str:
     """An attribute in its one spelling: lower case, single spaces, synonyms made one; "" where it says nothing."""
     value = " ".join(value.lower().replace("_", " ").split()).strip(" .,;")
     value = " ".join(SYNONYMS.get(word, word) for word in SYNONYMS.get(value, value).split())
@@ -653,27 +643,536 @@ def clean_metadata(fields: dict[str, str]) -> dict[str, str]:
     """Title and the four attributes of a cleaned row; the title falls back to the shop's name."""
     title = " ".join((fields.get("clean_title") or fields.get("name") or "").split())
     title = " ".join(SYNONYMS.get(word.lower(), word) for word in title.split())
-    return {"title": title} | {name: uniform(fields.get(name) or "") for name in ATTRIBUTES}
-
-
-TEMPLATES = ("{subject}", "a photo of {article} {subject}", "{title}, {details}", "{article} {subject} for the home")
+    return {"title": title} | {name: normalise_attribute(fields.get(name) or "") for name in ATTRIBUTES}
 
 
 def prompts(meta: dict[str, str]) -> list[str]:
-    """Every template filled for one item, without repeats; stage 2 picks one by id, stage 3 another each epoch.
-
-    Only attributes that the title does not already hold are added, so no word stands twice.
-    """
+    """Every template filled for one item, without repeats; only attributes that the title lacks are added."""
     title = meta["title"].lower()
     words = f" {title} ".replace(",", " ")
     kind = meta["object_type"] if meta["object_type"] and f" {meta['object_type']} " not in words else ""
     title = " ".join(filter(None, (title, kind))) or "product"
     details = [v for v in (meta[name] for name in ("color", "style", "material")) if v and f" {v} " not in words]
     subject = " ".join([*details, title])
-    article = "an" if subject[:1] in "aeiou" else "a"
-    filled = [
-        template.format(subject=subject, title=title, details=" ".join(details), article=article)
-        for template in TEMPLATES
-        if details or "{details}" not in template
+    names = {"subject": subject, "title": title, "details": " ".join(details)}
+    names["article"] = "an" if subject[:1] in "aeiou" else "a"
+    return list(dict.fromkeys(t.format(**names) for t in TEMPLATES if details or "{details}" not in t))
+
+
+def pick_prompt(meta: dict[str, str], id: str, seed: int, epoch: int = 0) -> str:
+    """One prompt of an item: stage 2's choice, and in each epoch of stage 3 the next one, so that each has its turn."""
+    filled = prompts(meta)
+    return filled[(int(digest([seed, "prompt", id])[:8], 16) + epoch) % len(filled)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Photos: one way to find, load and letterbox them, and one pool of processes that does it
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG brings phones' MPO along
+MAX_PIXELS = 64_000_000  # 192 MB as RGB; a header that announces more is refused before anything is decoded
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; `reason` is a short fixed phrase to count by, `detail` the particulars."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)  # as arguments: so worker processes can send it back
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
+
+_real_folder = functools.lru_cache(4096)(os.path.realpath)  # photos lie many to a folder
+
+
+def resolve_image(folder: Path, image_path: str) -> Path:
+    """The file that a row names, links followed; `folder` is resolved already. Raises BadImage."""
+    try:
+        above, name = os.path.split(os.path.join(folder, image_path.strip().replace("\\", "/")))
+        path = os.path.join(_real_folder(above), name)
+        if name in ("", ".", "..") or os.path.islink(path):
+            path = os.path.realpath(path)
+    except (ValueError, OSError) as error:  # NUL in the name, too long
+        raise BadImage("missing file", str(error)) from None
+    if not path.startswith(os.path.join(folder, "")):
+        raise BadImage("outside the images folder", image_path)
+    if not os.path.isfile(path):
+        raise BadImage("missing file", image_path)
+    return Path(path)
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str):
+    """The transform from an embedded profile to sRGB, or None where it is sRGB already or cannot be used."""
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # a broken profile is no reason to lose the picture
+        return None
+
+
+def _to_rgb(image):
+    """A decoded picture as RGB in sRGB, laid on white where it is transparent."""
+    import numpy as np
+    from PIL import Image, ImageCms
+
+    if image.mode.startswith("I"):  # 16-bit grey
+        wide = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or wide.max(initial=0) > 255:
+            wide >>= 8
+        image = Image.fromarray(np.clip(wide, 0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("unsupported image", "floating-point pixels")
+    profile, alpha = image.info.get("icc_profile"), None
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        alpha = image.convert("RGBA").getchannel("A")
+        image = image.convert("RGBA").convert("RGB")
+    elif image.mode not in ("RGB", "CMYK", "L"):
+        image = image.convert("RGB")
+    if profile and (transform := _to_srgb(profile, image.mode)) is not None:
+        image = ImageCms.applyTransform(image, transform)
+    image = image if image.mode == "RGB" else image.convert("RGB")  # converting copies
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image
+
+
+def load_image(source: Path | bytes, side: int | None = None):
+    """Decode one picture: upright, on white, sRGB, as a Pillow image of mode RGB.
+
+    With `side`, a large JPEG is decoded at 1/2, 1/4 or 1/8 (never to less than `side` pixels on its shorter side).
+    Raises BadImage; never decodes more than MAX_PIXELS.
+    """
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = None  # our own limit stands below and names the size
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadImage("image too large", f"{width} x {height} px")
+            if side:
+                image.draft(None, (side, side))
+            image.load()
+            rotated = image.getexif().get(0x0112, 1) != 1
+            return _to_rgb(ImageOps.exif_transpose(image) if rotated else image)
+    except (BadImage, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        empty = len(source) == 0 if isinstance(source, bytes) else Path(source).stat().st_size == 0
+        raise BadImage("empty file" if empty else "not an image") from None
+    except FileNotFoundError:
+        raise BadImage("missing file", str(source)) from None
+    except Exception as error:  # Pillow's decoders raise many kinds on broken bytes
+        reason = "truncated image" if "truncated" in str(error).lower() else "broken image"
+        raise BadImage(reason, str(error)[:200]) from None
+
+
+def fit(image, side: int):
+    """An RGB picture scaled, up or down, so that its longer side has `side` pixels.
+
+    Hamming's filter: as sharp as bicubic when scaling down, in half the time; integer arithmetic, so that every
+    processor gives the same pixels.
+    """
+    from PIL import Image
+
+    size = tuple(max(1, round(length * side / max(image.size))) for length in image.size)
+    return image.resize(size, Image.Resampling.HAMMING)
+
+
+def letterbox(image, side: int):
+    """An RGB picture scaled into the middle of a white square of `side` pixels."""
+    from PIL import Image
+
+    inner = fit(image, side) if max(image.size) != side else image
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(inner, ((side - inner.width) // 2, (side - inner.height) // 2))
+    return square
+
+
+def photo_pool(work: Callable[[list], list], blocks: Iterable[list], workers: int) -> Iterator[Any]:
+    """The items of work(block) for every block, in order, from `workers` processes; in this one where that is 1.
+
+    `work` must be importable (or a functools.partial of what is). Four blocks a worker are in flight, so that memory
+    is flat. Raises Fail where a process dies, as it does when memory runs out.
+    """
+    if workers <= 1:
+        yield from itertools.chain.from_iterable(map(work, blocks))
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    # Not fork: a forked child would hold its parent's lock after the parent's death.
+    context = multiprocessing.get_context("forkserver")
+    pool, waiting = ProcessPoolExecutor(workers, context, _start_photo_worker), deque()
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(work, block))
+            if len(waiting) >= 4 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise Fail("a process that read photos died; if memory ran out, lower --workers and run again") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_photo_worker() -> None:
+    """In a worker: keep memory for the next photo, leave Ctrl-C to the parent, and end when that is gone."""
+    import multiprocessing
+    import threading
+
+    keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes of torchrun
+
+
+class World:
+    """This process among those that torchrun started, or the only one, and its device."""
+
+    def __init__(self, device: str = "auto"):
+        import torch
+
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        self.rank, self.size, self.local_rank = (int(os.environ.get(name, default)) for name, default in names)
+        self.main = self.rank == 0
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.device = torch.device(f"cuda:{self.local_rank}" if device == "cuda" else device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise Fail(f"--device {device}: {str(error).splitlines()[0]}; use --device cpu or auto") from None
+        if self.size > 1 and not torch.distributed.is_initialized():
+            import datetime
+
+            cuda = self.device.type == "cuda"
+            if cuda:
+                torch.cuda.set_device(self.device)
+            limit = datetime.timedelta(hours=12)  # the others wait for one that fills a cache
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+
+    def share(self, value: Any) -> list[Any]:
+        """What each process gives here, in the order of their ranks; every process waits for all."""
+        if self.size == 1:
+            return [value]
+        import torch
+
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# CLIP: loading and encoding an open_clip model
+
+LOCAL = "local-dir:"
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz", ".npy")
+
+
+@dataclasses.dataclass
+class Clip:
+    """An open_clip model in evaluation mode, with all that is needed to feed it and to save it again."""
+
+    model: Any  # torch.nn.Module
+    tokenizer: Any  # list[str] -> int64 [B, context_length]
+    size: int  # pixels a side
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    context_length: int
+    fingerprint: str  # sha256 over configuration and weights
+    name: str  # for people: "ViT-B-32/openai" or a folder
+    config: dict[str, Any]  # open_clip's model_cfg, the QuickGELU flag as loaded
+    preprocess: dict[str, Any]  # open_clip's preprocess_cfg
+    folder: Path | None = None  # where a local-dir came from (its tokenizer files travel with an export)
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+
+def load_clip(model: str, pretrained: str | None = None, device: Any = "cpu") -> Clip:
+    """Load an open_clip name with a tag or a checkpoint file, or a folder (`local-dir:DIR`, or just DIR).
+
+    No pickle is ever executed: safetensors, or torch.load with weights_only. Raises Fail saying what to do.
+    """
+    import logging
+
+    import open_clip
+
+    folders = [
+        Path(n.removeprefix(LOCAL)) for n in (model, pretrained) if n and (n.startswith(LOCAL) or Path(n).is_dir())
     ]
-    return list(dict.fromkeys(filled))
+    folder = folders[0] if folders else None
+    source, tag, name = (
+        (f"{LOCAL}{folder}", None, str(folder)) if folder else (model, pretrained, f"{model}/{pretrained}")
+    )
+    config, flags = (_folder_config(folder), {}) if folder else _named_config(model, pretrained)
+    logging.disable(logging.ERROR)  # the hub and open_clip log every retry; what matters comes as one line below
+    try:
+        options = {"weights_only": True, "pretrained_text": False, "require_pretrained": True} | flags
+        loaded, tokenizer = open_clip.create_model(source, tag, **options), open_clip.get_tokenizer(source)
+    except Exception as error:  # open_clip, torch and the hub raise many kinds here; each means: not loadable
+        raise _explain_loading(name, error) from None
+    finally:
+        logging.disable(logging.NOTSET)
+    if hasattr(loaded, "text_decoder"):
+        raise Fail(f"{name}: a CoCa, which writes captions too, is not supported; take a plain CLIP such as ViT-B-32")
+    loaded = loaded.float().to(device).eval()  # stored half precision would make training and fingerprints drift
+    shown = dict(open_clip.get_model_preprocess_cfg(loaded))
+    size = shown["size"] if isinstance(shown["size"], int) else shown["size"][0]
+    return Clip(loaded, tokenizer, int(size), tuple(shown["mean"]), tuple(shown["std"]), int(loaded.context_length),
+                fingerprint(loaded, config | flags), name, config | flags, shown, folder)  # fmt: skip
+
+
+def _folder_config(folder: Path) -> dict[str, Any]:
+    """model_cfg of an open_clip folder; Fail where the configuration or the weights are missing."""
+    if not folder.is_dir():
+        raise Fail(f"{folder}: no such model folder; check the path after {LOCAL}")
+    config = read_json(folder / "open_clip_config.json", "open_clip model configuration")
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise Fail(f"{folder}/open_clip_config.json: no model_cfg in it; this is not an open_clip model folder")
+    if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+        raise Fail(f"{folder}: no weights in it (open_clip_model.safetensors); train or copy the model again")
+    return config["model_cfg"]
+
+
+def _named_config(model: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """model_cfg of a built-in name and what its weights override; Fail for an unknown name, tag or file."""
+    import difflib
+
+    import open_clip
+
+    known, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(model)
+    if model not in known:
+        near = difflib.get_close_matches(model, known, n=3) or ["ViT-B-32", "ViT-B-16", "ViT-L-14"]
+        raise Fail(f"--model {model}: neither a folder nor an open_clip model; nearest: {', '.join(near)}")
+    some = ", ".join(tags[:8]) or "none"
+    if not pretrained:
+        raise Fail(f"--model {model} needs --pretrained: a tag ({some}), a weights file, or {LOCAL}FOLDER")
+    if Path(pretrained).is_file():
+        if Path(pretrained).suffix not in WEIGHTS:
+            raise Fail(f"--pretrained {pretrained}: not a weights file; expected one of {' '.join(WEIGHTS)}")
+        return open_clip.get_model_config(model), {}
+    if pretrained not in tags:
+        kind = "no such file" if os.sep in pretrained or Path(pretrained).suffix else "no such tag or file"
+        raise Fail(f"--pretrained {pretrained}: {kind} for {model}; its tags: {some}")
+    # The tag knows whether its weights were trained with QuickGELU; open_clip only warns and computes something else.
+    quick = bool(open_clip.get_pretrained_cfg(model, pretrained).get("quick_gelu", False))
+    return open_clip.get_model_config(model), {"quick_gelu": quick}
+
+
+def _explain_loading(name: str, error: Exception) -> Fail:
+    """One line for what open_clip could not load."""
+    text = " ".join(str(error).split())[:200]
+    for pattern, advice in (
+        ("(?i)download|connection|hub", f"could not download it ({text}); check the network, or give a local file"),
+        ("weights_only|Unpickl|TorchScript", "holds more than plain tensors; convert it to safetensors"),
+        (
+            "size mismatch|(Missing|Unexpected) key",
+            f"the weights belong to another architecture; check --model ({text})",
+        ),
+    ):
+        if re.search(pattern, text):
+            return Fail(f"{name}: {advice}")
+    return Fail(f"{name}: could not be loaded ({type(error).__name__}: {text}); check --model and --pretrained")
+
+
+def model_place(name: str, embeddings: str | Path) -> tuple[str, str | None]:
+    """(model, pretrained) for load_clip, from a model's name in the metadata of master.parquet.
+
+    A folder is relative to where that file lies, so that the data can be moved; else to the working directory.
+    """
+    if name.startswith(LOCAL):
+        beside = Path(embeddings).parent / name.removeprefix(LOCAL)
+        return (f"{LOCAL}{beside}" if beside.is_dir() else name), None
+    model, _, pretrained = name.partition("/")
+    return model, pretrained or None
+
+
+def auto_precision(device: str) -> str:
+    """What --precision auto means there: bf16 where the hardware computes in it; elsewhere that would be slower."""
+    import torch
+
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if device == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known) else "fp32"
+
+
+def fingerprint(model, config: dict[str, Any] | None = None) -> str:
+    """sha256 (hex) over a model's configuration, and names, types, shapes and bytes of its weights."""
+    import torch
+
+    total = hashlib.sha256(canonical(config or {}))
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def decode_jpeg(data: bytes, size: int):
+    """uint8 [3, size, size] of a square JPEG. Raises BadImage where it is damaged."""
+    import torch
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_jpeg as decode
+
+    try:  # torchvision's decoder gives Pillow's very pixels in half the time, and lets other threads run
+        pixels = decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        raise BadImage(f"damaged JPEG ({str(error).splitlines()[0][:80]})") from None
+    if pixels.shape[1:] != (size, size):
+        pixels = torch.nn.functional.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+    return pixels
+
+
+def normalise_pixels(clip: Clip, pixels):
+    """uint8 [B, 3, S, S] -> float [B, 3, S, S] on the model's device, with the model's own mean and std."""
+    weight = next(clip.model.parameters())
+    mean = weight.new_tensor(clip.mean).view(3, 1, 1) * 255
+    std = weight.new_tensor(clip.std).view(3, 1, 1) * 255
+    return (pixels.to(weight.device, non_blocking=True).to(weight.dtype) - mean) / std
+
+
+def text_features(model, tokens):
+    """[B, D] of int64 [B, L] on any device: the tower's own result, only up to the longest caption of the batch.
+
+    Exact where attention is causal and one token is pooled: what stands behind that token cannot reach it. Positions
+    and mask are sliced; open_clip's force_context_length would interpolate trained positions.
+    """
+    import torch
+
+    tower = getattr(model, "text", model)  # CustomTextCLIP keeps the tower apart, CLIP has its parts at the top
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    mask = getattr(tower, "attn_mask", None)
+    device = next(model.parameters()).device
+    if pool not in ("argmax", "eos") or mask is None or getattr(tower, "cls_emb", None) is not None:
+        return model.encode_text(tokens.to(device, non_blocking=True))
+    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    ends = tokens.argmax(dim=-1) if pool == "argmax" else (tokens == eos).int().argmax(dim=-1)
+    length = int(ends.max()) + 1  # of tokens on the CPU: no wait for a GPU
+    tokens, ends = (part.to(device, non_blocking=True) for part in (tokens[:, :length], ends))
+    x = tower.token_embedding(tokens) + tower.positional_embedding[:length]  # (B, L, W)
+    x = tower.transformer(x, attn_mask=mask[:length, :length])[torch.arange(len(x), device=device), ends]
+    x = tower.ln_final(x)  # (B, W): the norm is of each token by itself
+    if tower.text_projection is None:
+        return x
+    return tower.text_projection(x) if isinstance(tower.text_projection, torch.nn.Module) else x @ tower.text_projection
+
+
+def encode(clip: Clip, pixels=None, captions=None):
+    """float32 [B, D], L2-normalised, of uint8 pixels [B, 3, S, S], or of captions: texts, or tokens int64 [B, L]."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # The fused attention of a CPU is 4 to 10 times slower in bf16 than the plain products.
+    half = torch.is_autocast_enabled(clip.device.type) and clip.device.type == "cpu"
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH) if half else contextlib.nullcontext():
+        if captions is None:
+            x = clip.model.encode_image(normalise_pixels(clip, pixels))
+        else:
+            tokens = clip.tokenizer(captions) if isinstance(captions, list) else captions
+            x = text_features(clip.model, tokens)
+        return torch.nn.functional.normalize(x.float(), dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Search: exact ranks and nearest neighbours, a block at a time
+
+BLOCK_SCORES = 1 << 22  # scores computed at once: 32 MB in float64, whatever N
+
+
+def right_ranks(queries, gallery, keys):
+    """int64 [N]: rank (from 1) of the best right answer to each query; queries[i] and gallery[i] are item i.
+
+    queries, gallery: float32 [N, D], L2-normalised. keys: int64 [N, K]; item j is a right answer to query i where they
+    agree in any column. Scores are added up in float64 and rounded to float32, so that equal vectors tie. Ties and NaN
+    count against the model: a collapsed one, which gives all pairs one score, does not look perfect.
+    """
+    import numpy as np
+
+    keys, wide = np.asarray(keys), np.asarray(gallery, np.float64)
+    keys = keys.reshape(len(keys), -1)
+    ranks = np.empty(len(keys), np.int64)
+    step = max(1, BLOCK_SCORES // max(len(keys), 1))
+    for start in range(0, len(keys), step):
+        part = slice(start, start + step)
+        scores = (np.asarray(queries[part], np.float64) @ wide.T).astype(np.float32)  # (q, N)
+        right = (keys[part, None] == keys).any(axis=2)
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+        ranks[part] = (~(scores < best) & ~right).sum(axis=1) + 1
+    return ranks
+
+
+def top_k(queries, gallery: Iterable, k: int, exclude: tuple | None = None) -> tuple:
+    """The k vectors with the largest dot product for each query, exact; of equal scores the smaller index wins.
+
+    queries: float32 [Q, D]. gallery: float32 [N, D], or an iterable of such blocks in order. exclude: labels
+    (integers [Q], integers [N]); a vector is no result of a query that has the same label.
+    Returns scores float32 [Q, k], best first, and indices int64 [Q, k]; where fewer than k remain, -inf and -1.
+    A product in float32 proposes; what its rounding error (Higham 2002, 3.1) leaves possible is computed again in
+    float64, so that equal vectors tie and the order does not depend on processor, threads or blocks.
+    """
+    import numpy as np
+
+    queries = np.ascontiguousarray(queries, dtype=np.float32)
+    best, found = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+    longest, first = np.linalg.norm(queries, axis=1).max(initial=0), 0
+    for whole in [gallery] if hasattr(gallery, "shape") else gallery:
+        for start in range(0, len(whole), 4096):
+            block = np.ascontiguousarray(whole[start : start + 4096], dtype=np.float32)
+            if block.shape[1] != queries.shape[1]:
+                raise Fail(f"vectors of width {block.shape[1]} cannot be searched with queries of {queries.shape[1]}")
+            largest = longest * np.linalg.norm(block, axis=1).max(initial=0)
+            if not np.isfinite(largest):
+                raise Fail("a vector holds NaN or infinity; make the vectors again")
+            error = 2 * (block.shape[1] + 4) * 2.0**-23 * largest
+            for q in range(0, len(queries), 512):
+                part = slice(q, q + 512)
+                scores = queries[part] @ block.T  # (q, n)
+                if exclude is not None:
+                    labels = np.asarray(exclude[1])[first : first + len(block)]
+                    scores[np.asarray(exclude[0])[part, None] == labels] = -np.inf
+                _merge_block(scores, error, queries[part], block, first, best[part], found[part])
+            first += len(block)
+    return best, found
+
+
+def _merge_block(scores, error: float, queries, block, first: int, best, found) -> None:
+    """Merge a block, whose first vector has index `first`, into best and found [q, k], in place.
+
+    scores: float32 [q, n], the products of queries [q, D] and block [n, D]; two of them are off by `error` at most.
+    """
+    import numpy as np
+
+    k = best.shape[1]
+    rows = np.flatnonzero(scores.max(axis=1, initial=-np.inf) >= best[:, -1] - error)
+    scores = scores[rows]
+    hits = (scores >= best[rows, -1:] - error) & (scores > -np.inf)
+    crowded = np.flatnonzero(hits.sum(axis=1) > 4 * k)  # in the first blocks: only its own k best can enter
+    if len(crowded) and k < scores.shape[1]:
+        kth = np.partition(scores[crowded], -k, axis=1)[:, -k]
+        hits[crowded] &= scores[crowded] >= kth[:, None] - error
+    row, column = np.nonzero(hits)
+    some = np.array_split(np.arange(len(row)), 1 + (len(row) * queries.shape[1] >> 22))  # 4M numbers at once
+    pairs = ((queries[rows[row[part]]], block[column[part]]) for part in some)
+    exact = np.concatenate([np.einsum("ij,ij->i", *pair, dtype=np.float64) for pair in pairs]).astype(np.float32)
+    row = np.concatenate([np.repeat(np.arange(len(rows)), k), row])
+    score, index = np.concatenate([best[rows].ravel(), exact]), np.concatenate([found[rows].ravel(), column + first])
+    order = np.lexsort((index, -score, row))
+    row, score, index = row[order], score[order], index[order]
+    place = np.arange(len(row)) - np.searchsorted(row, row)  # rank within the query
+    row, place, score, index = (values[place < k] for values in (rows[row], place, score, index))
+    best[row, place], found[row, place] = score, index

@@ -13,8 +13,6 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import numpy as np
 
-import common
-
 arena = importlib.import_module("5_arena")
 
 KINDS = ("chair", "table", "lamp", "bed", "sofa", "desk", "stool", "bench", "shelf", "wardrobe")
@@ -91,7 +89,7 @@ def make_world(
 def setup(master: Path | list[Path], images: Path, database: Path, **settings):
     """An arena.Setup with known tokens."""
     masters = [master] if isinstance(master, Path) else master
-    made = common.ArenaConfig(**({"picture_size": 64} | settings))
+    made = arena.ArenaConfig(**({"picture_size": 64} | settings))
     return arena.Setup(tuple(map(str, masters)), str(images), str(database), made, KEYS)
 
 

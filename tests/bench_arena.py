@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import numpy as np
 
 import arena_world as world
+import common
 from arena_world import KINDS, arena, draw_picture
 
 ITEMS, WIDTH = 55_000, 512
@@ -58,7 +59,7 @@ def write_large(path: Path, count: int, columns: tuple[str, ...], step: int = 20
         facts = {"base_fingerprint": "b" * 64, "finetuned_fingerprint": "f" * 64, "scenario": "dual_lora"}
         made = pa.table(table).replace_schema_metadata(facts)
         writer = writer or pyarrow.parquet.ParquetWriter(path, made.schema)
-        writer.write_table(made)
+        writer.write_table(made, row_group_size=1024)  # as 4_embed.py does
     writer.close()
     return path
 
@@ -142,13 +143,14 @@ def cases(workdir: Path) -> list:
     master = write_large(workdir / "master.parquet", ITEMS, columns)
     with contextlib.redirect_stderr(io.StringIO()):
         place = arena.Arena(world.setup(master, images, workdir / "warm.sqlite", picture_size=480))
-    vectors = np.asarray(place.experiment.models[0].items.vectors("base_embedding"))
-    queries, labels = place.experiment.queries, place.experiment.items.labels
+    items = place.experiment.items
+    vectors = np.concatenate(list(items.vectors("base_embedding")))
+    queries, groups = place.experiment.rows, items.groups
     last: dict[str, float] = {}
 
     def answers() -> float:
         started = time.perf_counter()
-        arena.top_k(vectors[queries], vectors, 4, (labels[queries], labels))
+        common.top_k(vectors[queries], vectors, 4, (groups[queries], groups))
         return (time.perf_counter() - started) / len(queries)
 
     def plain() -> float:

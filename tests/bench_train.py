@@ -40,9 +40,9 @@ def our_run(scenario: str, precision: str, **settings):
     common.keep_freed_memory()  # as 3_train.py does
     stage = importlib.import_module("3_train")
     clip = tiny.vit_b32()
-    config = common.TrainingConfig(scenario=scenario, precision=precision, **settings)
+    config = stage.TrainingConfig(scenario=scenario, precision=precision, **settings)
     towers = stage.Towers(clip, config)
-    return stage.Run(config, Path(), stage.World("cpu"), clip, towers, None, None, None, BATCH, BATCH)
+    return stage.Run(config, Path(), common.World("cpu"), clip, towers, None, None, None, BATCH, BATCH)
 
 
 def our_step(scenario: str, precision: str, kept: bool = True, plain: bool = False, run=None) -> Callable[[], object]:
@@ -50,15 +50,13 @@ def our_step(scenario: str, precision: str, kept: bool = True, plain: bool = Fal
     open_clip runs them, over 77 tokens and to the last block's end."""
     import torch
 
-    from loader import Batch
-
     stage = importlib.import_module("3_train")
     run = run or our_run(scenario, precision)
     vision, text, _ = stage.SCENARIOS[scenario]
     images = torch.randint(0, 256, (BATCH, 3, 224, 224)).byte() if vision or not kept else torch.randn(BATCH, 768)
     texts = caption_tokens() if text or not kept else torch.randn(BATCH, 512)
     keys = torch.arange(2 * BATCH).view(BATCH, 2)
-    batch = Batch(BATCH, torch.arange(BATCH), keys, images, texts)
+    batch = stage.Batch(BATCH, torch.arange(BATCH), keys, images, texts)
     if plain:
         run.towers.features = functools.partial(plain_features, run.clip)
     optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
@@ -67,9 +65,13 @@ def our_step(scenario: str, precision: str, kept: bool = True, plain: bool = Fal
 
 def plain_features(clip, tower: str, inputs):
     """What a tower gives before its projection, by open_clip's own forward."""
-    from clip import normalise
+    import common
 
-    return clip.model.encode_image(normalise(clip, inputs)) if tower == "image" else clip.model.encode_text(inputs)
+    return (
+        clip.model.encode_image(common.normalise_pixels(clip, inputs))
+        if tower == "image"
+        else clip.model.encode_text(inputs)
+    )
 
 
 def transformers_step(precision: str) -> Callable[[], object]:
@@ -188,30 +190,28 @@ def loading(workdir: Path) -> tuple[Callable[[], float], Callable[[], str]]:
         import open_clip
 
         import common
-        import loader
-        import storage
 
+        stage = importlib.import_module("3_train")
         folder = tiny.make_shards(workdir / "shards", train=1000, validation=8, test=8, size=224)
-        samples = loader.Samples(str(folder), storage.load_manifest(folder), "train", workdir / "cache", 1e9)
         clip = SimpleNamespace(size=224, tokenizer=open_clip.get_tokenizer("ViT-B-32"))
-        return loader.Data(samples, clip, common.TrainingConfig(workers=1), True)
+        config = stage.TrainingConfig(workers=1)
+        return stage.open_splits(str(folder), common.load_manifest(folder), workdir / "cache", clip, config)[0]
 
     def run() -> float:
         import torch
 
-        import loader
-
+        stage = importlib.import_module("3_train")
         torch.set_num_threads(1)
         split = data()
         start, count = time.perf_counter(), 0
-        for batch in split.batches(loader.epoch_plan(len(split), 128, 0, 0, 0, 1), 0):
-            count += len(batch.positions)
+        for batch in split.batches(stage.epoch_plan(len(split), 128, 0, 0, 0, 1), 0):
+            count += len(batch.ids)
         return (time.perf_counter() - start) / count
 
     def bound() -> str:
-        from clip import decode_jpeg
+        from common import decode_jpeg
 
-        jpeg = data().samples.read(0, ["jpg"])[0]
+        jpeg = data().read(0, "jpg")[0]
         start = time.perf_counter()
         for _ in range(500):
             decode_jpeg(jpeg, 224)
@@ -236,7 +236,7 @@ def steps(title: str, ours: tuple, theirs: tuple, target: float, times: int = 1)
 
 def cases(workdir: Path) -> list[Case]:
     """The cases of stage 3."""
-    from clip import auto_precision
+    from common import auto_precision
 
     found = []
     for ours, theirs, hugging, full in (
@@ -262,6 +262,14 @@ def cases(workdir: Path) -> list[Case]:
 # Memory
 
 
+def trained_parameters(towers) -> dict[str, float]:
+    """How many parameters are trained, and LoRA's share of all."""
+    trained = {name: parameter.numel() for name, parameter in towers.trained.items()}
+    lora = sum(count for name, count in trained.items() if "lora_" in name)
+    total = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters())
+    return {"trained": sum(trained.values()), "lora_share": lora / (total - lora)}
+
+
 def measure_memory(scenario: str | None, settings: dict, answer) -> None:
     """In a process of its own: send (trained parameters, LoRA's share, bytes that three steps added at their peak)."""
     import open_clip
@@ -271,7 +279,7 @@ def measure_memory(scenario: str | None, settings: dict, answer) -> None:
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if scenario:
         run = our_run(scenario, "fp32", **settings)
-        counts, step = run.towers.counts(), our_step(scenario, "fp32", run=run)
+        counts, step = trained_parameters(run.towers), our_step(scenario, "fp32", run=run)
     else:
         step = full_step("fp32")
         total = sum(p.numel() for p in open_clip.create_model("ViT-B-32", device=torch.device("meta")).parameters())

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         print(markdown())
     elif args.plot:
-        common.write_whole(args.plot, plot())
+        common.atomic_write(args.plot, plot())
     else:
         for rows in args.rows:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder, api(Path(folder, "standin")) as environment:

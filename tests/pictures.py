@@ -28,7 +28,7 @@ WIDTH = 1200  # pixels of every picture
 VOTERS, VOTES = 6, 240
 
 
-def keep(image: Image.Image, path: Path) -> None:
+def save(image: Image.Image, path: Path) -> None:
     """As a PNG of few colors: a fifth of the bytes, and no different to the eye at this size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.convert("RGB").quantize(200, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
@@ -111,11 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             served = serve(args.data, Path(folder, "arena.sqlite"))
-            keep(arena_picture(browser, served), args.output / "arena.png")
+            save(arena_picture(browser, served), args.output / "arena.png")
             served = serve(args.data, Path(folder, "results.sqlite"))
             simulate(served)
-            keep(results_picture(browser, served), args.output / "results.png")
-        keep(report_picture(browser, args.data / "embeddings/report.html"), args.output / "report.png")
+            save(results_picture(browser, served), args.output / "results.png")
+        save(report_picture(browser, args.data / "embeddings/report.html"), args.output / "report.png")
         sheet = Image.open(args.data / "shards/contact_sheet.jpg")
         sheet.resize((WIDTH, WIDTH * sheet.height // sheet.width)).save(args.output / "contact_sheet.jpg", quality=82)
     finally:

@@ -94,7 +94,7 @@ def pretrain(output: Path, count: int, steps: int, batch: int = 128) -> None:
     import torch.nn.functional as F
     from safetensors.torch import save_file
 
-    from clip import text_features
+    from common import text_features
 
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
@@ -129,10 +129,10 @@ def pretrain(output: Path, count: int, steps: int, batch: int = 128) -> None:
         if step % 150 == 149 or step == steps - 1:
             output.mkdir(parents=True, exist_ok=True)
             state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-            with common.whole_file(output / "open_clip_model.safetensors") as temporary:
+            with common.atomic_file(output / "open_clip_model.safetensors") as temporary:
                 save_file(state, temporary)
             config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
-            common.write_whole(output / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+            common.atomic_write(output / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
 
 
 @common.entry_point

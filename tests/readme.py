@@ -1,17 +1,18 @@
-"""The README's tables: made from the code and from what was measured, never typed.
+"""The tables of README.md and docs/: made from the code and from what was measured, never typed.
 
     python tests/readme.py        rewrites each table whose source is there, and says which
 
-A table stands between <!-- name --> and <!-- /name -->. `settings` comes from the dataclasses of common.py, `results`
-from data/report/report.json (make ablation), `bench` from bench.jsonl (make bench), `growth` from growth.jsonl and
-docs/growth.svg with it (make growth), `memory` from memory.md (make memory), `sweep` from data/sweep/sweep.json (make
-sweep).
+A table stands between <!-- name --> and <!-- /name -->. `settings` comes from the scripts' dataclasses, `results`
+from data/report/report.json (make ablation), `bench` from bench.jsonl (make bench), `gpu` from bench_gpu.jsonl (make
+bench-gpu), `growth` from growth.jsonl and docs/growth.svg with it (make growth), `memory` from memory.md (make memory),
+`sweep` from data/sweep/sweep.json (make sweep).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -20,16 +21,17 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import bench
+import bench_gpu
 import common
 import growth
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
-    "1_clean.py": common.CleaningConfig,
-    "2_prepare.py": common.PrepConfig,
-    "3_train.py": common.TrainingConfig,
-    "4_embed.py": common.EmbeddingConfig,
-    "5_arena.py": common.ArenaConfig,
+    "1_clean.py": "CleaningConfig",
+    "2_prepare.py": "PrepConfig",
+    "3_train.py": "TrainingConfig",
+    "4_embed.py": "EmbeddingConfig",
+    "5_arena.py": "ArenaConfig",
 }
 SHOWN = {  # metrics of the results table
     "mrr": "MRR",
@@ -43,7 +45,7 @@ def settings() -> str:
     """Every setting of every script."""
     rows = ["| script | flag | default | what it is |", "|---|---|---|---|"]
     for script, config in CONFIGS.items():
-        for field in dataclasses.fields(config):
+        for field in dataclasses.fields(getattr(importlib.import_module(script.removesuffix(".py")), config)):
             default = "" if field.default is None or field.default == "" else f"`{field.default}`"
             flag = "--" + field.name.replace("_", "-")
             rows.append(f"| `{script}` | `{flag}` | {default} | {field.metadata['help'].replace('|', '/')} |")
@@ -85,22 +87,23 @@ def swept(path: Path = ROOT / "data/sweep/sweep.json") -> str:
 
 def measured_growth() -> str:
     """The growth table; draws docs/growth.svg beside it."""
-    common.write_whole(ROOT / "docs/growth.svg", growth.plot())
+    common.atomic_write(ROOT / "docs/growth.svg", growth.plot())
     return growth.markdown()
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "settings": settings,
-    "results": results,
-    "bench": lambda: bench.markdown(bench.RESULTS),
-    "growth": measured_growth,
-    "sweep": swept,
-    "memory": lambda: (ROOT / "memory.md").read_text(encoding="utf-8").rstrip(),
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "results": ("README.md", results),
+    "settings": ("docs/settings.md", settings),
+    "bench": ("docs/performance.md", lambda: bench.markdown(bench.RESULTS)),
+    "gpu": ("docs/performance.md", lambda: bench_gpu.markdown(bench_gpu.RESULTS)),
+    "growth": ("docs/performance.md", measured_growth),
+    "memory": ("docs/performance.md", lambda: (ROOT / "memory.md").read_text(encoding="utf-8").rstrip()),
+    "sweep": ("docs/recipes.md", swept),
 }
 
 
 def block(name: str) -> re.Pattern:
-    """What matches a table in the README: the marks and, as the only group, what stands between them."""
+    """What matches a table in a page: the marks and, as the only group, what stands between them."""
     return re.compile(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", re.DOTALL)
 
 
@@ -111,17 +114,16 @@ def build_parser() -> argparse.ArgumentParser:
 @common.entry_point
 def main(argv: list[str] | None = None) -> int:
     build_parser().parse_args(argv)
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
+    for name, (page, make) in TABLES.items():
         try:
             table = make()
         except (FileNotFoundError, common.Fail) as error:
             print(f"{name}: left as it is ({error})")
             continue
+        text = (ROOT / page).read_text(encoding="utf-8")
         text = block(name).sub(lambda _, name=name, table=table: f"<!-- {name} -->\n{table}\n<!-- /{name} -->", text)
-        print(f"{name}: written")
-    common.write_whole(path, text)
+        common.atomic_write(ROOT / page, text)
+        print(f"{name}: written to {page}")
     return common.DONE
 
 

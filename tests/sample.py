@@ -650,7 +650,7 @@ def write_image(job: tuple[int, int, str]) -> None:
     if not path.exists():
         data = encode(item, seed)
         if data is not None:
-            common.write_whole(path, data)
+            common.atomic_write(path, data)
 
 
 def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2) -> Path:
@@ -659,7 +659,7 @@ def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2) -
     if made.exists() and made.read_text() != str(seed):
         for path in (folder / "images").iterdir():
             path.unlink()
-    common.write_whole(made, str(seed))
+    common.atomic_write(made, str(seed))
     jobs = [(index, seed, str(folder)) for index in range(count)]
     with multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool:
         for _ in common.progress(pool.imap_unordered(write_image, jobs, 8), "draw", count, "picture"):
@@ -679,7 +679,7 @@ def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2) -
         writer.writerow(row)
         if item.index % 500 == 83:
             writer.writerow(row)  # a line that the export wrote twice
-    common.write_whole(folder / "catalogue.csv", text.getvalue())
+    common.atomic_write(folder / "catalogue.csv", text.getvalue())
     return folder / "catalogue.csv"
 
 
@@ -755,7 +755,7 @@ def make_probe(folder: Path, count: int) -> None:
     for index, (image, caption) in enumerate(probe(count)):
         image.save(folder / f"{index:04d}.png")
         rows.append(f"{index:04d}.png,{caption}")
-    common.write_whole(folder / "probe.csv", "\n".join(rows) + "\n")
+    common.atomic_write(folder / "probe.csv", "\n".join(rows) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""common.py: settings, errors, whole files, catalogues, prompts, shard indexes."""
+"""common.py: settings, errors, files, S3 through a proxy that spoils connections, catalogues, photos, CLIP."""
 
 from __future__ import annotations
 
@@ -6,24 +6,33 @@ import argparse
 import csv
 import dataclasses
 import errno
+import functools
+import importlib
 import io
 import json
-import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
+import open_clip
+import psutil
 import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
 import common
-import imaging
-import storage
+import tiny
+from faulty_proxy import FaultyProxy
 
 ROOT = Path(__file__).parents[1]
+one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
 SCRIPTS = ["1_clean.py", "2_prepare.py", "3_train.py", "4_embed.py", "5_arena.py"]
 
 
@@ -52,6 +61,25 @@ def test_flags_come_from_the_dataclass_and_fill_it():
     assert "50% of them (default 8)" in parser.format_help()
     with pytest.raises(SystemExit):
         parser.parse_args(["--kind", "c"])
+
+
+@pytest.mark.parametrize(
+    "script, config, flag, said",
+    [
+        ("2_prepare", "PrepConfig", "--image-size=0", "--image-size 0: must be from 1 to 4096"),
+        ("2_prepare", "PrepConfig", "--max-failed=nan", "--max-failed nan: must be from 0 to 1"),
+        ("3_train", "TrainingConfig", "--epochs=-5", "--epochs -5: must be at least 1"),
+        ("5_arena", "ArenaConfig", "--port=70000", "--port 70000: must be from 0 to 65535"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_wrong_use(script, config, flag, said):
+    config = getattr(importlib.import_module(script), config)
+    parser = argparse.ArgumentParser()
+    common.add_flags(parser, config)
+    with pytest.raises(common.Fail, match=said) as failure:
+        common.from_flags(config, parser.parse_args([flag]))
+    assert failure.value.code == common.USAGE
+    assert common.from_flags(config, parser.parse_args([])) == config()
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -115,19 +143,19 @@ try:
     runpy.run_path("{script}", run_name="__main__")
 except SystemExit:
     pass
-heavy = {{"torch", "open_clip", "openai", "flask", "pandas", "matplotlib", "scipy", "transformers"}} & set(sys.modules)
+heavy = {{"torch", "open_clip", "openai", "flask", "pandas", "numpy", "PIL", "matplotlib", "scipy"}} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-# Whole files ---------------------------------------------------------------------------------------------------------
+# Files ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
     common.write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), common.whole_file(path) as temporary:
+    with pytest.raises(RuntimeError), common.atomic_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert json.loads(path.read_text()) == {"a": 1}
@@ -141,22 +169,15 @@ def test_torn_json_says_what_to_do(tmp_path):
         common.read_json(path, "state file")
 
 
-def _hold(path, ready, leave):
-    with common.exclusive(path) as held:
-        ready.send(held)
-        leave.recv()
-
-
 def test_the_lock_is_exclusive_and_freed_by_death(tmp_path):
     path = tmp_path / "lock"
-    ours, theirs = multiprocessing.Pipe()
-    holder = multiprocessing.get_context("spawn").Process(target=_hold, args=(path, theirs, theirs))
-    holder.start()
-    assert ours.recv() is True
+    code = "import common, sys\nwith common.exclusive(sys.argv[1]) as held:\n print(held, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdin=-1, stdout=-1)
+    assert holder.stdout.readline() == b"True\n"
     with common.exclusive(path) as held:
         assert held is False
     holder.kill()
-    holder.join()
+    holder.wait()
     with common.exclusive(path) as held:
         assert held is True
 
@@ -176,24 +197,28 @@ TABLE = [["id", "name", "image_path", "note"], ["007.1/é", 'Chair "X"', "a.jpg"
 def test_any_encoding_and_delimiter_gives_the_same_rows(tmp_path, encoding, delimiter):
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter).writerows(TABLE)
-    catalogue = common.Catalogue([write_csv(tmp_path / "c.csv", text.getvalue(), encoding)])
-    assert catalogue.columns == TABLE[0]
-    assert [list(row.fields.values()) for row in catalogue] == TABLE[1:]
-    assert [row.reason for row in catalogue] == [None, None]
+    rows, reasons = common.read_catalogue([write_csv(tmp_path / "c.csv", text.getvalue(), encoding)])
+    assert rows.columns.tolist() == TABLE[0] and rows.values.tolist() == TABLE[1:]
+    assert reasons.tolist() == ["", ""] and rows.index.tolist() == [1, 2]
+
+
+def records(*paths: Path) -> list[dict[str, str]]:
+    """Rows of a catalogue as dictionaries."""
+    return common.read_catalogue(list(paths))[0].to_dict("records")
 
 
 def test_bytes_that_are_not_utf8_are_read_as_windows_does(tmp_path):
     path = tmp_path / "c.csv"
     text = "id,name,image_path\r\n1,Sofa – 3’ “Oslo” €,Tisch – weiß.jpg\r\n"
     path.write_bytes(text.encode("cp1252") + b"2,gap \x81,b.jpg\r\n")
-    first, second = common.Catalogue([path])
-    assert first.fields == {"id": "1", "name": "Sofa – 3’ “Oslo” €", "image_path": "Tisch – weiß.jpg"}
-    assert second.fields["name"] == "gap \x81"
+    first, second = records(path)
+    assert first == {"id": "1", "name": "Sofa – 3’ “Oslo” €", "image_path": "Tisch – weiß.jpg"}
+    assert second["name"] == "gap \x81"
 
 
 def test_a_quote_that_is_never_closed_loses_no_row_without_a_word(tmp_path):
     good = "id,name,image_path,note\n" + "".join(f'{i},a,a.jpg,"two\nlines"\n' for i in range(20))
-    assert len(list(common.Catalogue([write_csv(tmp_path / "good.csv", good + '20,"a ""b""",a.jpg,"end"')]))) == 21
+    assert len(records(write_csv(tmp_path / "good.csv", good + '20,"a ""b""",a.jpg,"end"'))) == 21
     stray = '20,"Sofa 72"W,a.jpg,"open\n21,b,b.jpg,c\n'
     for tail in (
         '"',
@@ -201,32 +226,32 @@ def test_a_quote_that_is_never_closed_loses_no_row_without_a_word(tmp_path):
         '20,a,a.jpg,"open',
         '20,a,a.jpg,"open\n' + "".join(f"{i},a,a.jpg,x\n" for i in range(21, 300)),
     ):
-        catalogue = common.Catalogue([write_csv(tmp_path / "open.csv", good + tail)])
+        path = write_csv(tmp_path / "open.csv", good + tail)
         with pytest.raises(common.Fail, match=r"open.csv, line 42: the quotes"):
-            list(catalogue)
+            records(path)
 
 
 def test_columns_of_one_name_are_kept_apart(tmp_path):
     text = "ID,name,image_path,Name,tag,tag\n1,Oslo sofa,1.jpg,SKU-77,red,blue\n"
-    (row,) = common.Catalogue([write_csv(tmp_path / "c.csv", text)])
-    assert row.fields == {
+    (row,) = records(write_csv(tmp_path / "c.csv", text))
+    assert row == {
         "id": "1", "name": "Oslo sofa", "image_path": "1.jpg", "Name": "SKU-77", "tag": "red", "tag_2": "blue",
     }  # fmt: skip
     for header in ("id,name,name,image_path", "ID,Id,name,image_path"):
         with pytest.raises(common.Fail, match=r"two columns are called (name|id); rename") as failure:
-            common.Catalogue([write_csv(tmp_path / "c.csv", f"{header}\n")])
+            records(write_csv(tmp_path / "c.csv", f"{header}\n"))
         assert failure.value.code == common.USAGE
     more = "id,name,image_path,image_path_2,tag,tag,tag_2\n1,a,a.jpg,b.jpg,x,y,z\n"
-    (row,) = common.Catalogue([write_csv(tmp_path / "c.csv", more)])
-    assert list(row.fields) == ["id", "name", "image_path", "image_path_2", "tag", "tag_3", "tag_2"]
+    (row,) = records(write_csv(tmp_path / "c.csv", more))
+    assert list(row) == ["id", "name", "image_path", "image_path_2", "tag", "tag_3", "tag_2"]
     wide = 'id,name,image_path,"Size (W;D;H;L;X)"\n1,a,a.jpg,5\n'
-    assert common.Catalogue([write_csv(tmp_path / "c.csv", wide)]).columns[3] == "Size (W;D;H;L;X)"
+    assert list(records(write_csv(tmp_path / "c.csv", wide))[0])[3] == "Size (W;D;H;L;X)"
 
 
 def test_a_lone_carriage_return_stays_within_its_value(tmp_path):
     rows = [["id", "note"], ["1", "one\rtwo"], ["2", "one\r\ntwo\n"], ["3", 'a "b"']]
     with open(tmp_path / "c.csv", "w", newline="") as handle:
-        csv.writer(common.csv_rows(handle)).writerows(rows)
+        common.csv_writer(handle).writerows(rows)
     assert (tmp_path / "c.csv").read_bytes().startswith(b'id,note\n1,"one\rtwo"\n')
     with open(tmp_path / "c.csv", newline="") as handle:
         assert list(csv.reader(handle)) == rows
@@ -234,22 +259,21 @@ def test_a_lone_carriage_return_stays_within_its_value(tmp_path):
 
 def test_every_unusable_row_is_given_with_its_reason(tmp_path):
     text = "id,name,image_path\n1,a,a.jpg\n,b,b.jpg\n1,c,c.jpg\n\n2,d,\n3,e,e.jpg,surplus\n4\n0001,f,f.jpg\n"
-    rows = list(common.Catalogue([write_csv(tmp_path / "c.csv", text)]))
-    assert [(row.number, row.id, row.reason) for row in rows] == [
-        (1, "1", None), (2, "", "missing id"), (3, "1", "duplicate id"), (4, "2", "missing image_path"),
-        (5, "3", "too many fields"), (6, "4", "missing image_path"), (7, "0001", None),
+    rows, reasons = common.read_catalogue([write_csv(tmp_path / "c.csv", text)])
+    assert list(zip(rows.index, rows["id"], reasons, strict=True)) == [
+        (1, "1", ""), (2, "", "missing id"), (3, "1", "duplicate id"), (4, "2", "missing image_path"),
+        (5, "3", "too many fields"), (6, "4", "missing image_path"), (7, "0001", ""),
     ]  # fmt: skip
-    assert common.reject(rows[2], "duplicate id")["name"] == "c"
+    assert rows.loc[3, "name"] == "c"
 
 
 def test_several_files_are_one_catalogue(tmp_path):
     first = write_csv(tmp_path / "1.csv", "id,name,image_path,price\n1,a,a.jpg,5\n")
     second = write_csv(tmp_path / "2.csv", "ID;image_path;name;size\n2;b.jpg;b;L\n1;c.jpg;c;S\n")
-    catalogue = common.Catalogue([first, second])
-    assert catalogue.columns == ["id", "name", "image_path", "price", "size"]
-    rows = list(catalogue)
-    assert rows[1].fields == {"id": "2", "name": "b", "image_path": "b.jpg", "price": "", "size": "L"}
-    assert [row.reason for row in rows] == [None, None, "duplicate id"]
+    rows, reasons = common.read_catalogue([first, second])
+    assert rows.columns.tolist() == ["id", "name", "image_path", "price", "size"]
+    assert rows.loc[2].to_dict() == {"id": "2", "name": "b", "image_path": "b.jpg", "price": "", "size": "L"}
+    assert rows.loc[1, "size"] == "" and reasons.tolist() == ["", "", "duplicate id"]
 
 
 @pytest.mark.parametrize(
@@ -262,38 +286,15 @@ def test_several_files_are_one_catalogue(tmp_path):
 )
 def test_a_wrong_csv_says_what_is_wrong(tmp_path, text, said):
     with pytest.raises(common.Fail, match=said):
-        common.Catalogue([write_csv(tmp_path / "c.csv", text)])
+        records(write_csv(tmp_path / "c.csv", text))
 
 
 def test_a_missing_csv_or_folder_is_wrong_use(tmp_path):
     with pytest.raises(common.Fail, match=r"nowhere.csv: no such CSV") as failure:
-        common.Catalogue([tmp_path / "nowhere.csv"])
+        records(tmp_path / "nowhere.csv")
     assert failure.value.code == common.USAGE
     with pytest.raises(common.Fail, match="no such images folder"):
         common.images_folder(str(tmp_path / "none"), [])
-
-
-# Settings ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "config, flag, said",
-    [
-        (common.PrepConfig, "--image-size=0", "--image-size 0: must be from 1 to 4096"),
-        (common.PrepConfig, "--mini-shards=-1", "--mini-shards -1: must be at least 0"),
-        (common.TrainingConfig, "--limit=-5", "--limit -5: must be at least 1"),
-        (common.TrainingConfig, "--max-failed=nan", "--max-failed nan: must be from 0 to 1"),
-        (common.EmbeddingConfig, "--draws=99", "--draws 99: must be at least 100"),
-        (common.ArenaConfig, "--port=70000", "--port 70000: must be from 0 to 65535"),
-    ],
-)
-def test_a_number_out_of_its_bounds_is_wrong_use(config, flag, said):
-    parser = argparse.ArgumentParser()
-    common.add_flags(parser, config)
-    with pytest.raises(common.Fail, match=said) as failure:
-        common.from_flags(config, parser.parse_args([flag]))
-    assert failure.value.code == common.USAGE
-    assert common.from_flags(config, parser.parse_args([])) == config()
 
 
 # Images: which file a row names --------------------------------------------------------------------------------------
@@ -306,13 +307,13 @@ def test_only_files_inside_the_images_folder_are_named(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(b"x")
     (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     for name in ("sub/a.jpg", "sub\\a.jpg", " sub/a.jpg ", "sub/../sub/a.jpg", str(folder / "sub" / "a.jpg")):
-        assert imaging.resolve_image(folder, name) == folder / "sub" / "a.jpg"
+        assert common.resolve_image(folder, name) == folder / "sub" / "a.jpg"
     for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg", "/etc/passwd"):
-        with pytest.raises(imaging.BadImage, match="outside the images folder"):
-            imaging.resolve_image(folder, name)
+        with pytest.raises(common.BadImage, match="outside the images folder"):
+            common.resolve_image(folder, name)
     for name in ("no.jpg", "sub", "a\0b", "x" * 5000):
-        with pytest.raises(imaging.BadImage, match="missing file"):
-            imaging.resolve_image(folder, name)
+        with pytest.raises(common.BadImage, match="missing file"):
+            common.resolve_image(folder, name)
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
@@ -336,57 +337,412 @@ def test_prompts_add_only_what_the_title_does_not_hold():
     assert bare[:2] == ["armchair", "a photo of an armchair"]
 
 
+def test_each_of_an_items_prompts_has_its_turn():
+    meta = {"title": "Oak table", "style": "rustic", "material": "oak", "color": "brown", "object_type": "table"}
+    everything = common.prompts(meta)
+    first = []
+    for i in range(60):
+        picked = [common.pick_prompt(meta, f"p{i}", 42, epoch) for epoch in range(len(everything))]
+        assert sorted(picked) == sorted(everything)
+        first.append(picked[0])
+    assert set(first) == set(everything)
+    assert first != [common.pick_prompt(meta, f"p{i}", 43) for i in range(60)]
+
+
 # Shards --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_index_finds_every_member(tmp_path):
-    path = tmp_path / "shard-000000.tar"
-    with tarfile.open(path, "w") as tar:
-        for key in ("000000000", "000000001"):
-            for extension in ("jpg", "json", "txt"):
-                content = f"{key}.{extension}".encode() * 300
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    samples = storage.index_shard(path)
-    assert [sample.key for sample in samples] == ["000000000", "000000001"]
-    with storage.open_read(path) as handle:
-        assert storage.read_member(handle, samples[1].members["json"]) == b"000000001.json" * 300
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(common.Fail, match=r"shard-000000.tar: damaged shard"):
-        storage.index_shard(path)
-
-
-def test_an_empty_split_and_a_missing_manifest_say_what_to_do(tmp_path):
-    with pytest.raises(common.Fail, match="the test split is empty"):
-        storage.shard_names({"splits": {"test": {"samples": 0, "shards": []}}}, "test")
+def test_a_missing_or_torn_manifest_says_what_to_do(tmp_path):
     with pytest.raises(common.Fail, match=r"no such manifest; run 2_prepare.py first"):
-        storage.load_manifest(tmp_path)
+        common.load_manifest(tmp_path)
+    shards = tiny.make_shards(tmp_path / "shards")
+    manifest = common.load_manifest(shards)
+    for change in ({"name": "../../etc/passwd"}, {"sha256": "0"}, {"bytes": -1}, {"samples": "8"}):
+        torn = json.loads(json.dumps(manifest))
+        torn["splits"]["test"]["shards"][0] |= change
+        (shards / "manifest.json").write_text(json.dumps(torn))
+        with pytest.raises(common.Fail, match=r"manifest.json: not a manifest of shards .*run 2_prepare.py again"):
+            common.load_manifest(shards)
+
+
+# Photos --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", [(500, 500), (640, 427), (100, 60), (3000, 800), (1, 300), (7, 2), (224, 224)])
-def test_resize_is_pillows_lanczos(source):
-    """Over 60 dB even for noise, shrinking and enlarging; white stays white; sides of one pixel work."""
-    import numpy as np
-    from PIL import Image
-
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (source[1], source[0], 3), np.uint8))
-    for size in ((224, 224), (224, 149), (33, 1), (1, 40), source):
-        ours = np.asarray(imaging.resize(image, size), np.float64)
-        theirs = np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float64)
-        assert ours.shape == theirs.shape
-        if 1 not in size:
-            assert abs(ours - theirs).max() <= 2, size
-            assert ((ours - theirs) ** 2).mean() <= 255**2 / 10**6, size
-    assert np.asarray(imaging.letterbox(Image.new("RGB", source, "white"), 64)).min() == 255
+def test_a_letterbox_holds_the_whole_photo_in_the_middle_of_white(source):
+    image = Image.new("RGB", source, "navy")
+    boxed = np.asarray(common.letterbox(image, 224))
+    assert boxed.shape == (224, 224, 3)
+    inner = common.fit(image, 224)
+    assert max(inner.size) == 224 and inner.size[0] == max(1, round(224 * source[0] / max(source)))
+    rows, columns = np.flatnonzero((boxed != 255).any((1, 2))), np.flatnonzero((boxed != 255).any((0, 2)))
+    assert (len(columns), len(rows)) == inner.size
+    assert abs(rows[0] - (223 - rows[-1])) <= 1 and abs(columns[0] - (223 - columns[-1])) <= 1
+    assert np.array_equal(np.asarray(common.letterbox(inner, 224)), boxed)
 
 
-@pytest.mark.parametrize(("source", "target"), [(500, 224), (13, 224), (1600, 33), (224, 225), (5000, 224), (2, 224)])
-def test_scaling_weights_are_exact_in_float32(source, target):
-    """All sums of weight x byte are whole multiples of 2^-15 below 2^24 of these, whatever the order of adding."""
-    import numpy as np
+def test_the_pool_gives_everything_in_order_and_names_a_death():
+    blocks = [list(range(start, start + 5)) for start in range(0, 100, 5)]
+    for workers in (1, 2):
+        assert list(common.photo_pool(sorted, iter(blocks), workers)) == list(range(100))
+    with pytest.raises(common.Fail, match="lower --workers"):
+        list(common.photo_pool(os._exit, [137], 2))
 
-    for _, _, weights in imaging._lanczos(source, target):
-        units = weights.astype(np.float64) * 2**15
-        assert (units == np.rint(units)).all() and (units.sum(axis=0) == 2**15).all()
-        assert (abs(units).sum(axis=0) * 255 + 2**14 < 2**24).all()
+
+def test_the_pools_processes_end_with_a_killed_parent():
+    program = "import common, time\n" \
+              "def blocks():\n" \
+              "    yield from ([i] for i in range(16))\n" \
+              "    print('ready', flush=True); time.sleep(60)\n" \
+              "if __name__ == '__main__':\n" \
+              "    list(common.photo_pool(sorted, blocks(), 2))\n"  # fmt: skip
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"ready\n"
+    children = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    assert children and not psutil.wait_procs(children, timeout=10)[1]
+
+
+# S3 ------------------------------------------------------------------------------------------------------------------
+
+CONTENT = bytes(range(256)) * 40_000  # 10 MB
+LARGE = CONTENT * 2  # is sent in parts
+
+
+@pytest.fixture(scope="module")
+def moto():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto, monkeypatch):
+    """Point boto3 at moto with a bucket `shop`; gives the port."""
+    for name, value in {"ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{moto}")
+    common._s3_client.cache_clear()
+    common.s3_call("s3://shop", lambda client, bucket, key: client.create_bucket(Bucket=bucket))
+    yield moto
+    common._s3_client.cache_clear()
+
+
+@pytest.fixture
+def faulty(s3, monkeypatch):
+    """The same behind a proxy that spoils connections; gives the proxy."""
+    with FaultyProxy(s3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        common._s3_client.cache_clear()
+        yield proxy
+        common._s3_client.cache_clear()
+
+
+def test_what_is_uploaded_is_listed_and_read(s3, tmp_path):
+    common.upload_atomic(b"hello", "s3://shop/a/b.txt")
+    common.upload_atomic(b"", "s3://shop/empty")
+    assert common.read_bytes("s3://shop/empty") == b""
+    local = tmp_path / "big"
+    local.write_bytes(LARGE)
+    common.upload_atomic(local, "s3://shop/a/big.tar")
+    assert common.list_files("s3://shop/a") == [("b.txt", 5), ("big.tar", len(LARGE))]
+    assert common.list_files("s3://shop/a/") == common.list_files("s3://shop/a")
+    assert common.read_bytes("s3://shop/a/big.tar") == LARGE
+    assert common.exists("s3://shop/a/b.txt") and not common.exists("s3://shop/a/b")
+    common.download_atomic("s3://shop/a/big.tar", tmp_path / "copy/big.tar")
+    assert (tmp_path / "copy/big.tar").read_bytes() == LARGE and os.listdir(tmp_path / "copy") == ["big.tar"]
+
+
+def test_an_interrupted_upload_leaves_no_parts(s3, monkeypatch):
+    client = common._s3_client(os.getpid())
+    upload_part, calls = client.upload_part, []
+
+    def interrupted(**kwargs):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(kwargs)
+        return upload_part(**kwargs)
+
+    monkeypatch.setattr(client, "upload_part", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    with pytest.raises(KeyboardInterrupt):
+        common.upload_atomic(LARGE, "s3://shop/x/broken.tar")
+    signal.signal(signal.SIGINT, before)
+    assert calls and not common.exists("s3://shop/x/broken.tar")
+    assert not client.list_multipart_uploads(Bucket="shop").get("Uploads")
+
+
+def test_a_lost_answer_to_the_last_request_is_no_failure(s3, monkeypatch):
+    """The object was made, the answer was cut: asked again, S3 knows no such upload."""
+    from botocore.exceptions import ClientError
+
+    client = common._s3_client(os.getpid())
+    complete, calls = client.complete_multipart_upload, []
+
+    def lost(**kwargs):
+        complete(**kwargs)
+        calls.append(kwargs)
+        if len(calls) == 1:
+            answer = {"Error": {"Code": "NoSuchUpload"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+            raise ClientError(answer, "CompleteMultipartUpload")
+
+    monkeypatch.setattr(client, "complete_multipart_upload", lost)
+    common.upload_atomic(LARGE, "s3://shop/x/lost.tar")
+    assert len(calls) == 2 and common.read_bytes("s3://shop/x/lost.tar") == LARGE
+
+
+def test_cut_stalled_and_refused_connections_lose_nothing(faulty, tmp_path):
+    faulty.cut, faulty.refuse, faulty.stall, faulty.stall_seconds = 0.4, 0.15, 0.05, 0.5
+    local = tmp_path / "big"
+    local.write_bytes(LARGE)
+    for i in range(12):
+        common._s3_client.cache_clear()  # a new connection each, as from another process
+        common.upload_atomic(b"%d" % i, f"s3://shop/f/{i}.txt")
+        assert common.read_bytes(f"s3://shop/f/{i}.txt") == b"%d" % i
+    common.upload_atomic(local, "s3://shop/f/big.tar")
+    assert common.read_bytes("s3://shop/f/big.tar") == LARGE
+    common.download_atomic("s3://shop/f/big.tar", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == LARGE
+    assert len(common.list_files("s3://shop/f")) == 13
+    spoilt = faulty.cuts, faulty.refusals, faulty.stalls
+    assert faulty.cuts >= 10 and faulty.refusals >= 3 and faulty.stalls, (
+        f"too little was spoilt to prove anything: {spoilt}"
+    )
+
+
+def test_a_dead_endpoint_is_named_within_seconds(monkeypatch, s3):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setattr(common, "_s3_answered", set())
+    common._s3_client.cache_clear()
+    start = time.monotonic()
+    message = r"s3://shop/x: http://127.0.0.1:9 cannot be reached .*AWS_ENDPOINT_URL"
+    with pytest.raises(common.Fail, match=message) as failed:
+        common.read_bytes("s3://shop/x")
+    assert "secret" not in str(failed.value)
+    with pytest.raises(common.Fail, match=message):
+        common.upload_atomic(LARGE, "s3://shop/x")
+    with pytest.raises(common.Fail, match="names no bucket"):
+        common.list_files("s3://")
+    assert time.monotonic() - start < 10
+
+
+def test_missing_and_forbidden_fail_at_once_with_url_and_cause(s3, monkeypatch):
+    start = time.monotonic()
+    with pytest.raises(common.Fail, match=r"s3://shop/none: S3 answers 404 .*check bucket and key"):
+        common.read_bytes("s3://shop/none")
+    for content in (b"", LARGE):
+        with pytest.raises(common.Fail, match=r"s3://nobucket/x: S3 answers 404 NoSuchBucket"):
+            common.upload_atomic(content, "s3://nobucket/x")
+    with pytest.raises(common.Fail, match=r"s3://nobucket: S3 answers 404 NoSuchBucket"):
+        common.list_files("s3://nobucket")
+    with FaultyProxy(s3) as proxy:
+        proxy.forbid = True
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        common._s3_client.cache_clear()
+        for act in (common.read_bytes, functools.partial(common.upload_atomic, b"")):
+            with pytest.raises(common.Fail, match=r"s3://shop/x: S3 answers 403 .*AWS_ACCESS_KEY_ID"):
+                act("s3://shop/x")
+    assert time.monotonic() - start < 10
+
+
+def test_other_processes_read_alike(faulty):
+    common.upload_atomic(CONTENT, "s3://shop/p")
+    faulty.cut, faulty.refuse = 0.4, 0.1
+    child = os.fork()  # it must not use its parent's connections
+    if child == 0:
+        os._exit(common.read_bytes("s3://shop/p") != CONTENT)
+    code = "import common; print(common.digest(common.read_bytes('s3://shop/p')))"
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == common.digest(CONTENT)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_keys_and_endpoint_may_stand_in_the_env_file(tmp_path, monkeypatch):
+    values = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    values["AWS_DEFAULT_REGION"] = "eu-west-1"
+    for name in values:
+        monkeypatch.setenv(name, "")  # so that what the file sets is taken back behind this test
+        monkeypatch.delenv(name)
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+    monkeypatch.chdir(tmp_path)
+    common._s3_client.cache_clear()
+    try:
+        assert common._s3_client(0).meta.endpoint_url == "http://127.0.0.1:9"
+    finally:
+        common._s3_client.cache_clear()
+
+
+def test_shards_on_s3_are_copied_once_and_only_where_they_fit(s3, tmp_path, monkeypatch):
+    local = tiny.make_shards(tmp_path / "shards", shards=3)
+    manifest = common.load_manifest(local)
+    entries = [*manifest["splits"]["train"]["shards"], *manifest["splits"]["test"]["shards"]]
+    assert common.local_shards(local, entries, tmp_path / "cache", 1) == [local / entry["name"] for entry in entries]
+    for entry in entries:
+        common.upload_atomic(local / entry["name"], f"s3://shop/shards/{entry['name']}")
+    copies = common.local_shards("s3://shop/shards", entries, tmp_path / "cache", 1)
+    assert [common.file_digest(path) for path in copies] == [entry["sha256"] for entry in entries]
+    with pytest.raises(common.Fail, match=r"GB of shards are more than --cache-gb 1e-06; raise it"):
+        common.local_shards("s3://shop/shards", entries, tmp_path / "cache", 1e-6)
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "download_atomic", lambda *_: pytest.fail("copied again"))
+        assert common.local_shards("s3://shop/shards", entries, tmp_path / "cache", 1) == copies
+    (local / entries[0]["name"]).unlink()
+    with pytest.raises(common.Fail, match=r"shard-000000.tar: missing shard; run 2_prepare.py again"):
+        common.local_shards(local, entries, tmp_path / "cache", 1)
+
+
+# CLIP: loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return open_clip.get_tokenizer("ViT-B-32")(["a red chair", "an oak table with four legs", "lamp", "x " * 200])
+
+
+def pixels(count=4, size=32, seed=0):
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def test_loading_by_folder_prefix_and_as_weights_is_the_same(folder):
+    clips = [
+        common.load_clip(f"local-dir:{folder}"),
+        common.load_clip(str(folder)),
+        common.load_clip("ViT-B-32", str(folder)),
+    ]
+    assert len({clip.fingerprint for clip in clips}) == 1
+    assert (clips[0].size, clips[0].mean, clips[0].std) == (32, tiny.MEAN, tiny.STD)
+    assert clips[0].context_length == 77 and not clips[0].model.training
+
+
+def test_fingerprint_sees_weights_and_the_quickgelu_flag(folder, tmp_path):
+    base = common.load_clip(str(folder)).fingerprint
+    assert common.load_clip(str(tiny.make_clip(tmp_path / "same"))).fingerprint == base
+    assert common.load_clip(str(tiny.make_clip(tmp_path / "seed", seed=1))).fingerprint != base
+    assert common.load_clip(str(tiny.make_clip(tmp_path / "gelu", quick_gelu=True))).fingerprint != base
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "says"),
+    [
+        ("ViT-B-23", "openai", "ViT-B-32"),
+        ("ViT-B-32", "opnai", "openai"),
+        ("ViT-B-32", None, "--pretrained"),
+        ("ViT-B-32", "/nowhere/weights.pt", "no such file"),
+        ("local-dir:/nowhere", None, "no such model folder"),
+    ],
+)
+def test_a_wrong_name_tag_or_path_says_what_to_do(model, pretrained, says):
+    with pytest.raises(common.Fail, match=says) as caught:
+        common.load_clip(model, pretrained)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_weights_or_configuration_says_so(tmp_path):
+    with pytest.raises(common.Fail, match=r"open_clip_config\.json"):
+        common.load_clip(str(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
+    with pytest.raises(common.Fail, match="no weights"):
+        common.load_clip(str(tmp_path))
+
+
+def test_weights_of_another_architecture_and_pickles_are_refused(tmp_path):
+    torch.save({"visual.proj": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(common.Fail, match="another architecture"):
+        common.load_clip("RN50", str(tmp_path / "other.pt"))
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"x": Evil()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(common.Fail):
+            common.load_clip("RN50", str(tmp_path / name))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_coca_is_refused_in_one_line(monkeypatch, folder):
+    monkeypatch.setattr(
+        open_clip, "create_model", lambda *_, **__: torch.nn.ModuleDict({"text_decoder": nn.Identity()})
+    )
+    with pytest.raises(common.Fail, match=r"CoCa.*ViT-B-32"):
+        common.load_clip(str(folder))
+
+
+def test_an_openai_tag_turns_quickgelu_on(monkeypatch):
+    asked = {}
+
+    def create(name, pretrained=None, **more):
+        asked.update(more)
+        raise RuntimeError("Failed to download weights")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(common.Fail, match="local file"):
+        common.load_clip("ViT-B-32", "openai")
+    assert asked["quick_gelu"] is True
+    with pytest.raises(common.Fail):
+        common.load_clip("ViT-B-32", "laion2b_s34b_b79k")
+    assert asked["quick_gelu"] is False
+
+
+# CLIP: encoding and ranks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_text_cut_to_its_longest_caption_is_exact(tmp_path, tokens, custom_text):
+    clip = common.load_clip(str(tiny.make_clip(tmp_path, custom_text=custom_text)))
+    for part in (tokens, tokens[:3], tokens[2:3]):
+        whole = clip.model.encode_text(part)
+        assert (common.text_features(clip.model, part) - whole).abs().max() <= 2.4e-6 * whole.abs().max().clamp(min=1)
+    double = clip.model.double()
+    assert (common.text_features(double, tokens[:3]) - double.encode_text(tokens[:3])).abs().max() < 1e-12
+
+
+def test_encoding_normalises_with_the_models_own_numbers(folder):
+    clip = common.load_clip(str(folder))
+    images = pixels()
+    x = (images.float() / 255 - torch.tensor(tiny.MEAN).view(3, 1, 1)) / torch.tensor(tiny.STD).view(3, 1, 1)
+    with torch.no_grad():
+        expected = clip.model.encode_image(x, normalize=True)
+    assert torch.allclose(common.encode(clip, images), expected, atol=1e-5)
+    text = common.encode(clip, captions=["a chair", "a bed"])
+    assert torch.allclose(text.norm(dim=-1), torch.ones(2)) and text.dtype == torch.float32
+
+
+def test_decoding_gives_pillows_pixels_and_refuses_what_is_damaged():
+    data = tiny.picture("red", "bed", 3, size=48)
+    expected = torch.tensor(list(Image.open(io.BytesIO(data)).tobytes())).view(48, 48, 3).permute(2, 0, 1)
+    decoded = common.decode_jpeg(data, 48)
+    assert decoded.dtype == torch.uint8 and torch.equal(decoded.int(), expected.int())
+    assert common.decode_jpeg(data, 32).shape == (3, 32, 32)
+    for bad in (b"", b"<html>", data[: len(data) // 3]):
+        with pytest.raises(common.BadImage):
+            common.decode_jpeg(bad, 48)
+
+
+def test_ranks_are_those_of_a_naive_count_and_ties_count_against_the_model():
+    torch.manual_seed(0)
+    queries, gallery = (F.normalize(torch.randn(60, 8), dim=-1) for _ in range(2))
+    keys = torch.stack([torch.arange(60) // 3, torch.randint(0, 20, (60,))], dim=1)
+    scores = queries @ gallery.T
+    expected = []
+    for i in range(60):
+        same = [bool((keys[i] == keys[j]).any()) for j in range(60)]
+        best = max(scores[i, j].item() for j in range(60) if same[j])
+        expected.append(1 + sum(scores[i, j].item() >= best for j in range(60) if not same[j]))
+    assert common.right_ranks(queries, gallery, keys).tolist() == expected
+    collapsed = torch.ones(60, 8) / 8**0.5
+    assert common.right_ranks(collapsed, collapsed, torch.arange(60)).tolist() == [60] * 60
+    broken = collapsed.clone()
+    broken[::2] = torch.nan
+    assert common.right_ranks(broken, gallery, torch.arange(60))[::2].tolist() == [60] * 30

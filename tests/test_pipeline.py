@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["SAMPLE_COUNT=60", "EPOCHS=2", "CLEAN_FLAGS=--settle 1", "TRAIN_FLAGS=--workers 1 --checkpoint-minutes 0"]
+SMALL = ["SAMPLE_COUNT=60", "EPOCHS=2", "TRAIN_FLAGS=--workers 1 --checkpoint-minutes 0"]
 STEPS = ("sample", "1_clean", "2_prepare", "3_train", "4_embed")  # what `make all` runs, one after another
 # All that the stages hand on, and their sidecars less the facts of the day; logs with times in them are left out.
 FINAL = ("cleaned.csv", "cleaned.csv.*", "shards/**/*.tar", "shards/*.*", "runs/*/adapter/*", "runs/*/model/*",
@@ -255,17 +256,27 @@ def bought(data: Path) -> list[str]:
 
 
 # Files that are whole as soon as they are there, and those that are finished when a later step has begun.
-ONCE = ("batch/requests/*.jsonl", "batch/raw/*.jsonl", "shards/*/*.tar", "embeddings/vectors/*/*/*.npy",
-        "embeddings/vectors/index/*.parquet")  # fmt: skip
+ONCE = ("batch/requests/*.jsonl", "batch/raw/*.jsonl", "shards/*/*.tar")
 BEFORE = {"2_prepare": ["cleaned.csv"], "3_train": ["shards/manifest.json"],
           "4_embed": ["runs/*/train.json", "runs/*/model/*"]}  # fmt: skip
+
+
+def stored_vectors(data: Path) -> dict[tuple[str, str], tuple[int, bytes]]:
+    """(model's file, digest) -> (rowid, vector): a row that is written again has another rowid."""
+    found = {}
+    for path in (data / "embeddings/vectors").glob("*.sqlite"):
+        with contextlib.closing(sqlite3.connect(path)) as store:
+            for (table,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                rows = store.execute(f"SELECT rowid, digest, vector FROM {table}")
+                found |= {(path.name, digest): (rowid, vector) for rowid, digest, vector in rows}
+    return found
 
 
 class Kept:
     """Watches finished work: what is whole once stays as it is, whatever is killed."""
 
     def __init__(self, data: Path):
-        self.data, self.times, self.steps_done = data, {}, 0
+        self.data, self.times, self.vectors, self.steps_done = data, {}, {}, 0
 
     def look(self, step: str) -> None:
         """Compare with what was there; `step` was running when it was killed."""
@@ -274,6 +285,9 @@ class Kept:
             assert path.stat().st_mtime_ns == when, f"{path} was made again"
         found = [path for pattern in (*ONCE, *done) for path in self.data.glob(pattern)]
         self.times |= {path: path.stat().st_mtime_ns for path in found}
+        vectors = stored_vectors(self.data)
+        assert self.vectors.items() <= vectors.items(), "vectors were made again"
+        self.vectors = vectors
         if (self.data / "runs/dual_lora/checkpoint.pt").exists():
             import torch
 

@@ -1,4 +1,4 @@
-"""README.md against the code: commands, targets, flags and settings are what it says."""
+"""README.md and docs/ against the code: commands, targets, flags and settings are what it says."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ import readme
 from readme import CONFIGS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 
 
 def test_every_table_is_there_and_the_settings_are_those_of_the_code():
-    for name in readme.TABLES:
-        assert readme.block(name).search(README), f"README.md has no place for the table of {name}"
-    assert readme.block("settings").search(README)[1] == readme.settings(), "run: python tests/readme.py"
+    for name, (page, _) in readme.TABLES.items():
+        assert readme.block(name).search((ROOT / page).read_text()), f"{page} has no place for the table of {name}"
+    assert readme.block("settings").search(TEXT)[1] == readme.settings(), "run: python tests/readme.py"
 
 
-def test_every_make_target_in_the_readme_exists_and_every_target_is_there():
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_every_make_target_in_the_pages_exists_and_every_target_is_there():
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:`|^|&& )make ([a-z-]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^|&& )make ([a-z-]+)", TEXT, re.MULTILINE))
     assert named <= targets, named - targets
-    assert targets - {"help"} <= named | set(re.findall(r"`([a-z-]+)`", README)), "undocumented target"
+    assert targets - {"help"} <= named | set(re.findall(r"`([a-z-]+)`", TEXT)), "undocumented target"
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -43,15 +48,16 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
 
 
 @pytest.mark.parametrize("script", CONFIGS)
-def test_every_flag_in_the_readme_is_one_of_the_script(script):
+def test_every_flag_in_the_pages_is_one_of_the_script(script):
     known = flags(importlib.import_module(script.removesuffix(".py")).build_parser())
     used = [line for line in COMMANDS if script in line]
-    assert used, f"the README shows no command of {script}"
+    assert used, f"no page shows a command of {script}"
     for line in used:
         words = shlex.split(line.partition(script)[2], comments=True)
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, line
 
 
-def test_every_file_the_readme_names_is_there():
-    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page):
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / path).exists(), path

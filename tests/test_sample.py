@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import common
-import imaging
 import sample
 
 SMALL_CLIP = Path(__file__).parent / "small_clip"
@@ -66,9 +65,9 @@ def test_the_feed_holds_every_kind_of_noise_and_few_rejects():
 
 
 def test_the_csv_reads_back_with_its_duplicates(drawn):
-    rows = list(common.Catalogue([drawn / "catalogue.csv"]))
-    assert len(rows) == 91 and [row.reason for row in rows].count("duplicate id") == 1
-    assert [row.id for row in rows if row.reason is None] == [item.id for item in sample.products(90)]
+    rows, reasons = common.read_catalogue([drawn / "catalogue.csv"])
+    assert len(rows) == 91 and reasons.tolist().count("duplicate id") == 1
+    assert rows.loc[reasons == "", "id"].tolist() == [item.id for item in sample.products(90)]
     with open(drawn / "catalogue.csv", newline="") as handle:
         assert next(csv.reader(handle)) == ["id", "name", "image_path", "brand", "price"]
 
@@ -77,9 +76,9 @@ def test_every_picture_loads_upright_in_colour_or_says_why_not(drawn):
     reasons = Counter()
     for item in sample.products(90):
         try:
-            path = imaging.resolve_image(drawn, sample.image_path(item))
-            image = imaging.load_image(path)
-        except imaging.BadImage as error:
+            path = common.resolve_image(drawn, sample.image_path(item))
+            image = common.load_image(path)
+        except common.BadImage as error:
             reasons[error.reason] += 1
             assert item.damage
             continue
@@ -104,19 +103,19 @@ def test_variants_share_a_shape_and_twins_a_picture():
 def test_the_small_clip_is_small_and_sees():
     import torch
 
-    from clip import encode_image, encode_text, load_clip
-
     assert sum(path.stat().st_size for path in SMALL_CLIP.iterdir()) <= 12_000_000
-    clip = load_clip(f"local-dir:{SMALL_CLIP}")
+    clip = common.load_clip(f"local-dir:{SMALL_CLIP}")
     items = [item for item in sample.products(400, seed=5) if not item.twin][:120]
     images = [sample.draw(item, 5, clip.size) for item in items]
     pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images])
-    features = encode_image(clip, pixels)
+    features = common.encode(clip, pixels)
     for names, truth, least in (
         (sample.TYPES, [item.object_type for item in items], 0.5),  # by chance 1 in 10
         (tuple(sample.PALETTE), [item.color for item in items], 0.4),  # by chance 1 in 12
     ):
-        texts = encode_text(clip, [f"a photo of a {name}" if least == 0.5 else f"something {name}" for name in names])
+        texts = common.encode(
+            clip, captions=[f"a photo of a {name}" if least == 0.5 else f"something {name}" for name in names]
+        )
         guesses = (features @ texts.T).argmax(1).tolist()
         right = sum(names[guess] == true for guess, true in zip(guesses, truth, strict=True)) / len(truth)
         assert right >= least, f"{right:.2f} of {names[:3]}..."

@@ -59,12 +59,12 @@ def commands(shop: Path, data: Path) -> list[list[str]]:
     clip, shards = f"local-dir:{shop / 'clip'}", data / "shards"
     lines = [
         f"1_clean.py run --input {shop}/catalogue.csv --workspace {data}/batch --output {data}/cleaned.csv "
-        "--poll-interval 0 --settle 0 --backoff 0.001 --workers 1",
+        "--poll-interval 0 --workers 1",
         f"2_prepare.py --input {data}/cleaned.csv --images {shop} --output {shards} --image-size 32 --workers 1",
         f"3_train.py --shards {shards} --model {clip} --output {data}/run --epochs 1 --effective-batch-size 16 "
         "--workers 1",
         f"4_embed.py --shards {shards} --model {clip} --finetuned {data}/run/model "
-        f"--output {data}/embeddings/master.parquet --draws 100 --workers 1",
+        f"--output {data}/embeddings/master.parquet --workers 1",
         f"5_arena.py serve --embeddings {data}/embeddings/master.parquet --images {shop} "
         f"--database {data}/arena.sqlite --port 0",
     ]
@@ -218,7 +218,7 @@ def test_votes_on_a_full_disk_are_refused_and_none_that_was_acknowledged_is_lost
     disk.mount("size=64m")
     arena = importlib.import_module("5_arena")
     master = str(whole / "embeddings/master.parquet")
-    settings = common.ArenaConfig(picture_size=64)
+    settings = arena.ArenaConfig(picture_size=64)
     setup = arena.Setup((master,), str(shop), str(disk.place / "arena.sqlite"), settings, KEYS)
     judge = Judge(arena.create_app(setup))
     disk.leave(8 * 4096)
@@ -388,17 +388,16 @@ def test_stages_1_2_and_5_do_with_2_gb(heavy, whole, server, tmp_path):
     assert 100e6 < peak < 2e9, f"5_arena.py: {peak / 1e6:.0f} MB"
 
 
-def test_a_reader_that_is_killed_for_memory_ends_stage_2_with_one_line():
-    prepare = importlib.import_module("2_prepare")
-    with pytest.raises(common.Fail, match="lower --workers"), prepare.worker_pool(1) as pool:
-        list(pool.map(os._exit, [137]))
+def test_a_reader_that_is_killed_for_memory_ends_with_one_line():
+    with pytest.raises(common.Fail, match="lower --workers"):
+        list(common.photo_pool(os._exit, [137, 137], 2))
 
 
 def test_readers_end_with_a_killed_parent():
-    program = "import importlib, time; p = importlib.import_module('2_prepare')\n" \
+    program = "import common, itertools, time\n" \
               "if __name__ == '__main__':\n" \
-              "    with p.worker_pool(2) as pool:\n" \
-              "        list(pool.map(abs, range(8))); print('ready', flush=True); time.sleep(60)\n"  # fmt: skip
+              "    for _ in common.photo_pool(list, ([i] for i in itertools.count()), 2):\n" \
+              "        print('ready', flush=True); time.sleep(60)\n"  # fmt: skip
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
     assert parent.stdout.readline() == b"ready\n"
     children = psutil.Process(parent.pid).children(recursive=True)

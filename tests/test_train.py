@@ -1,5 +1,6 @@
 """3_train.py: exact gradients, the right parameters, going on after a kill, what it writes, and what it says."""
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -16,15 +17,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
-import clip as ours
 import common
-import contrast
-import loader
 import sample
-import storage
 import tiny
-import towers
 
 stage = importlib.import_module("3_train")
 ROOT = Path(__file__).parents[1]
@@ -58,8 +56,8 @@ def train(base, output, *more):
 def make_run(base, output, *more):
     """A Run as the command line makes it, before its first step."""
     args = stage.build_parser().parse_args(arguments(base, output, *more))
-    config = common.from_flags(common.TrainingConfig, args)
-    return stage.prepare(config, str(args.shards), output)[0]
+    config = common.from_flags(stage.TrainingConfig, args)
+    return stage.prepare(config, str(args.shards), output)
 
 
 def weights(folder):
@@ -100,7 +98,7 @@ def test_a_scenario_trains_its_parameters_and_no_others(base, tmp_path, scenario
     before = {name: parameter.detach().clone() for name, parameter in everything}
     zero_shot = stage.evaluate(run, run.validation)
     optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
-    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    batch = next(run.train.batches(stage.epoch_plan(64, 16, 0, 0, 0, 1), 0))
     for _ in range(50):
         stage.update(run, state, optimizer, scaler, batch, 60)
     for name, parameter in everything:
@@ -116,13 +114,13 @@ def test_fresh_adapters_change_nothing_and_zero_shot_builds_no_optimizer(base, t
     monkeypatch.setattr(stage, "make_optimizer", None)
     facts = train(base, tmp_path / "zero", "--scenario", "zero_shot")
     assert facts["model_dir"] is None and sorted(os.listdir(tmp_path / "zero")) == [".lock", "train.json"]
-    clip = ours.load_clip(str(base / "clip"))
+    clip = common.load_clip(str(base / "clip"))
     run = make_run(base, tmp_path / "dual", "--scenario", "dual_lora")
-    batch = next(run.validation.batches(loader.in_order(16, 16)))
+    batch = next(run.validation.batches(stage.in_order(16, 16)))
     with torch.no_grad():
         images, texts = run.towers.embed(batch)
         plain = clip.model.encode_text(batch.texts, normalize=True)
-    assert (images - ours.encode_image(clip, batch.images)).abs().max() < 5e-6
+    assert (images - common.encode(clip, batch.images)).abs().max() < 5e-6
     assert (texts - plain).abs().max() < 5e-6
     assert facts["validation"]["zero_shot"] == pytest.approx(stage.evaluate(run, run.validation), rel=1e-5)
 
@@ -131,10 +129,320 @@ def test_decay_and_rates_go_to_their_groups(base, tmp_path):
     run = make_run(base, tmp_path, "--scenario", "dual_lora")
     groups = {(g["peak"], g["weight_decay"]): len(g["params"]) for g in stage.make_optimizer(run).param_groups}
     assert groups == {(3e-3, 0.01): 48, (1e-2, 0.01): 2, (1e-2, 0.0): 1}
-    rates = [stage.rate("cosine", k / 100, 0.1) for k in range(101)]
+    rates = [stage.rate("cosine", k / 100) for k in range(101)]
     assert rates[0] == 0 and max(rates) == pytest.approx(1) and rates.index(max(rates)) == 10 and rates[-1] < 1e-9
-    cycle = [stage.rate("onecycle", k / 100, 0.1) for k in range(101)]
+    cycle = [stage.rate("onecycle", k / 100) for k in range(101)]
     assert cycle[0] == pytest.approx(0.04) and cycle.index(max(cycle)) == 30 and cycle[-1] == pytest.approx(4e-6)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return open_clip.get_tokenizer("ViT-B-32")(["a red chair", "an oak table with four legs", "lamp", "x " * 200])
+
+
+def pixels(count=4, size=32, seed=0):
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_towers_give_open_clips_features_and_gradients(tmp_path, tokens, custom_text, split):
+    """Features and the gradients of all weights are those of open_clip's whole towers, checkpointed or not."""
+    clip = common.load_clip(str(tiny.make_clip(tmp_path, custom_text=custom_text)))
+    model = (stage.split_attention(clip.model) if split else clip.model).double()
+    x = common.normalise_pixels(clip, pixels())
+
+    def run(image, text) -> list[torch.Tensor]:
+        model.zero_grad()
+        features = [image(), text()]
+        sum((f * torch.arange(f.numel()).view(f.shape)).sum() for f in features).backward()
+        return features + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = run(lambda: model.visual(x), lambda: model.encode_text(tokens))
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        found = run(lambda: model.visual(x), lambda: common.text_features(model, tokens))
+        assert len(found) == len(expected)
+        assert all(
+            (a - b).abs().max() <= 1e-12 * b.abs().max().clamp(min=1) for a, b in zip(found, expected, strict=True)
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_split_attention_equals_open_clips_towers(tmp_path, tokens, quick_gelu, training):
+    clip = common.load_clip(str(tiny.make_clip(tmp_path, quick_gelu=quick_gelu)))
+    images = pixels()
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-12)):
+        model = clip.model.to(dtype).train(training)
+        x = common.normalise_pixels(clip, images)
+        before = model.encode_image(x), model.encode_text(tokens)
+        stage.split_attention(model)
+        after = model.encode_image(x), model.encode_text(tokens)
+        assert not any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+        for a, b in zip(after, before, strict=True):
+            assert (a - b).abs().max() <= tolerance
+        stage.fuse_attention(model)
+        assert torch.equal(model.encode_image(x), before[0])
+    assert common.fingerprint(model.float(), clip.config) == clip.fingerprint  # split and fused: not a bit moved
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_split_attention_equals_a_vit_b_32s(tokens, quick_gelu):
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32", force_quick_gelu=quick_gelu).eval()
+    x = torch.randn(1, 3, 224, 224)
+    found = {}
+    for split in (False, True):
+        stage.split_attention(model) if split else None
+        for dtype in (torch.float64, torch.float32):  # there and back: float32 is exact in float64
+            model.to(dtype)
+            with torch.no_grad():
+                found[split, dtype] = model.encode_image(x.to(dtype)), model.encode_text(tokens[1:3])
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-12)):
+        for a, b in zip(found[True, dtype], found[False, dtype], strict=True):
+            assert (a - b).abs().max() <= tolerance
+
+
+def test_bf16_attention_on_a_cpu_is_the_fused_one(base, tokens):
+    clip = common.load_clip(str(base / "clip"))
+    stage.split_attention(clip.model)
+    with torch.no_grad():
+        whole = clip.model.visual(common.normalise_pixels(clip, pixels())), common.text_features(clip.model, tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = clip.model.visual(common.normalise_pixels(clip, pixels())), common.text_features(clip.model, tokens)
+    for a, b in zip(half, whole, strict=True):
+        assert F.cosine_similarity(a.float(), b).min() > 0.999
+
+
+def test_dropout_keeps_its_share():
+    torch.manual_seed(0)
+    for shape, steps in (((999, 1001), 13), ((7, 3), 77), ((500, 500), 128)):
+        kept = stage.draw_mask(torch.empty(shape), steps, seed=1)
+        assert torch.equal(
+            kept, stage.draw_mask(torch.empty(shape), steps, seed=1)
+        )  # as a backward pass draws it again
+        assert kept.dtype == torch.int8 and kept.shape == shape and set(kept.unique().tolist()) == {0, 1}
+        rate = steps / 256
+        assert 1 - kept.float().mean().item() == pytest.approx(rate, abs=4 * (rate / kept.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_lean_lora_is_pefts_layers(monkeypatch, rate, bias):
+    """Outputs and gradients of the operations that PEFT runs one by one, for the same mask; and gradcheck."""
+    import peft
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(12, width, bias=bias, dtype=torch.float64) for width in (8, 5)))
+    config = peft.LoraConfig(r=3, lora_alpha=6, lora_dropout=rate, target_modules=["0", "1"], init_lora_weights=False)
+    layers = tuple(peft.get_peft_model(model, config).base_model.model)
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    kept = (torch.rand(10, 12) >= rate).to(torch.int8)
+    monkeypatch.setattr(stage, "draw_mask", lambda *_: kept)
+    plain = [layer.lora_dropout["default"] for layer in layers]
+    weights = [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+
+    def run(outputs):
+        return [*outputs, *torch.autograd.grad(sum((y**3).sum() for y in outputs), [x, *weights])]
+
+    def agree(found, expected):
+        return all(torch.allclose(*pair, rtol=1e-12, atol=1e-12) for pair in zip(found, expected, strict=True))
+
+    found = run(stage.lean_lora(layers, x))
+    for layer in layers:
+        if rate:
+            layer.lora_dropout["default"] = MaskTimes(kept.view(2, 5, 12).double() / (1 - rate))
+    assert agree(found, run([layer(x) for layer in layers]))
+    for layer, dropout in zip(layers, plain, strict=True):
+        layer.lora_dropout["default"] = dropout
+    assert torch.autograd.gradcheck(lambda x, *_: stage.lean_lora(layers, x), [x, *weights])
+    assert torch.autograd.gradcheck(lambda x, *_: stage.lean_lora(layers[:1], x), [x, *weights[:2]])
+    model.eval()
+    assert agree(stage.lean_lora(layers, x), [layer(x) for layer in layers])  # no dropout
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_an_activation_made_again_in_the_backward_pass_is_the_plain_one(rate):
+    """lean_mlp() is what a GPU runs, to keep less; on a CPU it gives the same to the bit of float64's rounding."""
+    import peft
+
+    torch.manual_seed(0)
+    mlp = nn.Sequential(collections.OrderedDict(
+        c_fc=nn.Linear(6, 24, dtype=torch.float64), gelu=nn.GELU(), c_proj=nn.Linear(24, 6, dtype=torch.float64)
+    ))  # fmt: skip
+    config = peft.LoraConfig(r=3, lora_dropout=rate, target_modules=["c_fc", "c_proj"], init_lora_weights=False)
+    mlp = peft.get_peft_model(mlp, config).base_model.model
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    weights = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
+
+    def run(forward):
+        torch.manual_seed(1)
+        y = forward(x)
+        return [y, *torch.autograd.grad((y**3).sum(), [x, *weights])]
+
+    def plain(x):
+        hidden = stage.lean_lora((mlp.c_fc,), x)[0]
+        return stage.lean_lora((mlp.c_proj,), mlp.gelu(hidden))[0]
+
+    for a, b in zip(run(lambda x: stage.lean_mlp(mlp, x)), run(plain), strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+class MaskTimes(nn.Module):
+    """A dropout whose mask is known."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return x * self.mask
+
+
+def adapted(model, pattern):
+    """A model with LoRA on the modules that match, both factors random: (peft model, {name: its update of W})."""
+    import peft
+
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=pattern))
+    deltas = {}
+    for name, module in wrapped.base_model.model.named_modules():
+        if hasattr(module, "lora_B") and len(module.lora_B):
+            nn.init.normal_(module.lora_B["default"].weight)
+            deltas[name] = 2.0 * module.lora_B["default"].weight @ module.lora_A["default"].weight  # s = alpha / r
+    return wrapped, deltas
+
+
+BLOCK = "visual.transformer.resblocks.1"
+
+
+@pytest.mark.parametrize("part", ["attn.q", "attn.k", "attn.v", "attn.out", "mlp.c_fc", "mlp.c_proj"])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("tower", ["visual.", ""])
+def test_each_adapted_layer_is_w_plus_sba_once(tmp_path, tokens, part, quick_gelu, tower):
+    folder = str(tiny.make_clip(tmp_path, quick_gelu=quick_gelu))
+    clip, plain, before = (common.load_clip(folder).model.double() for _ in range(3))
+    name = f"{tower}transformer.resblocks.1.{part}"
+    _, deltas = adapted(stage.split_attention(clip), name.replace(".", r"\."))
+    assert list(deltas) == [name]
+    block = (plain.visual if tower else plain).transformer.resblocks[1]
+    with torch.no_grad():
+        if part in ("attn.q", "attn.k", "attn.v"):
+            first = "qkv".index(part[-1]) * 32
+            block.attn.in_proj_weight[first : first + 32] += deltas[name]
+        else:
+            {"attn.out": block.attn.out_proj, "mlp.c_fc": block.mlp.c_fc, "mlp.c_proj": block.mlp.c_proj}[
+                part
+            ].weight.add_(deltas[name])
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        found, expected, base = (m.encode_image(x) if tower else m.encode_text(tokens) for m in (clip, plain, before))
+    assert (expected - base).abs().max() > 1e-2  # it does something
+    assert (found - expected).abs().max() < 1e-12
+
+
+def test_pefts_own_attention_would_fail_that(base):
+    """Why SplitAttention exists: once this fails, PEFT has mended its LoRA on nn.MultiheadAttention."""
+    clip, plain = common.load_clip(str(base / "clip")), common.load_clip(str(base / "clip"))
+    adapted(clip.model.double(), f"{BLOCK}.attn".replace(".", r"\."))
+    layer = clip.model.visual.transformer.resblocks[1].attn
+    x = common.normalise_pixels(clip, pixels())
+    block = plain.model.double().visual.transformer.resblocks[1].attn
+    out = layer.base_layer.out_proj
+    nn.init.normal_(out.lora_B["default"].weight)
+    with torch.no_grad():
+        block.in_proj_weight += 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        block.out_proj.weight += 2.0 * out.lora_B["default"].weight @ out.lora_A["default"].weight
+        assert (clip.model.visual(x) - plain.model.visual(x)).abs().max() > 1e-3
+        block.out_proj.weight += 2.0 * out.lora_B["default"].weight @ out.lora_A["default"].weight
+        assert (clip.model.visual(x) - plain.model.visual(x)).abs().max() < 1e-12  # its delta is there twice
+
+
+# -------------------------------------------------------------------------------------------------- other architectures
+
+BERT = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 48, "vocab_size": 100, "max_position_embeddings": 32}  # fmt: skip
+
+
+def small(kind, tmp_path):
+    """A small model whose towers are of another kind."""
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    more = {}
+    if kind == "resnet":
+        vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    if kind in ("timm", "timm head", "siglip"):
+        vision = {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear"}
+    if kind == "timm convolutions":
+        vision = {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"}
+    if kind == "timm head":  # EVA02's and PE's way: timm's own head is the projection
+        vision |= {"timm_pool": "avg", "timm_proj": None}
+    if kind == "siglip":
+        vision |= {"timm_pool": "map", "timm_proj": "none"}
+        text |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+        more = {"init_logit_bias": -10.0}
+    if kind == "hf":
+        (tmp_path / "config.json").write_text(json.dumps(BERT))
+        text = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_proj_type": "mlp"}
+    if kind == "siglip" or kind == "hf":
+        return open_clip.model.CustomTextCLIP(16 if kind == "hf" else 64, vision, text, **more)
+    return open_clip.model.CLIP(16, vision, text)
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm", "timm head", "siglip", "hf"])
+def test_projections_are_found_taken_and_returned_wherever_a_model_keeps_them(tmp_path, tokens, kind):
+    torch.manual_seed(0)
+    model = small(kind, tmp_path).eval().double()
+    size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
+    x = torch.randn(4, 3, size, size, dtype=torch.float64)
+    tokens = tokens % 100 if kind == "hf" else tokens
+    tokens = tokens[:, :32] if kind == "hf" else tokens
+    with torch.no_grad():
+        before = model.encode_image(x), model.encode_text(tokens)
+        names, mark = sorted(model.state_dict()), common.fingerprint(model)
+        taken = stage.take_projections(model)
+        parts = taken["image"](model.visual(x)), taken["text"](common.text_features(model, tokens))
+        for a, b in zip(parts, before, strict=True):
+            assert (a - b).abs().max() < 1e-12
+        assert isinstance(taken["image"], nn.Identity) == (kind == "siglip")
+        assert sum(p.numel() for p in taken["text"].parameters()) > 0
+        stage.return_projections(model, taken)
+        assert sorted(model.state_dict()) == names and common.fingerprint(model) == mark
+        assert torch.equal(model.encode_image(x), before[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def test_an_export_loads_in_plain_open_clip_with_its_own_preprocessing(tmp_path, tokens):
+    clip = common.load_clip(str(tiny.make_clip(tmp_path / "base", quick_gelu=True)))
+    with torch.no_grad():
+        clip.model.visual.proj.add_(0.01)
+    stage.save_clip(clip, tmp_path / "out")
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    images = pixels()
+    picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    with torch.no_grad():
+        theirs = model.eval().encode_image(transform(picture)[None], normalize=True)
+        assert torch.allclose(model.encode_text(tokens), clip.model.encode_text(tokens), atol=5e-6)
+    assert torch.allclose(common.encode(clip, images[:1]), theirs, atol=5e-6)
+    assert "QuickGELU" in str(model)
+    assert common.load_clip(str(tmp_path / "out")).fingerprint == common.fingerprint(clip.model, clip.config)
+    stage.save_clip(clip, tmp_path / "out")  # over an older one
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_metrics_of_perfect_and_of_collapsed_vectors():
+    torch.manual_seed(0)
+    vectors, keys = F.normalize(torch.randn(60, 8), dim=-1), torch.arange(60)[:, None]
+    perfect = stage.retrieval_metrics(vectors, vectors, keys)
+    assert set(perfect.values()) == {1.0} and len(perfect) == 9
+    collapsed = stage.retrieval_metrics(vectors[:1].expand(60, 8), vectors[:1].expand(60, 8), keys)
+    assert collapsed["mrr"] == pytest.approx(1 / 60) and collapsed["text_to_image_recall@10"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ the gradient
@@ -169,12 +477,12 @@ def double_run(base, output, *more):
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(base, tmp_path):
     run = double_run(base, tmp_path)
-    batch = next(run.train.batches(loader.epoch_plan(64, 64, 0, 0, 0, 1), 0))
+    batch = next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, 0, 1), 0))
     run.towers.train(False)
     loss, whole = gradient(run, batch, 64)
     images, texts = run.towers.embed(batch)  # and by plain autograd, without any of our machinery
     scale = run.towers.model.logit_scale
-    plain_loss = contrast.pair_loss(images, texts, batch.keys, scale)
+    plain_loss = stage.pair_loss(images, texts, batch.keys, scale)
     plain = dict(zip(whole, torch.autograd.grad(plain_loss, list(run.towers.trained.values())), strict=True))
     assert loss == pytest.approx(plain_loss.item(), rel=1e-12) and error(whole, plain) < 1e-12
     for micro in (8, 24):
@@ -183,15 +491,15 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(base, tmp_path):
     run.towers.train(True)  # with dropout: one graph over the same draws
     embedded = []
     for start in range(0, 64, 8):
-        contrast.reseed(run.config.seed, 5, start)
+        stage.reseed(run.config.seed, 5, int(batch.ids[start]))
         embedded.append(run.towers.embed(batch.part(start, 8)))
     images, texts = (torch.cat(side) for side in zip(*embedded, strict=True))
-    graph = torch.autograd.grad(contrast.pair_loss(images, texts, batch.keys, scale), list(run.towers.trained.values()))
+    graph = torch.autograd.grad(stage.pair_loss(images, texts, batch.keys, scale), list(run.towers.trained.values()))
     dropped = gradient(run, batch, 8)[1]
     assert error(dropped, dict(zip(dropped, graph, strict=True))) < 1e-12
     assert error(dropped, whole) > 1e-3  # dropout was on
     parts = [run.towers.embed(batch.part(start, 8)) for start in range(0, 64, 8)]  # what accumulation alone would do
-    naive = sum(contrast.pair_loss(*p, batch.part(8 * k, 8).keys, scale) for k, p in enumerate(parts)) / 8
+    naive = sum(stage.pair_loss(*p, batch.part(8 * k, 8).keys, scale) for k, p in enumerate(parts)) / 8
     naive = torch.autograd.grad(naive, list(run.towers.trained.values()))
     assert error(dict(zip(dropped, naive, strict=True)), dropped) > 0.1
 
@@ -202,9 +510,9 @@ def test_the_loss_is_open_clips_where_all_pairs_differ():
     scale, bias = torch.tensor(2.0).double(), torch.tensor(-3.0).double()
     keys = torch.arange(24).view(12, 2)
     theirs = open_clip.loss.ClipLoss()(images, texts, scale.exp())
-    assert contrast.pair_loss(images, texts, keys, scale) == pytest.approx(theirs.item(), rel=1e-12)
+    assert stage.pair_loss(images, texts, keys, scale) == pytest.approx(theirs.item(), rel=1e-12)
     theirs = open_clip.loss.SigLipLoss()(images, texts, scale.exp(), bias)
-    assert contrast.pair_loss(images, texts, keys, scale, bias) == pytest.approx(theirs.item(), rel=1e-12)
+    assert stage.pair_loss(images, texts, keys, scale, bias) == pytest.approx(theirs.item(), rel=1e-12)
 
 
 def test_duplicates_and_equal_captions_are_positives_of_each_other():
@@ -218,30 +526,30 @@ def test_duplicates_and_equal_captions_are_positives_of_each_other():
     target[:2, :2] = 0.5
     expected = -sum((target * x.log_softmax(1)).sum(1).mean() for x in (logits, logits.T)) / 2
     for keys in (group, caption):
-        assert contrast.pair_loss(images, texts, keys, scale) == pytest.approx(expected.item(), rel=1e-5)
-    assert contrast.pair_loss(images, texts, apart, scale) != pytest.approx(expected.item(), rel=1e-2)
+        assert stage.pair_loss(images, texts, keys, scale) == pytest.approx(expected.item(), rel=1e-5)
+    assert stage.pair_loss(images, texts, apart, scale) != pytest.approx(expected.item(), rel=1e-2)
 
 
 def rank_gradient(base, output):
     """What one of two processes does for the next test: its gradient in float64, then the real command line."""
     run = double_run(Path(base), Path(output))
     world = run.world
-    batch = next(run.train.batches(loader.epoch_plan(64, 64, 0, 0, world.rank, world.size), 0))
+    batch = next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, world.rank, world.size), 0))
     run.towers.train(True)
     loss, grads = gradient(run, batch, 8)
-    torch.save((loss, grads, batch.positions), Path(output) / f"gradient-{world.rank}.pt")
-    items, read = loader.Data.items, []
+    torch.save((loss, grads, batch.ids), Path(output) / f"gradient-{world.rank}.pt")
+    picture, update, read, steps = stage.Split.picture, stage.update, [], []
 
-    def noted(data, plan, epoch, *wanted):
-        for step, loaded in items(data, plan, epoch, *wanted):
-            if data.training:
-                read.append((epoch, step.ids))
-            yield step, loaded
+    def noted_picture(split, i, epoch):
+        pixels = picture(split, i, epoch)
+        if split.training:
+            read.append((epoch, i))
+        return pixels
 
-    loader.Data.items = noted
+    stage.Split.picture, stage.update = noted_picture, lambda *a: steps.append(1) or update(*a)
     flags = ("--lora-dropout", 0, "--workers", 4, "--shards", Path(output) / "shards")
     assert stage.main(arguments(Path(base), Path(output) / "run", *flags)) == 0
-    (Path(output) / f"read-{world.rank}.json").write_text(json.dumps(read))
+    (Path(output) / f"read-{world.rank}.json").write_text(json.dumps([len(steps), read]))
 
 
 def test_two_processes_equal_one(base, tmp_path):
@@ -257,23 +565,23 @@ def test_two_processes_equal_one(base, tmp_path):
         for rank in "01"
     ]
     run = double_run(base, tmp_path / "one")
-    batch = next(run.train.batches(loader.epoch_plan(64, 64, 0, 0, 0, 1), 0))
+    batch = next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, 0, 1), 0))
     run.towers.train(True)
     loss, alone = gradient(run, batch, 8)
     facts = train(base, tmp_path / "alone", "--lora-dropout", 0, "--shards", tmp_path / "shards")
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     for rank in (0, 1):
-        their_loss, theirs, positions = torch.load(tmp_path / f"gradient-{rank}.pt")
-        assert positions.tolist() == list(range(32 * rank, 32 * rank + 32))
+        their_loss, theirs, ids = torch.load(tmp_path / f"gradient-{rank}.pt")
+        assert torch.equal(ids, batch.ids[32 * rank : 32 * rank + 32])
         assert their_loss.item() == pytest.approx(loss.item(), rel=1e-10) and error(theirs, alone) < 1e-10
     together = json.loads((tmp_path / "run" / "train.json").read_text())
     assert together["batch"]["processes"] == 2
     assert together["counts"] == facts["counts"] and sorted(together["unreadable"]) == sorted(facts["unreadable"])
     assert together["counts"]["train"] == {"samples": 64, "unreadable": 3}
     read = [json.loads((tmp_path / f"read-{rank}.json").read_text()) for rank in (0, 1)]
-    assert len(read[0]) == len(read[1]) == 6  # they end together
+    assert read[0][0] == read[1][0] == 6  # they end together
     for epoch in (0, 1):  # 3 shards over 2 processes of 4 workers: every readable sample once
-        ids = [i for rank in read for of, some in rank if of == epoch for i in some]
+        ids = [i for _, rank in read for of, i in rank if of == epoch]
         assert len(ids) == len(set(ids)) == 61
     assert together["validation"]["best"]["loss"] == pytest.approx(facts["validation"]["best"]["loss"], rel=1e-3)
 
@@ -285,28 +593,29 @@ def test_every_sample_once_an_epoch_over_ranks_and_workers(base, tmp_path):
     run = make_run(base, tmp_path, "--workers", "4")
     shares = []
     for rank in (0, 1):
-        steps = list(loader.epoch_plan(len(run.train), 20, 7, 3, rank, 2))
-        read = list(run.train.batches(iter(steps), 3))
-        assert [len(b.positions) for b in read] == [len(step.ids) for step in steps]
+        steps = list(stage.epoch_plan(len(run.train), 20, 7, 3, rank, 2))
+        assert [b.ids.tolist() for b in run.train.batches(iter(steps), 3)] == [ids for ids, _ in steps]
         shares.append(steps)
     assert len(shares[0]) == len(shares[1]) == 4  # they end together
-    assert sorted(i for steps in shares for step in steps for i in step.ids) == list(range(64))
-    for one, other in zip(*shares, strict=True):
-        assert sorted(one.positions + other.positions) == list(range(one.total)) and one.total in (16, 20)
-    again = [step.ids for step in loader.epoch_plan(64, 20, 7, 3, 0, 2, skip=2)]
-    assert again == [step.ids for step in shares[0]][2:]  # resume to the sample, without reading
-    assert again != [step.ids for step in loader.epoch_plan(64, 20, 7, 4, 0, 2, skip=2)]
+    assert sorted(i for steps in shares for ids, _ in steps for i in ids) == list(range(64))
+    for (one, total), (other, same_total) in zip(*shares, strict=True):
+        assert len(one) + len(other) == total == same_total == 16 and abs(len(one) - len(other)) <= 1
+    again = list(stage.epoch_plan(64, 20, 7, 3, 0, 2, skip=2))
+    assert again == shares[0][2:]  # resume to the sample, without reading
+    assert again != list(stage.epoch_plan(64, 20, 7, 4, 0, 2, skip=2))
 
 
 def test_captions_change_with_the_epoch_and_are_the_items_own(base, tmp_path):
     run = make_run(base, tmp_path)
-    record = json.loads(run.train.samples.read(5, ["json"])[0])
+    record = json.loads(run.train.read(5, "json")[0])
     filled = common.prompts({name: record[name] for name in ("title", "style", "material", "color", "object_type")})
-    seen = [run.train.load(5, epoch, False, True)[1] for epoch in range(len(filled))]
+    seen = [run.train.captions(5, [epoch])[1][0] for epoch in range(len(filled))]
     assert sorted(seen) == sorted(filled) and len(set(seen)) > 1
-    assert run.validation.load(5, None, False, True)[1] == run.validation.samples.read(5, ["txt"])[0].decode()
+    assert seen == run.train.captions(5, range(len(filled)))[1]
+    own = run.validation.read(5, "txt")[0].decode()
+    assert run.validation.captions(5, [None])[1] == [own]
     fixed = make_run(base, tmp_path, "--captions", "fixed")
-    assert fixed.train.load(5, 1, False, True)[1] == fixed.train.samples.read(5, ["txt"])[0].decode()
+    assert fixed.train.captions(5, [1])[1] == [fixed.train.read(5, "txt")[0].decode()]
 
 
 @pytest.mark.parametrize("kind", ["simple", "advanced"])
@@ -314,21 +623,21 @@ def test_augmentation_is_seeded_varies_and_never_recolors(kind):
     plain = torch.tensor([200, 30, 90]).byte().view(3, 1, 1).expand(3, 32, 32)
     drawn = torch.full((3, 32, 32), 255).byte()
     drawn[:, 4:28, 4:14] = torch.tensor([20, 120, 60]).byte().view(3, 1, 1)
-    results = [loader.augmented(drawn, kind, str(seed)) for seed in range(6)]
+    results = [stage.augment(drawn, kind, str(seed)) for seed in range(6)]
     assert len({tuple(r.flatten().tolist()) for r in results}) > 3
-    assert all(torch.equal(r, loader.augmented(drawn, kind, str(seed))) for seed, r in enumerate(results))
+    assert all(torch.equal(r, stage.augment(drawn, kind, str(seed))) for seed, r in enumerate(results))
     for result in results:
         assert result.shape == (3, 32, 32) and result.dtype == torch.uint8
         middle = result[:, 12:20].reshape(3, -1).T.int()
         assert (middle - torch.tensor([20, 120, 60])).abs().sum(1).min() <= 9  # the color is still there
     for seed in range(6):
-        flat = loader.augmented(plain, kind, str(seed))[:, 12:20, 12:20].int()
+        flat = stage.augment(plain, kind, str(seed))[:, 12:20, 12:20].int()
         assert (flat - torch.tensor([200, 30, 90]).view(3, 1, 1)).abs().max() <= 2
 
 
 @pytest.mark.parametrize(("scenario", "flags"), [
     ("vision_lora", ()), ("text_lora", ()), ("linear_probe", ()),
-    ("text_lora", ("--augment", "simple", "--views", "2")),
+    ("text_lora", ("--augment", "simple")),
 ])  # fmt: skip
 def test_kept_features_train_the_same_model(base, tmp_path, monkeypatch, scenario, flags):
     kept = train(base, tmp_path / "kept", "--scenario", scenario, *flags)
@@ -337,10 +646,9 @@ def test_kept_features_train_the_same_model(base, tmp_path, monkeypatch, scenari
     assert names == sorted(f"{split}-{tower}" for split in ("train", "validation") for tower in frozen)
     if flags:
         features = next((tmp_path / "kept" / "cache").glob("train-image-*/features.npy"))
-        assert features.stat().st_size > 2 * 64 * 32 * 4  # two views of each picture
+        assert features.stat().st_size > 4 * 64 * 32 * 4  # four views of each picture
         return
-    monkeypatch.setattr(stage, "keep_features", lambda run, data: None)
-    monkeypatch.setattr(stage, "fitting_micro_batch", lambda towers, share: 24)
+    monkeypatch.setattr(stage, "cache_tower_features", lambda run, data: None)
     plain = train(base, tmp_path / "plain", "--scenario", scenario)
     assert kept["validation"]["best"]["loss"] == pytest.approx(plain["validation"]["best"]["loss"], rel=1e-4)
     for name, tensor in weights(tmp_path / "plain").items():
@@ -452,23 +760,27 @@ def bucket(base):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (keys | {"AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}).items():
             patch.setenv(name, value)
-        storage._s3_client.cache_clear()
+        common._s3_client.cache_clear()
         client = boto3.client("s3")
         client.create_bucket(Bucket="training")
-        for name, _ in storage.list_files(base / "shards"):
+        for name, _ in common.list_files(base / "shards"):
             client.upload_file(str(base / "shards" / name), "training", f"shards/{name}")
         yield "s3://training"
-    storage._s3_client.cache_clear()
+    common._s3_client.cache_clear()
     server.stop()
 
 
-@pytest.mark.parametrize("room", [1.0, 0.0])
-def test_shards_on_s3_train_the_same_model_from_a_copy_or_by_ranges(base, tmp_path, bucket, undisturbed, room):
-    flags = ("--shards", f"{bucket}/shards", "--micro-batch-size", 8, "--cache-gb", room)
+def test_shards_on_s3_train_the_same_model_from_a_local_copy(base, tmp_path, bucket, undisturbed, capsys):
+    flags = ("--shards", f"{bucket}/shards", "--micro-batch-size", 8)
+    assert stage.main(arguments(base, tmp_path, *flags, "--cache-gb", 0)) == 1
+    assert "--cache-gb" in capsys.readouterr().err
     train(base, tmp_path, *flags)
     assert same(weights(tmp_path), weights(undisturbed))
-    copies = list((tmp_path / "cache" / "shards").glob("*.tar")) if room else []
-    assert len(copies) == (4 if room else 0)
+    copies = list((tmp_path / "cache" / "shards").glob("*.tar"))
+    assert len(copies) == 4
+    times = [copy.stat().st_mtime_ns for copy in copies]
+    train(base, tmp_path, *flags, "--no-resume")  # a copy is made once
+    assert [copy.stat().st_mtime_ns for copy in copies] == times
 
 
 def test_a_torn_checkpoint_gives_way_to_a_whole_one(base, tmp_path, bucket, undisturbed, capsys):
@@ -500,8 +812,8 @@ def test_the_merged_model_is_the_adapters_and_loads_in_plain_open_clip(base, tmp
     names = {".lock", "adapter", "checkpoint.pt", "curves.png", "metrics.jsonl", "model", "train.json"}
     assert set(os.listdir(tmp_path)) - {"cache"} == names and facts["model_dir"] == "model"
     merged, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
-    clip = ours.load_clip(str(base / "clip"))
-    ours.split_attention(clip.model)
+    clip = common.load_clip(str(base / "clip"))
+    stage.split_attention(clip.model)
     rest = load_file(tmp_path / "adapter" / "projections.safetensors")
     with torch.no_grad():
         clip.model.logit_scale.copy_(rest["logit_scale"])
@@ -512,13 +824,13 @@ def test_the_merged_model_is_the_adapters_and_loads_in_plain_open_clip(base, tmp
     images = torch.randint(0, 256, (3, 3, 32, 32)).byte()
     tokens = clip.tokenizer(["a red chair", "a lamp", "a modern bed"])
     with torch.no_grad():
-        pictures = ours.normalise(clip, images)
+        pictures = common.normalise_pixels(clip, images)
         for ours_, theirs in (
             (clip.model.visual(pictures), merged.eval().encode_image(pictures)),
-            (ours.text_features(clip.model, tokens), merged.encode_text(tokens)),
+            (common.text_features(clip.model, tokens), merged.encode_text(tokens)),
         ):
             assert (ours_ - theirs).abs().max() <= 5e-6
-    assert ours.load_clip(str(tmp_path / "model")).mean == tiny.MEAN
+    assert common.load_clip(str(tmp_path / "model")).mean == tiny.MEAN
     changed = {name for name, tensor in weights(tmp_path).items() if not torch.equal(tensor, base_weights(base)[name])}
     assert {"visual.proj", "text_projection", "logit_scale"} <= changed
     assert any("visual.transformer" in name for name in changed) == stage.SCENARIOS[scenario][0]
@@ -599,24 +911,39 @@ def test_training_stops_when_patience_is_used_up(base, tmp_path):
     assert facts["validation"]["best_epoch"] == 1
 
 
-def test_auto_finds_a_micro_batch_that_fits_and_learns_nothing(base, tmp_path, monkeypatch):
+def test_auto_is_64_on_a_cpu_and_what_fits_on_a_gpu_and_learns_nothing(base, tmp_path, monkeypatch):
     run = make_run(base, tmp_path, "--scenario", "dual_lora")
     before = run.towers.copy()
-    assert towers.fitting_micro_batch(run.towers, 24) == 24  # a tiny model fits whole
-    sizes = []
-    for memory in (1e6, 1e8, 1e9, 1e12):
-        monkeypatch.setattr(towers, "memory_limit", lambda memory=memory: memory)
-        sizes.append(towers.fitting_micro_batch(run.towers, 1000))
-    assert sizes == sorted(sizes) and sizes[0] == 1 < sizes[1] < sizes[2] and sizes[3] == 1000
+    assert [run.towers.fitting_micro_batch(share) for share in (24, 64, 65, 1000)] == [24, 64, 64, 64]
+    run.towers.dry_run(3)
+    tried = []
+
+    def small_memory(towers, size):
+        tried.append(size)
+        if size > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Clip, "device", torch.device("cuda"))
+        patch.setattr(stage.Towers, "dry_run", small_memory)
+        assert run.towers.fitting_micro_batch(59) == 8 and tried == [59, 30, 15, 8]
     assert same(run.towers.copy(), before)
     assert all(parameter.grad is None for parameter in run.towers.trained.values())
+
+
+def test_auto_is_found_once_a_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage.Towers, "fitting_micro_batch", lambda *_: 7)
+    assert train(base, tmp_path, "--epochs", 1)["batch"]["micro"] == 7
+    monkeypatch.setattr(stage.Towers, "fitting_micro_batch", lambda *_: 9)
+    (tmp_path / "train.json").unlink()
+    assert train(base, tmp_path, "--epochs", 1)["batch"]["micro"] == 7
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(base, tmp_path):
     gradients = []
     for flag in ("--no-grad-checkpointing", "--grad-checkpointing"):
         run = double_run(base, tmp_path, flag)
-        batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+        batch = next(run.train.batches(stage.epoch_plan(64, 16, 0, 0, 0, 1), 0))
         run.towers.train(True)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
@@ -636,8 +963,8 @@ def test_compiled_towers_compute_the_same(base, tmp_path, monkeypatch):
     for flag in ("--no-compile", "--compile"):
         run = double_run(base, tmp_path, flag)
         with torch.no_grad():
-            found.append(run.towers.embed(next(run.validation.batches(loader.in_order(16, 4)))))
-    assert len(calls) == 1 + len(ours.transformer_blocks(run.towers.model))
+            found.append(run.towers.embed(next(run.validation.batches(stage.in_order(16, 4)))))
+    assert len(calls) == 1 + len(stage.residual_blocks(run.towers.model))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
@@ -650,18 +977,24 @@ def test_further_ways_of_training_run_to_the_end(base, tmp_path, flags):
     assert facts["validation"]["best"]["loss"] < facts["validation"]["zero_shot"]["loss"]
 
 
+def computes_in_bf16(monkeypatch, answer):
+    """Let torch say that of the processor."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: answer, raising=False)
+
+
 @pytest.mark.parametrize("in_hardware, precision", [(True, "bf16"), (False, "fp32")])
 def test_bf16_is_chosen_where_the_processor_computes_in_it(base, tmp_path, capsys, monkeypatch, in_hardware, precision):
-    monkeypatch.setattr(ours, "has_bf16", lambda device: in_hardware)
+    computes_in_bf16(monkeypatch, in_hardware)
     assert train(base, tmp_path, "--precision", "auto", "--epochs", 1)["identity"]["precision"] == precision
     assert f"of up to 24, in {precision}" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_in_its_precision_on_another_processor(base, tmp_path, capsys, monkeypatch):
     flags = ("--precision", "auto", "--epochs", 1)
-    monkeypatch.setattr(ours, "has_bf16", lambda device: True)
+    computes_in_bf16(monkeypatch, True)
     train(base, tmp_path, *flags)
-    monkeypatch.setattr(ours, "has_bf16", lambda device: False)
+    computes_in_bf16(monkeypatch, False)
     capsys.readouterr()
     assert train(base, tmp_path, *flags)["identity"]["precision"] == "bf16"
     assert "finished already" in capsys.readouterr().out
@@ -669,22 +1002,22 @@ def test_a_run_goes_on_in_its_precision_on_another_processor(base, tmp_path, cap
 
 def test_lora_that_the_model_never_asks_is_refused(base, tmp_path):
     run = make_run(base, tmp_path, "--scenario", "dual_lora")
-    run.towers.refuse_idle_lora()
+    run.towers.check_lora_gradients()
     assert all(parameter.grad is None for parameter in run.towers.trained.values())
     run.towers.trained["visual.qkv.lora_A"] = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(common.Fail, match=r"without visual.qkv.lora_A \(1 of .* linear_probe"):
-        run.towers.refuse_idle_lora()
+        run.towers.check_lora_gradients()
 
 
 def test_a_temperature_above_the_limit_is_not_cut(base, tmp_path):
     for start, limit in ((4.7215, 4.7215), (2.0, math.log(100))):
-        clip = ours.load_clip(f"local-dir:{base / 'clip'}")
+        clip = common.load_clip(f"local-dir:{base / 'clip'}")
         clip.model.logit_scale.data.fill_(start)
-        towers = stage.Towers(clip, common.TrainingConfig(scenario="linear_probe"))
+        towers = stage.Towers(clip, stage.TrainingConfig(scenario="linear_probe"))
         assert towers.largest_scale == pytest.approx(limit)
     run = make_run(base, tmp_path)
     run.towers.largest_scale = 0.5
-    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    batch = next(run.train.batches(stage.epoch_plan(64, 16, 0, 0, 0, 1), 0))
     stage.update(run, stage.State(), stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), batch, 10)
     assert run.towers.model.logit_scale.item() == 0.5
 
@@ -693,20 +1026,20 @@ def test_a_temperature_above_the_limit_is_not_cut(base, tmp_path):
 def test_a_process_may_have_no_part_in_a_batch(base, tmp_path, scenario):
     run = make_run(base, tmp_path, "--scenario", scenario)
     for data in (run.train, run.validation):
-        stage.keep_features(run, data)
-    step = loader.epoch_plan(64, 1, 0, 0, 0, 2)  # one pair for two processes: the first has none
+        stage.cache_tower_features(run, data)
+    step = stage.epoch_plan(64, 1, 0, 0, 0, 2)  # one pair for two processes: the first has none
     batch = next(run.train.batches(step, 0))
-    assert len(batch.positions) == 0 and batch.keys.shape == (0, 2) and batch.keys.dtype == torch.int64
+    assert len(batch.ids) == 0 and batch.keys.shape == (0, 2) and batch.keys.dtype == torch.int64
 
 
 def test_each_machine_keeps_its_own_cache(tmp_path, monkeypatch):
     world = stage.World("cpu")
-    assert world.cache(tmp_path) == tmp_path / "cache"
+    assert stage.cache_folder(world, tmp_path) == tmp_path / "cache"
     world.size = 4
     folders = set()
     for machine in ("0", "1", "2"):
         monkeypatch.setenv("GROUP_RANK", machine)
-        folders.add(world.cache(tmp_path))
+        folders.add(stage.cache_folder(world, tmp_path))
     assert len(folders) == 3 and tmp_path / "cache" in folders
 
 
@@ -714,7 +1047,7 @@ def test_fp16_skips_overflowed_steps_without_moving_the_schedule(base, tmp_path)
     run = make_run(base, tmp_path, "--precision", "fp16", "--scenario", "dual_lora")
     optimizer, state = stage.make_optimizer(run), stage.State()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    batch = next(run.train.batches(stage.epoch_plan(64, 16, 0, 0, 0, 1), 0))
     before = run.towers.copy()
     stage.update(run, state, optimizer, scaler, batch, 10)
     assert (state.step, state.updates) == (1, 0) and scaler.get_scale() == 2.0**39
@@ -728,7 +1061,7 @@ def test_wandb_offline_gets_the_numbers(base, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
-    train(base, tmp_path, "--epochs", 1, "--wandb", "--wandb-artifacts")
+    train(base, tmp_path, "--epochs", 1, "--wandb", "model")
     logged = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-run-*/*.wandb"))
     for name in (
         b"validation/mrr",
@@ -770,8 +1103,8 @@ def damaged(base, tmp_path, count):
     shutil.copytree(base / "shards", tmp_path / "shards")
     path = tmp_path / "shards" / "train" / "shard-000000.tar"
     data = bytearray(path.read_bytes())
-    for one in storage.index_shard(path)[:count]:
-        offset, size = one.members["jpg"]
+    for members in stage.index_shard(path)[:count]:
+        offset, size = members["jpg"]
         data[offset : offset + size] = b"\0" * size
     path.write_bytes(data)
     shutil.copytree(base / "clip", tmp_path / "clip")
@@ -837,27 +1170,24 @@ def test_bad_settings_say_what_to_do(base, tmp_path, capsys, monkeypatch):
     assert "--micro-batch-size" in capsys.readouterr().err
 
 
-def test_a_tower_without_linears_takes_linear_probe_only(base, tmp_path):
-    model = open_clip.model.CLIP(
-        16,
-        {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-        {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    ).eval()
-    clip = dataclasses.replace(ours.load_clip(str(base / "clip")), model=model, name="RN-tiny")
-    with pytest.raises(common.Fail, match=r"image tower of RN-tiny.*linear_probe"):
-        stage.Towers(clip, common.TrainingConfig(scenario="vision_lora"))
+def test_a_tower_that_lora_cannot_reach_says_so(base, tmp_path):
+    for kind, says in (
+        ("resnet", r"ResNet picture towers are not supported.*ViT-B-32"),
+        ("timm convolutions", r"image tower of no-linears has no attention or MLP.*linear_probe"),
+    ):
+        clip = dataclasses.replace(common.load_clip(str(base / "clip")), model=small(kind, tmp_path), name="no-linears")
+        with pytest.raises(common.Fail, match=says):
+            stage.Towers(clip, stage.TrainingConfig(scenario="vision_lora"))
 
 
 @pytest.mark.parametrize(("kind", "scenario"), [
     ("timm", "dual_lora"), ("siglip", "dual_lora"), ("hf", "dual_lora"),
-    ("resnet", "linear_probe"), ("resnet", "text_lora"),
+    ("timm convolutions", "linear_probe"), ("timm convolutions", "text_lora"),
 ])  # fmt: skip
 def test_other_architectures_train_and_come_back(base, tmp_path, kind, scenario):
-    import test_clip
-
     torch.manual_seed(0)
-    model = test_clip.towers(kind, tmp_path).eval()
-    clip = dataclasses.replace(ours.load_clip(str(base / "clip")), model=model, name=kind)
+    model = small(kind, tmp_path).eval()
+    clip = dataclasses.replace(common.load_clip(str(base / "clip")), model=model, name=kind)
     clip.size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
     clip.config = {"embed_dim": model.visual(torch.zeros(1, 3, clip.size, clip.size)).shape[1]}
     if kind == "hf":
@@ -871,7 +1201,7 @@ def test_other_architectures_train_and_come_back(base, tmp_path, kind, scenario)
     assert any("qkv" in name for name in names) == (kind in ("timm", "siglip"))
     assert ("logit_bias" in names) == (kind == "siglip")
     optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
-    batch = next(run.train.batches(loader.epoch_plan(64, 16, 0, 0, 0, 1), 0))
+    batch = next(run.train.batches(stage.epoch_plan(64, 16, 0, 0, 0, 1), 0))
     losses = [stage.update(run, state, optimizer, scaler, batch, 30)["loss"] for _ in range(20)]
     assert losses[-1] < losses[0]
 
@@ -893,18 +1223,18 @@ def test_a_vit_b_32_from_a_checkpoint_file_goes_through_training_and_embedding(t
     stage_4 = importlib.import_module("4_embed")
     assert stage_4.main([*model, "--finetuned", str(run / "model"), "--output", str(vectors)]) == 0
     table = pyarrow.parquet.read_table(vectors)
-    images = torch.stack([ours.decode_jpeg(tiny.picture("red", "chair", k, 224), 224) for k in range(2)])
+    images = torch.stack([common.decode_jpeg(tiny.picture("red", "chair", k, 224), 224) for k in range(2)])
     by_folder = open_clip.create_model_and_transforms(f"local-dir:{run / 'model'}")
     weights_file = str(run / "model" / "open_clip_model.safetensors")
     by_path = open_clip.create_model_and_transforms("ViT-B-32", pretrained=weights_file, force_quick_gelu=True)
-    base = ours.load_clip(*model[3::2])
-    pixels = ours.normalise(base, images)
+    base = common.load_clip(*model[3::2])
+    pixels = common.normalise_pixels(base, images)
     with torch.no_grad():
         found = [theirs.eval().encode_image(pixels, normalize=True) for theirs, _, _ in (by_folder, by_path)]
     assert torch.equal(*found) and all("QuickGELU" in str(theirs) for theirs, _, _ in (by_folder, by_path))
     flat = [str(transform).translate(str.maketrans("[]", "()")) for _, _, transform in (by_folder, by_path)]
     assert flat[0] == flat[1] and "0.48145466" in flat[0]  # size, mean and std: the model's own
-    assert (found[0] - ours.encode_image(base, images)).abs().max() > 1e-3
+    assert (found[0] - common.encode(base, images)).abs().max() > 1e-3
     assert len(table) == 16 and table.column("base_embedding").type.list_size == 512
     first = torch.tensor(table.column("finetuned_embedding")[0].as_py())
     assert torch.nn.functional.cosine_similarity(first, found[0][0], dim=0) > 0.99

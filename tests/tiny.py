@@ -101,7 +101,7 @@ def vit_b32(seed: int = 0):
     import open_clip
     import torch
 
-    from clip import Clip
+    from common import Clip
 
     torch.manual_seed(seed)
     model = open_clip.create_model("ViT-B-32").eval()
