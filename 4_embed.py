@@ -87,7 +87,7 @@ class EmbeddingConfig:
     precision: str = setting("auto", "auto: bf16 where hardware has it, checked against fp32", ("auto", "fp32", "bf16"))
     max_failed: float = setting(0.05, "share of pictures that may be unreadable", low=0, high=1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int | None = setting(None, "threads that decode pictures; by default one for each core", low=1)
+    workers: int | None = setting(None, "threads that decode pictures (unset: one a core, up to 4)", low=1)
     cache_gb: float = setting(50.0, "disk for the local copies of shards that lie on S3", low=0)
 
 
@@ -473,7 +473,7 @@ def decoded(pictures: Iterable[Job], sizes: set[int], config: EmbeddingConfig, w
             job.content = b""
 
     pin, started = world.device.type == "cuda", collections.deque()
-    with ThreadPoolExecutor(config.workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(config.workers or min(4, os.cpu_count() or 1)) as pool:
         for batch in itertools.chain(batches(pictures, config.batch_size), [None] * AHEAD):
             if batch:
                 pixels = {n: torch.empty((len(batch), 3, n, n), dtype=torch.uint8, pin_memory=pin) for n in sizes}

@@ -400,7 +400,7 @@ def test_any_state_file_is_one_or_one_line(tmp_path, data):
 # --------------------------------------------------------------------------------------------------------------------
 # Databases
 
-MESSAGES = re.compile(r"^\S+\.py: |^__main__\.py: ")
+MESSAGES = re.compile(r"^(\S+\.py|-c): ")  # -c: the tests run side by side
 
 
 def ends_well(main: Callable, arguments: list[str]) -> int:
