@@ -386,21 +386,3 @@ def test_stages_1_2_and_5_do_with_2_gb(heavy, whole, server, tmp_path):
     code, peak = peak_of([*commands(heavy, data / "arena")[4], "--reveal"], look)
     assert code == common.DONE
     assert 100e6 < peak < 2e9, f"5_arena.py: {peak / 1e6:.0f} MB"
-
-
-def test_a_reader_that_is_killed_for_memory_ends_with_one_line():
-    with pytest.raises(common.Fail, match="lower --workers"):
-        list(common.photo_pool(os._exit, [137, 137], 2))
-
-
-def test_readers_end_with_a_killed_parent():
-    program = "import common, itertools, time\n" \
-              "if __name__ == '__main__':\n" \
-              "    for _ in common.photo_pool(list, ([i] for i in itertools.count()), 2):\n" \
-              "        print('ready', flush=True); time.sleep(60)\n"  # fmt: skip
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
-    assert parent.stdout.readline() == b"ready\n"
-    children = psutil.Process(parent.pid).children(recursive=True)
-    parent.kill()
-    parent.wait()
-    assert children and not psutil.wait_procs(children, timeout=10)[1]
