@@ -256,7 +256,7 @@ def bought(data: Path) -> list[str]:
 
 
 # Files that are whole as soon as they are there, and those that are finished when a later step has begun.
-ONCE = ("batch/requests/*.jsonl", "batch/raw/*.jsonl", "shards/*/*.tar")
+ONCE = ("batch/raw/*.jsonl", "shards/*/*.tar")
 BEFORE = {"2_prepare": ["cleaned.csv"], "3_train": ["shards/manifest.json"],
           "4_embed": ["runs/*/train.json", "runs/*/model/*"]}  # fmt: skip
 
@@ -272,6 +272,13 @@ def stored_vectors(data: Path) -> dict[tuple[str, str], tuple[int, bytes]]:
     return found
 
 
+def sent(data: Path) -> set[str]:
+    """Names of the request files that were sent; one that was not is made anew by the next call's settings."""
+    path = data / "batch/state.json"
+    state = json.loads(path.read_text()) if path.exists() else {"batches": {}}
+    return {batch["input_file"] for batch in state["batches"].values()}
+
+
 class Kept:
     """Watches finished work: what is whole once stays as it is, whatever is killed."""
 
@@ -284,6 +291,7 @@ class Kept:
         for path, when in self.times.items():
             assert path.stat().st_mtime_ns == when, f"{path} was made again"
         found = [path for pattern in (*ONCE, *done) for path in self.data.glob(pattern)]
+        found += [self.data / "batch/requests" / name for name in sent(self.data)]
         self.times |= {path: path.stat().st_mtime_ns for path in found}
         vectors = stored_vectors(self.data)
         assert self.vectors.items() <= vectors.items(), "vectors were made again"
