@@ -17,20 +17,29 @@ import argparse
 import base64
 import contextlib
 import copy
+import dataclasses
 import datetime
+import email.utils
 import functools
 import hashlib
+import http.client
 import io
+import ipaddress
 import itertools
 import json
 import math
 import os
+import queue
 import re
+import socket
+import ssl
+import struct
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +56,11 @@ from common import Fail, setting
 class CleaningConfig:
     """Sizes in bytes, times in seconds, prices in US dollars for a million tokens."""
 
-    model: str = setting("gpt-5-nano", "chat model that reads title and photo")
-    reasoning_effort: str | None = setting(None, "effort sent with each request; by default what suits the model")
-    max_completion_tokens: int = setting(500, "tokens an answer may take; doubled after one that was cut off", low=1)
+    model: str = setting("auto", "chat model; auto takes the first of a table that the key has and that is not ending")
+    reasoning_effort: str | None = setting(None, "effort sent with each request; by default the model's lowest")
+    max_completion_tokens: int | None = setting(
+        None, "tokens an answer may take, by default what the model needs; doubled after one that was cut off", low=1
+    )
     image_size: int = setting(512, "longest side of the photo as sent, in px; none is enlarged", low=1, high=10_000)
     image_detail: str = setting("low", "detail at which the model looks at the photo", ("low", "high", "auto"))
     max_batch_file_size: int = setting(
@@ -68,10 +79,13 @@ class CleaningConfig:
     workers: int | None = setting(None, "processes that read photos; by default one for each core", low=1, high=1000)
     sync: bool = setting(False, "ask /v1/chat/completions row by row, for servers without a Batch API")
     concurrency: int = setting(8, "requests in flight at once with --sync", low=1, high=1000)
+    allow_private: bool = setting(False, "fetch photos also from this machine and private networks")
     retry_failed: bool = setting(False, "ask again for rows whose attempts are used up")
+    ask_again: bool = setting(False, "ask also for rows that another model has answered; tells the cost first")
 
 
 JPEG_QUALITY = 85  # of photos that are encoded anew
+REQUEST_BYTES = 60_000  # of a request, about
 PILOT_SOUND = 0.95  # share of the pilot that must be parsed before the rest is sent
 TIMEOUT = 600.0  # seconds after which a call counts as lost
 RETRIES, SYNC_RETRIES = 2, 5  # by the openai client, of every call but create
@@ -96,6 +110,7 @@ def batched(items: Iterator, size: int) -> Iterator[list]:
 # Prompt, schema, models and prices
 
 FIELDS = ("clean_title", *common.ATTRIBUTES)
+# A new attribute needs its line here. Any change of the text asks for every row again, and pays again.
 PROMPT = """You clean the catalogue of a furniture shop. From the shop's title and the photo, give five fields.
 clean_title: what the product is, as a short natural title. Leave out brand and series names, SKUs and article numbers,
 prices, discounts, shipping and stock phrases, sizes, and counts such as "Set of 2".
@@ -110,56 +125,89 @@ SCHEMA |= {"additionalProperties": False}
 PROMPT_VERSION = common.digest([PROMPT, SCHEMA])[:12]  # part of every digest: another prompt asks again
 PROMPT_TOKENS = (len(PROMPT) + len(json.dumps(SCHEMA))) // 4  # about
 
-# Batch prices, US dollars for a million tokens (input, output). Without the Batch API it is twice as much.
-PRICES = {"gpt-5-nano": (0.025, 0.20), "gpt-5-mini": (0.125, 1.00), "gpt-5.4-nano": (0.10, 0.625)}
-# Parameters beside the limit of tokens, by the first pattern that a model's name begins with.
-OPENAI_MODELS = {
-    r"gpt-5(-mini|-nano)?(-\d{4}.*)?$": {"reasoning_effort": "minimal"},
-    r"gpt-5\.\d": {"reasoning_effort": "none"},  # took the place of "minimal" from 5.1 on
-    r"gpt-4": {"temperature": 0},
-    r"gpt-|o\d|chatgpt-": {},
-}
+PATCH, MAX_PATCHES = 32, 1536  # a photo costs a token for each patch of 32 px, times a factor that differs by model
+OLD_EFFORTS, NEW_EFFORTS = ("minimal", "low", "medium", "high"), ("none", "low", "medium", "high", "xhigh", "max")
+EFFORTS = ("none", *OLD_EFFORTS, "xhigh", "max")  # the lowest first
 
-PATCH, MAX_PATCHES = 32, 1536  # a photo costs a token for each patch of 32 px, times a factor that sources dispute:
-PATCH_FACTOR = (1.5, 2.46)
+
+class Model(NamedTuple):
+    """Batch prices in US dollars for a million tokens, twice that without the Batch API, and what requests need."""
+
+    input: float
+    output: float
+    efforts: tuple[str, ...]  # that it accepts; the first is sent, for a model that reasons unasked spends on it
+    patch_factor: float  # tokens for a patch, as reported; the worst case takes HIGHEST_FACTOR
+    shutdown: str = ""  # as announced; a date that the API gives counts more
+    answer_tokens: int = 500  # limit of an answer with that first effort; with another it is REASONING_TOKENS
+
+
+MODELS = {
+    "gpt-5-nano": Model(0.025, 0.20, OLD_EFFORTS, 1.5, "2026-12-11"),
+    "gpt-6-luna": Model(0.05, 0.25, NEW_EFFORTS, 1.2),
+    "gpt-5.6-luna": Model(0.10, 0.60, NEW_EFFORTS, 1.2),
+    "gpt-5.4-nano": Model(0.10, 0.625, NEW_EFFORTS[:5], 1.2, "2027-04-01"),
+    "gpt-5-mini": Model(0.125, 1.00, OLD_EFFORTS, 1.62, "2026-12-11"),
+}
+AUTO, AUTO_MODELS = "auto", ("gpt-5-nano", "gpt-6-luna", "gpt-5.6-luna")  # --model auto takes the first that will do
+MARGIN = 7  # days that a model must live on after the work, to be taken by auto
+UNKNOWN = Model(math.nan, math.nan, (), 1.2)  # any other one: no effort is sent, so it may reason unasked
+REASONING_TOKENS = 2000  # limit of an answer where the model may reason
+HIGHEST_FACTOR = 2.46  # tokens for a patch, of any model
 ANSWER_TOKENS = (60, 200)  # of an answer, low and high, without reasoning
 LOAD = ("requests", "tokens", "patches")  # what requests ask for: their number, tokens of text, patches of photos
 
 
-def model_parameters(settings: CleaningConfig, room: int = 1) -> dict[str, Any]:
-    """Request parameters that depend on the model's family; `room` multiplies the tokens for the answer."""
-    tokens = settings.max_completion_tokens * room
-    for pattern, more in OPENAI_MODELS.items():
-        if re.match(pattern, settings.model):
-            chosen = {"max_completion_tokens": tokens} | more
-            break
-    else:  # vLLM, llama.cpp, Ollama: the older name is the one that all of them know
-        chosen = {"max_tokens": tokens, "temperature": 0}
-    return chosen | ({"reasoning_effort": settings.reasoning_effort} if settings.reasoning_effort else {})
+def undated(model: str) -> str:
+    """A model's name without the date of its version."""
+    return re.sub(r"-\d{4}-\d\d-\d\d$", "", model)
+
+
+def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[str, Any]:
+    """Request parameters that depend on the model; `token_factor` multiplies the tokens for the answer."""
+    known, effort = MODELS.get(undated(settings.model), UNKNOWN), settings.reasoning_effort
+    lowest = "".join(known.efforts[:1])
+    effort = lowest if effort is None else effort
+    needed = known.answer_tokens if effort and effort == lowest else REASONING_TOKENS
+    tokens = (settings.max_completion_tokens or needed) * token_factor
+    openai = known is not UNKNOWN or re.match(r"gpt-|o\d|chatgpt-", settings.model)
+    # vLLM, llama.cpp, Ollama: the older name is the one that all of them know
+    chosen: dict[str, Any] = {"max_completion_tokens" if openai else "max_tokens": tokens}
+    if not openai or settings.model.startswith("gpt-4"):
+        chosen["temperature"] = 0
+    return chosen | ({"reasoning_effort": effort} if effort else {})
 
 
 def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float, output_tokens: float) -> float:
     """US dollars, by the prices given as flags or by the table; NaN where neither knows the model."""
     rates: tuple = (settings.price_input, settings.price_output)
-    name, ours = (re.sub(r"-\d{4}-\d\d-\d\d$", "", name) for name in (model, settings.model))  # without the date
-    if name in PRICES and (None in rates or name != ours):
-        rates = [price * (2 if sync else 1) for price in PRICES[name]]
-    return math.nan if None in rates else (prompt_tokens * rates[0] + output_tokens * rates[1]) / 1e6
+    name = undated(model)
+    if None in rates or (name in MODELS and name != undated(settings.model)):
+        rates = [price * (2 if sync else 1) for price in MODELS.get(name, UNKNOWN)[:2]]
+    return (prompt_tokens * rates[0] + output_tokens * rates[1]) / 1e6
 
 
-def estimate(settings: CleaningConfig, load: dict) -> tuple[float, str]:
-    """Cost of a load in US dollars at the highest, and as a text from low to high."""
-    low, high = (
-        cost(
-            settings,
-            settings.model,
-            settings.sync,
-            load["tokens"] + factor * load["patches"],
-            load["requests"] * answer,
-        )
-        for factor, answer in zip(PATCH_FACTOR, ANSWER_TOKENS, strict=True)
-    )
-    return high, "at an unknown price" if math.isnan(high) else f"${low:.4f} to ${high:.4f}"
+def estimate(settings: CleaningConfig, load: dict, measured: tuple[float, float] | None = None) -> tuple[float, str]:
+    """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request."""
+    factors = (MODELS.get(undated(settings.model), UNKNOWN).patch_factor, HIGHEST_FACTOR)
+    if measured:
+        tokens = [tuple(load["requests"] * used for used in measured)]
+    else:
+        pairs = zip(factors, ANSWER_TOKENS, strict=True)
+        tokens = [(load["tokens"] + factor * load["patches"], load["requests"] * answer) for factor, answer in pairs]
+    usd = [cost(settings, settings.model, settings.sync, *used) for used in tokens]
+    if math.isnan(usd[-1]):
+        return math.nan, "at an unknown price"
+    return usd[-1], f"${usd[0]:.4f} by the usage so far" if measured else f"${usd[0]:.4f} to ${usd[1]:.4f}"
+
+
+def shutdown_date(name: str, facts: dict[str, Any]) -> tuple[str, float]:
+    """When a model ends, as the API says or else the table, and in how many days; ("", inf) where nobody knows."""
+    date = str(facts.get("shutdown_date") or MODELS.get(undated(name), UNKNOWN).shutdown)[:10]
+    try:
+        end = datetime.date.fromisoformat(date)
+    except ValueError:
+        return "", math.inf
+    return date, (end - datetime.datetime.fromtimestamp(time.time(), datetime.UTC).date()).days
 
 
 def total_load(loads: Iterable[dict]) -> Counter:
@@ -172,7 +220,7 @@ def total_load(loads: Iterable[dict]) -> Counter:
 
 def queue_tokens(load: dict) -> int:
     """Input tokens of a load, on the high side."""
-    return math.ceil(load["tokens"] + PATCH_FACTOR[1] * load["patches"])
+    return math.ceil(load["tokens"] + HIGHEST_FACTOR * load["patches"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,25 +230,39 @@ MAX_TITLE = 1000  # characters of a title that are sent
 BYTES_PER_PIXEL = 0.5  # a JPEG above this is encoded anew rather than sent as it is
 
 
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG of three 8-bit components without metadata but JFIF's; None for any other file.
+
+    Pillow's way to open a file takes a fifth of all that `prepare` does for a photo.
+    """
+    place, size = 2, None
+    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
+        if marker == 0xDA:  # the pixels begin
+            return size
+        if 0xC0 <= marker <= 0xC2:
+            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
+            size = (width, height) if (bits, components) == (8, 3) else None
+        elif marker not in (0xE0, 0xDB, 0xC4, 0xDD):  # JFIF, tables of quantisation and Huffman, restart interval
+            return None
+        place += 2 + length
+    return None
+
+
 def ready_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
     """The JPEG with its width and height, where it can be sent as it is; else None.
 
     That is: RGB, at most `side` px, of moderate size, without segments of metadata (they may turn the photo, color it
     or tell where it was taken), and whole: its only end-of-image marker stands at the end.
     """
-    from PIL import Image
-
     if data.find(b"\xff\xd9") != len(data) - 2 or len(data) > BYTES_PER_PIXEL * side * side:
         return None
-    Image.MAX_IMAGE_PIXELS = None  # nothing is decoded here
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            plain = image.mode == "RGB" and {name for name, _ in image.applist} <= {"APP0"}
-            width, height = image.size
-    except Exception:  # Pillow raises many kinds on broken bytes; load_image names the reason
+    if not (size := jpeg_size(data)):
         return None
-    fits = max(width, height) <= side and len(data) <= BYTES_PER_PIXEL * width * height
-    return (data, width, height) if plain and fits else None
+    width, height = size
+    fits = min(width, height) >= common.MIN_SIDE and max(width, height) <= side
+    fits = fits and len(data) <= BYTES_PER_PIXEL * width * height
+    return (data, width, height) if fits else None
 
 
 def photo_jpeg(data: bytes, side: int) -> tuple[bytes, int, int]:
@@ -215,18 +277,27 @@ def photo_jpeg(data: bytes, side: int) -> tuple[bytes, int, int]:
     return buffer.getvalue(), *image.size
 
 
-def request_line(settings: CleaningConfig, digest: str, title: str, jpeg: bytes, room: int) -> bytes:
-    """One line of a request file, in the API's chat format with a strict schema; `room` multiplies the tokens."""
-    image = {"url": "data:image/jpeg;base64,", "detail": settings.image_detail}
-    user = [{"type": "text", "text": f"Title: {title}"}, {"type": "image_url", "image_url": image}]
+@functools.lru_cache(maxsize=64)
+def request_frame(settings: CleaningConfig, token_factor: int) -> list[bytes]:
+    """What stands in a request's line before and after its digest, its title and its photo."""
+    image = {"url": "data:image/jpeg;base64,\0", "detail": settings.image_detail}
+    user = [{"type": "text", "text": "Title: \0"}, {"type": "image_url", "image_url": image}]
     messages = [{"role": "system", "content": PROMPT}, {"role": "user", "content": user}]
     answer = {"type": "json_schema", "json_schema": {"name": "product", "strict": True, "schema": SCHEMA}}
     body = {"model": settings.model, "messages": messages, "response_format": answer}
-    body |= model_parameters(settings, room)
-    line = {"custom_id": digest, "method": "POST", "url": "/v1/chat/completions", "body": body}
-    # The photo is put in afterwards: json looks at every letter, which takes a quarter of the time.
-    head, mark, tail = json.dumps(line).encode().rpartition(b"base64,")
-    return b"".join((head, mark, base64.b64encode(jpeg), tail, b"\n"))
+    body |= model_parameters(settings, token_factor)
+    line = {"custom_id": "\0", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return json.dumps(line).encode().split(b"\\u0000")
+
+
+def request_line(settings: CleaningConfig, digest: str, title: str, jpeg: bytes, token_factor: int) -> bytes:
+    """One line of a request file, in the API's chat format with a strict schema; `token_factor` multiplies the tokens.
+
+    Only the title goes through json, which looks at every letter: a photo would take a third of the time.
+    """
+    begin, before_title, before_photo, end = request_frame(settings, token_factor)
+    title = json.dumps(title)[1:-1].encode()
+    return b"".join((begin, digest.encode(), before_title, title, before_photo, base64.b64encode(jpeg), end, b"\n"))
 
 
 def read_photo(folder: Path, image_path: str) -> bytes:
@@ -240,29 +311,322 @@ def read_photo(folder: Path, image_path: str) -> bytes:
         raise common.BadImage("unreadable file", error.strerror or str(error)) from None
 
 
-def build_block(settings: CleaningConfig, folder: Path, rows: list[tuple]) -> list[tuple]:
-    """(number, digest, reason, detail, tokens, patches, line) of rows (number, name, image_path, known, room).
+def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], products: list[tuple]) -> list[tuple]:
+    """(number, *what build_row gives) of the rows of products (rows of common.products, known, token_factor).
 
-    A row whose photo cannot be used has a reason and no digest; no line is made for the digest `known`. `room`
-    multiplies the tokens for the answer.
+    Rows after the first usable one of a product are left out; their photos are further ones, if they have its title.
     """
     built = []
-    for number, name, image_path, known, room in rows:
-        title = " ".join(name.split())[:MAX_TITLE]
+    for rows, known, token_factor in products:
+        for place, (number, name, cells) in enumerate(rows, 1):
+            *made, names, line = build_row(settings, folder, earlier, name, cells, known, token_factor)
+            if usable := bool(made[0]):
+                same = [cell for _, other, more in rows[place:] if other == name for cell in more]
+                names = dict.fromkeys([*names, *common.photo_names(folder, same)])
+                names = [photo for photo in names if photo != made[-1] and not common.is_url(photo)]  # was not fetched
+            built.append((number, *made, common.write_further(names), line))
+            if usable:
+                break
+    return built
+
+
+def build_row(
+    settings: CleaningConfig, folder: Path, earlier: list[str], name: str, cells: list[str], known: str,
+    token_factor: int,
+) -> tuple:  # fmt: skip
+    """(digests, source, reason, detail, tokens, patches, photo, names of further ones, line) of the first usable photo.
+
+    `digests` are that of the present model and those of the `earlier` ones, and of versions that sent titles as they
+    were; `source` is the photo's. A row without a usable photo has a reason and none; no line is made where the digest
+    `known` is among them. `token_factor` multiplies the tokens for the answer.
+    """
+    names, failed = common.photo_names(folder, cells), None
+    title, *older = dict.fromkeys(text[:MAX_TITLE] for text in (common.plain_text(name), " ".join(name.split())))
+    for place, photo in enumerate(names, 1):
         try:
-            data = read_photo(folder, image_path)
-            digest = common.digest([settings.model, PROMPT_VERSION, title, common.digest(data)])
-            if digest == known:
-                built.append((number, digest, "", "", 0, 0, None))
-                continue
+            data = read_photo(folder, photo)
+            source = common.digest(data)
+            asked = [(model, text) for text in (title, *older) for model in (settings.model, *earlier)]
+            digests = [common.digest([model, PROMPT_VERSION, text, source]) for model, text in asked]
+            if known in (digests[:1] if settings.ask_again else digests):
+                return digests, source, "", "", 0, 0, photo, names[place:], None
             jpeg, width, height = photo_jpeg(data, settings.image_size)
         except common.BadImage as bad:
-            built.append((number, "", bad.reason, bad.detail, 0, 0, None))
+            failed = failed or bad
             continue
         patches = min(math.ceil(width / PATCH) * math.ceil(height / PATCH), MAX_PATCHES)
-        line = request_line(settings, digest, title, jpeg, room)
-        built.append((number, digest, "", "", PROMPT_TOKENS + len(title) // 4, patches, line))
-    return built
+        line = request_line(settings, digests[0], title, jpeg, token_factor)
+        return digests, source, "", "", PROMPT_TOKENS + len(title) // 4, patches, photo, names[place:], line
+    failed = failed or common.BadImage("missing image_path")
+    return [], "", failed.reason, failed.detail, 0, 0, "", [], None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Photos at URLs: fetched before anything is sent, once, into WORKSPACE.photos, one file a URL, named by its sha256
+
+HOST_LANES, LANES = 6, 32  # connections at once to one host, and in all
+FETCH_TIMEOUT, FETCH_LIMIT = 20.0, 120.0  # seconds that a connection may be silent, and that a photo may take
+FETCH_ATTEMPTS, REDIRECTS = 4, 5
+FETCH_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second attempt, doubled each time; a server's wish at most
+MAX_FETCHED = 64 << 20  # bytes of a photo
+FETCH_HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; catalogue photos)", "Accept": "image/*,*/*;q=0.5",
+                 "Accept-Encoding": "identity"}  # fmt: skip
+PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")  # or ftyp: AVIF, HEIC
+
+
+class NotFetched(Exception):
+    """Why a photo could not be fetched; `pause`: seconds after which it may be tried again, None for never."""
+
+    def __init__(self, reason: str, pause: float | None = None):
+        super().__init__(reason)
+        self.pause = pause
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the internet, not to this machine or a private network (RFC 6890)."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
+        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if nat64 else None)
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast
+
+
+class Connection(http.client.HTTPConnection):
+    """A connection to an address that was looked up once, checked and then used: no name can change its mind."""
+
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, allow_private: bool):
+        super().__init__(host, port, timeout=FETCH_TIMEOUT)
+        self.tls, self.allow_private = tls, allow_private
+        self.default_port = 443 if tls else 80
+
+    def connect(self) -> None:
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError):
+            raise NotFetched("unknown host") from None
+        if not self.allow_private and not all(is_public(place[0]) for *_, place in found):
+            raise NotFetched("private address (--allow-private)")
+        for number, (family, kind, protocol, _, place) in enumerate(found, 1):
+            self.sock = socket.socket(family, kind, protocol)
+            self.sock.settimeout(self.timeout)
+            try:
+                self.sock.connect(place)
+                break
+            except OSError:
+                self.sock.close()
+                if number == len(found):
+                    raise
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.tls:
+            self.sock = self.tls.wrap_socket(self.sock, server_hostname=self.host)
+
+
+class PhotoFetcher:
+    """Fetches URLs by some threads, each with its own connections. index.jsonl: what makes a later request conditional.
+
+    `unfinished` stands while a round is under way: the next call goes on with it. In a new round, photos that are here
+    are asked for again only if they have changed, as far as the server gave a means to (ETag, Last-Modified).
+    """
+
+    def __init__(self, folder: Path, allow_private: bool):
+        self.folder, self.allow_private = folder, allow_private
+        self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
+        self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
+        self.tls = ssl.create_default_context()
+        self.jobs: dict[str, deque[str]] = {}  # host -> URLs
+        self.lanes, self.quiet_until = Counter(), {}  # host -> threads at work; time before which it is left alone
+        self.lock, self.stop, self.results = threading.Lock(), threading.Event(), queue.SimpleQueue()
+
+    def fetch(self, urls: list[str]) -> dict[str, str]:
+        """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.unfinished.exists():
+            self.unfinished.touch()
+        begun = self.unfinished.stat().st_mtime_ns
+        found = ((entry.name, entry.stat()) for entry in os.scandir(self.folder))
+        here = {name: stat.st_mtime_ns for name, stat in found if stat.st_size}  # after a power cut some may be empty
+        for url in urls:
+            name = common.digest(url.encode())
+            if name not in here or (here[name] < begun and name in self.known):
+                self.jobs.setdefault(host_of(url), deque()).append(url)
+        total, counts, failures, size = sum(map(len, self.jobs.values())), Counter(), {}, 0
+        threads = min(LANES, sum(min(HOST_LANES, len(jobs)) for jobs in self.jobs.values()))
+        for _ in range(threads):
+            threading.Thread(target=self.work, daemon=True).start()
+        try:
+            for url, outcome, got in common.progress(self.outcomes(threads), "fetch", total, "photo"):
+                size += got
+                counts[outcome or "failed"] += 1
+                if outcome not in ("fetched", "unchanged"):
+                    failures[url] = outcome
+        finally:
+            self.stop.set()
+        if counts["fetched"]:
+            os.sync()
+        self.unfinished.unlink()
+        here = f"{len(urls) - total} were here already, " if len(urls) > total else ""
+        got = f"{counts['fetched']} fetched ({size / 1e6:.1f} MB), {counts['unchanged']} unchanged"
+        say(f"photos at URLs: {here}{got}, {len(failures)} failed")
+        for reason, count in Counter(failures.values()).most_common():
+            say(f"  {count}: {reason} (such as {next(url for url, why in failures.items() if why == reason)})")
+        return failures
+
+    def outcomes(self, threads: int) -> Iterator[tuple[str, str, int]]:
+        """(URL, "fetched", "unchanged" or why not, bytes) until every thread has ended."""
+        while threads:
+            if (one := self.results.get()) is None:
+                threads -= 1
+            else:
+                yield one
+
+    def work(self) -> None:
+        """A thread: take a host that has URLs left and few threads, and fetch until it has none."""
+        try:
+            while not self.stop.is_set():
+                with self.lock:
+                    free = (host for host, jobs in self.jobs.items() if jobs and self.lanes[host] < HOST_LANES)
+                    if (host := next(free, None)) is None:
+                        return
+                    self.lanes[host] += 1
+                open_ones: dict[tuple, Connection] = {}
+                while not self.stop.is_set() and (url := self.next_url(host)):
+                    self.results.put((url, *self.try_often(url, open_ones)))
+                for connection in open_ones.values():
+                    connection.close()
+                with self.lock:
+                    self.lanes[host] -= 1
+        finally:
+            self.results.put(None)
+
+    def next_url(self, host: str) -> str | None:
+        with self.lock:
+            return self.jobs[host].popleft() if self.jobs[host] else None
+
+    def try_often(self, url: str, open_ones: dict[tuple, Connection]) -> tuple[str, int]:
+        """("fetched", "unchanged" or why not, bytes)."""
+        host, why = host_of(url), "interrupted"
+        for attempt in range(FETCH_ATTEMPTS):
+            self.stop.wait(max(0.0, self.quiet_until.get(host, 0.0) - time.monotonic()))
+            if self.stop.is_set():
+                break
+            try:
+                return self.get(url, open_ones)
+            except NotFetched as error:
+                why, pause = str(error), error.pause
+            except TimeoutError:
+                why, pause = "too slow", 0.0
+            except ssl.SSLCertVerificationError:
+                why, pause = "certificate refused", None
+            except (OSError, http.client.HTTPException) as error:
+                why, pause = f"connection broken ({type(error).__name__})", 0.0
+            except ValueError:  # urllib.parse, http.client: no URL at all
+                why, pause = "not a URL", None
+            for connection in open_ones.values():  # somewhere in the middle of an answer
+                connection.close()
+            open_ones.clear()
+            if pause is None or pause > LONGEST_PAUSE:
+                break
+            if pause:
+                self.quiet_until[host] = time.monotonic() + pause
+            elif attempt + 1 < FETCH_ATTEMPTS:
+                self.stop.wait(FETCH_PAUSE * 2**attempt)
+        return why, 0
+
+    def get(self, url: str, open_ones: dict[tuple, Connection]) -> tuple[str, int]:
+        """Fetch one photo, over redirects; gives ("fetched" or "unchanged", bytes). Raises NotFetched, OSError."""
+        path, headers = self.folder / common.digest(url.encode()), dict(FETCH_HEADERS)
+        if path.exists() and (known := self.known.get(path.name)):
+            headers |= {name: known[name] for name in ("If-None-Match", "If-Modified-Since") if known.get(name)}
+        deadline, place = time.monotonic() + FETCH_LIMIT, url
+        for _ in range(REDIRECTS + 1):
+            response = self.request(place, headers, open_ones)
+            if response.status not in (301, 302, 303, 307, 308):
+                break
+            response.read(1 << 16)
+            place = urllib.parse.urljoin(place, response.headers.get("Location", ""))
+        else:
+            raise NotFetched("too many redirects")
+        if response.status == 304:
+            response.read()
+            os.utime(path)
+            return "unchanged", 0
+        if response.status in (408, 425, 429) or response.status >= 500:
+            raise NotFetched(f"status {response.status}", retry_after(response.headers.get("Retry-After", "")))
+        if response.status != 200:
+            raise NotFetched(f"status {response.status}")
+        temporary = path.with_name(f".{path.name}.tmp")  # flushed to disk with all others, at the end of the round
+        try:
+            with open(temporary, "wb") as file:
+                size = copy_picture(response, file, deadline)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        line = {"name": path.name, "url": url, "If-None-Match": response.headers.get("ETag")}
+        line |= {"If-Modified-Since": response.headers.get("Last-Modified")}
+        if line["If-None-Match"] or line["If-Modified-Since"]:
+            with self.lock, open(self.index, "a", encoding="utf-8") as index:
+                index.write(json.dumps(line) + "\n")
+        return "fetched", size
+
+    def request(self, url: str, headers: dict, open_ones: dict[tuple, Connection]) -> http.client.HTTPResponse:
+        """Send one request over a kept connection, or a new one where there is none or the server has closed it."""
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
+            raise NotFetched("not http or https")
+        tls = self.tls if parts.scheme.lower() == "https" else None
+        key = (parts.hostname, parts.port or (443 if tls else 80), tls is not None)
+        target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+        target += f"?{urllib.parse.quote(parts.query, safe='/?%:@!$&()*+,;=~-._')}" if parts.query else ""
+        for _ in range(2):
+            kept = open_ones.pop(key, None)
+            connection = kept or Connection(*key[:2], tls, self.allow_private)
+            try:
+                connection.request("GET", target, headers=headers)
+                response = connection.getresponse()
+            except (http.client.RemoteDisconnected, ConnectionError):
+                connection.close()
+                if not kept:
+                    raise
+                continue
+            open_ones[key] = connection
+            return response
+        raise AssertionError  # a new connection returns or raises
+
+
+def host_of(url: str) -> str:
+    """The part of a URL that says where to ask, "" where it is none."""
+    return (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower()
+
+
+def copy_picture(response: http.client.HTTPResponse, file: Any, deadline: float) -> int:
+    """Copy an answer that is a picture, whole, and not too large; gives its bytes. Raises NotFetched, OSError."""
+    if (response.length or 0) > MAX_FETCHED:
+        raise NotFetched("too large")
+    size = 0
+    while block := response.read(1 << 16):
+        if size == 0 and not (block.startswith(PICTURE_STARTS) or block[4:8] == b"ftyp"):
+            raise NotFetched("not an image")
+        size += file.write(block)
+        if size > MAX_FETCHED:
+            raise NotFetched("too large")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    if response.length:
+        raise ConnectionError("the answer was cut")
+    if not size:
+        raise NotFetched("empty answer")
+    return size
+
+
+def retry_after(text: str) -> float:
+    """Seconds that a Retry-After header asks for (RFC 9110: a number or a date); 0 where it says nothing."""
+    if text.strip().isdecimal():
+        return float(text)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,11 +636,14 @@ STOPS = {  # codes after which nothing more is sent; the rows go back without us
     "insufficient_quota": "the account may spend no more",
     "billing_hard_limit_reached": "the account may spend no more",
     "model_not_found": "the model is not there for this key",
+    "unsupported_value": "the model refuses a setting",
 }
+CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # the others are white space
+MAX_OBJECTS = 1000  # places in an answer at which an object is looked for
 
 
 class Outcome(NamedTuple):
-    """`kind`: ok; again (an attempt is used up); final (not asked again); stop (one of STOPS)."""
+    """`kind`: ok; again (a bad answer) or server (none), which use up an attempt; final (refused); stop (STOPS)."""
 
     kind: str
     fields: dict[str, str] | None = None
@@ -292,19 +659,48 @@ def replace_surrogates(text: str) -> str:
 
 
 def short_text(text: Any, limit: int = 300) -> str:
-    """A server's words on one short line, without key and image data."""
-    text = replace_surrogates(" ".join(str(text).split()))
-    if key := os.environ.get("OPENAI_API_KEY", "").strip():
-        text = text.replace(key, "***")
+    """A server's words on one short line, without key, image data and control characters."""
+    text = CONTROLS.sub("?", replace_surrogates(" ".join(str(text).split())))
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if len(key) >= 8:  # servers of one's own take any key: "none", "key", "x" are words and no secrets
+        text = re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text)
     text = re.sub(r"\b(sk-|Bearer )[\w*.-]+", "***", text)
     return re.sub(r"(data:image/\w+;base64,)?[A-Za-z0-9+/=]{65,}", "[data]", text)[:limit]
 
 
+def stop_code(status: Any, code: str, message: str) -> str:
+    """The code of STOPS that an error means, or ""."""
+    refused = code == "unsupported_parameter" or re.search("reasoning.?effort", message)
+    return "unsupported_value" if status == 400 and refused else code if code in STOPS else ""
+
+
+def find_object(content: str) -> Any:
+    """The JSON value that an answer is, or the last object in it with all fields; ValueError where there is none.
+
+    Servers without strict schemas put it into a code fence, a string, a list or an object, or behind their thoughts.
+    """
+    decoder = json.JSONDecoder(strict=False)  # takes a line break within a string
+    with contextlib.suppress(ValueError, RecursionError):
+        value = decoder.decode(content.strip())
+        value = decoder.decode(value) if isinstance(value, str) else value
+        inner = [*value.values()] if isinstance(value, dict) else value
+        return inner[0] if isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], dict) else value
+    found, end = [], 0
+    for place in itertools.islice(re.finditer("{", content), MAX_OBJECTS):
+        if place.start() >= end:
+            with contextlib.suppress(ValueError, RecursionError):
+                value, end = decoder.raw_decode(content, place.start())
+                found.append(value)
+    if not found:
+        raise ValueError("no JSON")
+    return next((value for value in reversed(found) if value.keys() >= set(FIELDS)), found[-1])
+
+
 def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
-    """The five fields, attributes in their one spelling, or (reason, detail)."""
+    """The fields, attributes in their one spelling, or (reason, detail)."""
     try:
-        values = json.loads(content)
-    except (ValueError, RecursionError):
+        values = find_object(content)
+    except ValueError:
         return "broken JSON", content[:100]
     if not isinstance(values, dict):
         return "wrong type", f"a {type(values).__name__}, not an object"
@@ -313,6 +709,8 @@ def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
             return "missing field", name
         if not isinstance(values[name], str):
             return "wrong type", f"{name} is a {type(values[name]).__name__}"
+        if CONTROLS.search(values[name]):  # often half of a broken escape: the text is not what the model meant
+            return "control character", f"{name} is {values[name]!r}"
     values = {name: replace_surrogates(values[name]) for name in FIELDS}
     title = " ".join(values["clean_title"].split())
     if not title:
@@ -337,6 +735,8 @@ def read_answer(body: Any) -> Outcome:
     if not isinstance(message, dict):
         return failed("no answer", "the response has no choices")
     finish, content = choice.get("finish_reason"), message.get("content")
+    if isinstance(content, list):  # in parts
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     if message.get("refusal"):
         return failed("refusal", message["refusal"])
     if finish == "length":
@@ -344,7 +744,10 @@ def read_answer(body: Any) -> Outcome:
     if finish == "content_filter":
         return failed("content_filter")
     if not isinstance(content, str) or not content.strip():
-        return failed("empty answer", f"finish_reason {finish}")
+        # Some servers take all that a model says for its reasoning, if it may reason.
+        content = message.get("reasoning_content") or message.get("reasoning")
+        if not isinstance(content, str) or not isinstance(read_fields(content), dict):
+            return failed("empty answer", f"finish_reason {finish}")
     fields = read_fields(content)
     return Outcome("ok", fields, "", "", *used) if isinstance(fields, dict) else failed(*fields)
 
@@ -360,13 +763,13 @@ def read_result(line: dict) -> Outcome:
     error = error if isinstance(error, dict) else {}
     code = short_text(error.get("code") or error.get("type") or "", 100)
     detail = short_text(error.get("message") or "")
-    if code in STOPS:
-        return Outcome("stop", reason=code, detail=detail)
+    if stop := stop_code(status, code, detail):
+        return Outcome("stop", reason=stop, detail=detail)
     if not isinstance(response, dict):
-        return Outcome("again", reason=code or "no result", detail=detail)
+        return Outcome("server", reason=code or "no result", detail=detail)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429):
         return Outcome("final", reason=f"request refused: {code or status}", detail=detail)
-    return Outcome("again", reason=short_text(f"server error {status}", 100), detail=detail)
+    return Outcome("server", reason=short_text(f"server error {status}", 100), detail=detail)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -386,11 +789,13 @@ class NotFound(Exception):
 
 
 class Refused(Fail):
-    """The server says that the request is wrong (400 and the like)."""
+    """The server says that the request is wrong (400 and the like); `status` says how."""
+
+    status = 0
 
 
 class Stop(Exception):
-    """An error whose code is one of STOPS."""
+    """An error whose code is one of STOPS: the code, and the server's words."""
 
 
 class BatchAPIClient:
@@ -410,9 +815,11 @@ class BatchAPIClient:
         if not re.fullmatch(r"[!-~]*", key):
             raise Fail("OPENAI_API_KEY holds spaces or characters that no key has; copy it again")
         os.environ["OPENAI_API_KEY"] = key or "none"
-        self.client = openai.OpenAI(max_retries=SYNC_RETRIES if settings.sync else RETRIES, timeout=TIMEOUT)
-        self.url = re.sub(r"//[^/@]*@", "//", str(self.client.base_url)).rstrip("/")
+        with explain_surroundings():
+            self.client = openai.OpenAI(max_retries=SYNC_RETRIES if settings.sync else RETRIES, timeout=TIMEOUT)
+        self.url = hide_password(str(self.client.base_url)).rstrip("/")
         self.reached = False  # whether the server ever answered
+        self.listed: list[str] = []  # models that the server has, once one was not found
 
     def call(self, what: str, function: Callable[[], Any], route: str = "") -> Any:
         """Run one call. Raises Fail (a person must act), Stop, NotFound or TryLater."""
@@ -425,7 +832,8 @@ class BatchAPIClient:
             status, code, message = error.status_code, error.code or "", short_text(error.message)
         except openai.APIConnectionError as error:
             cause = type(error).__name__ if error.__cause__ is None else str(error.__cause__)
-            raise TryLater(f"{self.url}: {short_text(cause)}", doubtful=True, unreachable=True) from None
+            proxies = f" (with {told})" if (told := variables(PROXIES)) else ""
+            raise TryLater(f"{self.url}: {short_text(cause)}{proxies}", doubtful=True, unreachable=True) from None
         except (ValueError, AttributeError):  # a page in HTML, or JSON of something else
             why = f"{self.url}: {what} brought an answer that is not the API's"
             raise TryLater(why, doubtful=True, unreachable=not self.reached) from None
@@ -435,36 +843,48 @@ class BatchAPIClient:
             raise TryLater(f"{what}: {short_text(error)}") from None
         if status == 401:
             raise Fail(f"{self.url}: the key was refused (401); check OPENAI_API_KEY")
+        if status in (403, 404) and code == "model_not_found":  # 403: the project may not use it
+            self.reached = True
+            raise NotFound(message, code)
         if status == 403:
             raise Fail(f"{self.url}: access denied (403 {short_text(code)}); check the key's project and rights")
         if status == 404:
             hint = "where the server has no Batch API, use `run --sync`"
             raise Fail(f"{self.url}/{route} is not there (404); {hint}") if route else NotFound(message)
         self.reached = True
-        if code in STOPS:
-            raise Stop(code)
+        if stop := stop_code(status, code, message):
+            raise Stop(stop, message)
         if status not in (408, 409, 429) and status < 500:
-            raise Refused(f"{what} was refused ({status}): {message}")
+            refused = Refused(f"{what} was refused ({status}): {message}")
+            refused.status = status
+            raise refused
         raise TryLater(f"{what}: status {status}", doubtful=status == 408 or status >= 500)
 
-    def model(self) -> dict[str, Any]:
-        """The model's description; Fail where the server does not have the model."""
-        name, listed = self.settings.model, []
-        try:
+    def model(self, name: str) -> dict[str, Any]:
+        """A model's description. Raises NotFound where the server does not have the model."""
+        with contextlib.suppress(NotFound):
             return self.call("models", lambda: self.client.models.retrieve(name).model_dump())
-        except NotFound:  # some servers only have the list
-            with contextlib.suppress(NotFound):
-                listed = [model.id for model in self.call("models", lambda: self.client.models.list()).data]
-        if name in listed:
+        try:  # some servers only have the list
+            self.listed = [model.id for model in self.call("models", lambda: self.client.models.list()).data]
+        except NotFound:
+            hint = "" if self.url.endswith("/v1") else f", most likely to {self.url}/v1"
+            raise Fail(f"OPENAI_BASE_URL {self.url}: /models is not there (404); correct the address{hint}") from None
+        if name in self.listed:
             return {"id": name}
-        raise Fail(f"{self.url} has no model {name!r} for this key; set --model ({', '.join(listed[:12]) or 'none'})")
+        raise NotFound(f"{self.url} has no model {name!r} for this key")
 
     def upload(self, path: Path) -> str:
         """Upload a request file; gives its id."""
         with open(path, "rb") as handle:  # streamed, not read whole
             file = (path.name, handle, "application/jsonl")
             create = self.client.files.create
-            return self.call(f"upload of {path.name}", lambda: create(file=file, purpose="batch").id, "files")
+            try:
+                return self.call(f"upload of {path.name}", lambda: create(file=file, purpose="batch").id, "files")
+            except Refused as refused:
+                if refused.status != 413:
+                    raise
+                size = path.stat().st_size
+        raise Fail(f"{path.name} with {size} bytes is too large for {self.url} (413); lower --max-batch-file-size")
 
     def create(self, file_id: str, metadata: dict[str, str], route: str) -> Any:
         """Create a batch. Never repeated: it is what costs money."""
@@ -498,7 +918,38 @@ class BatchAPIClient:
         try:
             return self.call("a request", lambda: json.loads(create(**body).text))
         except NotFound as error:
+            if error.args[1:] == ("model_not_found",):
+                raise Stop("model_not_found", error.args[0]) from None
             raise Fail(f"{self.url}/chat/completions: {error}; check OPENAI_BASE_URL and --model") from None
+
+
+def hide_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
+PROXIES, CERTIFICATES = "(?i)^(all|https?)_proxy$", "^SSL_CERT_(FILE|DIR)$"  # names of variables
+
+
+def variables(pattern: str) -> str:
+    """Variables of the environment that are set, as NAME=value, without passwords."""
+    found = sorted((name, value) for name, value in os.environ.items() if value and re.search(pattern, name))
+    return ", ".join(f"{name}={hide_password(value)}" for name, value in found)
+
+
+@contextlib.contextmanager
+def explain_surroundings() -> Iterator[None]:
+    """Turn what the client says of proxies and certificates into one line with the variable that they come from."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if os.environ.get(name) and not os.path.exists(os.environ[name]):
+            raise Fail(f"{name}={os.environ[name]}: not there; correct it, or unset it where it is not needed")
+    try:
+        yield
+    except Exception as error:
+        if not (told := variables(CERTIFICATES if isinstance(error, OSError) else PROXIES)):
+            raise
+        socks = "SOCKS needs a package (pip install socksio)"
+        why = socks if isinstance(error, ImportError) else short_text(error)
+        raise Fail(f"{told}: {why}; correct it, or unset it where it is not needed") from None
 
 
 def validate_batch(batch: Any) -> Any:
@@ -529,6 +980,11 @@ STATE = {  # with what a new workspace begins
     "doubt_since": 0,  # when a batch was first looked for without being found, or 0
     "plan": "",  # what the plan and the waiting files were made from
     "written": "",  # what the finished output was made from
+    "prompt": "",  # version of the prompt that the plan was made for
+    "models": [],  # that this workspace has worked with, the present one last
+    "gone": {},  # models that an auto run has left -> why
+    "efforts": {},  # model -> reasoning effort that it was found to accept; "" where it takes none
+    "ask_again": "",  # model that is asked also for rows that another one has answered
     "sound": "",  # model and prompt whose pilot came back sound
     "stopped": "",  # why nothing more is sent
     "queue_limit": 0,  # tokens that may be in flight, as learned from refusals; 0: not known
@@ -568,6 +1024,7 @@ class StateManager:
 
     def __init__(self, workspace: Path):
         self.path, self.identity_path = workspace / "state.json", workspace / "workspace.json"
+        self.requests = workspace / "requests"
         self.old_store = workspace / "results.sqlite"  # of versions that kept more than the batches in a database
         self.data = copy.deepcopy(STATE)
         try:
@@ -577,6 +1034,9 @@ class StateManager:
             data["intent"] = data["intent"] and filled(
                 {"id": "", "file": "", "sha256": ""}, data["intent"], "an intent"
             )
+            names = [*data["models"], *data["gone"].values(), *data["efforts"].values()]
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("a model's name that is no text")
             self.data = data
         except FileNotFoundError:
             if self.identity_path.exists() or self.old_store.exists():  # something may have been sent
@@ -619,6 +1079,27 @@ class StateManager:
         ]
 
 
+def request_model(path: Path) -> str:
+    """The model that a request file asks, or "" where it is not here any more."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as handle:
+        if found := re.match(rb'\{"custom_id": "\w*", .{0,99}?"model": ("[^"]*")', handle.read(4096)):
+            return json.loads(found[1])
+    return ""
+
+
+def resolve(given: CleaningConfig, state: StateManager) -> CleaningConfig:
+    """The settings with what the workspace knows: its model in place of `auto`, and the effort that this one accepts.
+
+    Workspaces of versions that noted no model have it in their last request file.
+    """
+    model, effort = given.model, given.reasoning_effort
+    if model == AUTO:
+        kept = state["models"] or [request_model(path) for path in sorted(state.requests.glob("*.jsonl"))[-1:]]
+        model = (kept and kept[-1]) or AUTO
+    effort = state["efforts"].get(model) if effort is None else effort
+    return dataclasses.replace(given, model=model, reasoning_effort=effort, ask_again=state["ask_again"] == model)
+
+
 def describe_batch(batch: Any) -> dict[str, Any]:
     """What state.json keeps of a batch, beside input_file and the facts of that file."""
     counts = batch.request_counts
@@ -644,10 +1125,11 @@ class Answers:
 
     def load(self, batches: dict[str, dict]) -> None:
         """Read every source anew, the oldest first, but not the batches that are still to be collected."""
-        self.cleaned: dict[str, tuple[str, ...]] = {}  # digest -> values of FIELDS
+        self.cleaned: dict[str, tuple[str, ...]] = {}  # digest -> values of FIELDS, and the model
         self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer
         self.reasons = Counter()  # of all results that are no answer
-        self.usage = Counter()  # (model, sync, "prompt" or "output") -> tokens
+        self.stops: dict[str, str] = {}  # code of STOPS -> the server's words
+        self.usage = Counter()  # (model, sync, "prompt" or "output") -> tokens; "answers" -> how many used them
         self.results: dict[str, Counter] = {}  # source -> reason, or "ok" -> results
 
         def made_at(source: str) -> float:
@@ -679,15 +1161,19 @@ class Answers:
         """Enter one line of a raw file; gives its outcome."""
         outcome, sync = read_result(line), source.startswith("sync")
         self.results.setdefault(source, Counter())[outcome.reason or "ok"] += 1
-        if outcome.prompt_tokens or outcome.output_tokens:
-            model = str(line["response"]["body"].get("model") or self.settings.model)
+        model = self.settings.model
+        if outcome.kind == "ok" or outcome.prompt_tokens or outcome.output_tokens:
+            model = sys.intern(short_text(line["response"]["body"].get("model") or model, 100))
             self.usage[model, sync, "prompt"] += outcome.prompt_tokens
             self.usage[model, sync, "output"] += outcome.output_tokens
+            self.usage[model, sync, "answers"] += 1
         if outcome.kind == "ok":
-            self.cleaned.setdefault(digest, tuple(outcome.fields.values()))
+            self.cleaned.setdefault(digest, (*outcome.fields.values(), model))
             return outcome
         self.reasons[outcome.reason] += 1
-        if outcome.kind != "stop":
+        if outcome.kind == "stop":
+            self.stops[outcome.reason] = outcome.detail
+        else:
             self.failures.setdefault(digest, []).append(outcome)
         return outcome
 
@@ -695,13 +1181,13 @@ class Answers:
         """The failures that count."""
         return self.failures[digest][self.forgiven.get(digest, 0) :] if digest in self.failures else []
 
-    def status(self, digest: str) -> str:
-        """cleaned, rejected (no digest, or no attempts left) or pending."""
+    def status(self, digest: str, answered: str = "") -> str:
+        """cleaned, rejected (no digest, or no attempts left and no digest `answered` by another model) or pending."""
         if digest in self.cleaned:
             return "cleaned"
         attempts = self.attempts(digest)
         used_up = len(attempts) >= self.settings.max_attempts or any(one.kind == "final" for one in attempts)
-        return "rejected" if used_up or not digest else "pending"
+        return "pending" if digest and not used_up else "cleaned" if answered in self.cleaned else "rejected"
 
     def forgive(self) -> None:
         """Give rows whose attempts are used up their attempts again."""
@@ -718,6 +1204,22 @@ class Answers:
             total = {name: total[name] + more[name] for name in total}
         return total
 
+    def models(self) -> list[str]:
+        """Models that answered, the busiest first; some, for a server may say anything."""
+        answers = Counter()
+        for (model, _, kind), number in self.usage.items():
+            answers[model] += number if kind == "answers" else 0
+        return [model for model, _ in answers.most_common(20)]
+
+    def estimate(self, load: dict) -> tuple[float, str]:
+        """Cost of a load, by what the answers of the present model used, or by a guess where there are none."""
+        used = Counter()
+        for (model, _, kind), number in self.usage.items():
+            used[kind] += number if undated(model) == undated(self.settings.model) else 0
+        answers = used["answers"]
+        measured = (used["prompt"] / answers, used["output"] / answers) if used["prompt"] else None
+        return estimate(self.settings, load, measured)
+
 
 def read_lines(path: Path) -> Iterator[dict]:
     """JSON objects of a raw answer file; an unreadable line gives an empty object."""
@@ -732,6 +1234,35 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # DataProcessor: rows -> digests and request files
+
+
+def shared_photos(photos: list[str], titles: list[str]) -> dict[str, tuple[int, bool]]:
+    """{photo: (different titles that share it, whether it is a placeholder)} of each item's photo (a digest) and title.
+
+    A placeholder ("image coming soon") has more than common.SAME_PHOTO titles that are no variants of one product.
+    Variants have most of their words in common, or two that the rest of the catalogue lacks, such as series and kind.
+    Numbers make no different title.
+    """
+
+    def words(title: str) -> frozenset[str]:
+        return frozenset(re.findall(r"[^\W\d_]{2,}", title.lower()))
+
+    often, groups = Counter(photos), {}
+    for photo, title in zip(photos, titles, strict=True):
+        if photo and often[photo] > 1:
+            groups.setdefault(photo, []).append(words(title))
+    shared = {photo: (count, False) for photo, group in groups.items() if (count := len(set(group))) > 1}
+    if max((count for count, _ in shared.values()), default=0) <= common.SAME_PHOTO:
+        return shared
+    everywhere = Counter(word for title in titles for word in words(title))
+    for photo, (count, _) in shared.items():
+        inside, different = Counter(word for one in groups[photo] for word in one), set(groups[photo])
+        rest = max(len(titles) - len(groups[photo]), 1)
+        usual = {word for word, n in everywhere.items() if word in inside and n - inside[word] >= 0.5 * rest}
+        core = {word for word in inside if sum(word in one for one in different) >= 0.75 * count} - usual
+        covered = sum(len(one & core) / len(one - usual) if one - usual else 1 for one in different) / count
+        shared[photo] = (count, count > common.SAME_PHOTO and len(core) < 2 and covered < 0.4)
+    return shared
 
 
 class RequestWriter:
@@ -756,18 +1287,18 @@ class RequestWriter:
         if self.name:
             most = min(self.pilot if self.facts["pilot"] else math.inf, self.settings.max_requests_per_file)
             full = self.facts["requests"] >= most or self.bytes + len(line) >= self.settings.max_batch_file_size
-            if full or queue_tokens(total_load([self.facts, load])) > self.max_tokens:
+            if full or queue_tokens(self.facts) + queue_tokens(load) > self.max_tokens:
                 self.close()
         if not self.name:
             self.number += 1
             self.name = f"{self.number:06d}.jsonl"
             path = self.stack.enter_context(common.atomic_file(self.folder / self.name))
             self.handle, self.hash, self.bytes = self.stack.enter_context(open(path, "wb")), hashlib.sha256(), 0
-            self.facts = {"pilot": bool(self.pilot) and not self.files}
+            self.facts = dict.fromkeys(LOAD, 0) | {"pilot": bool(self.pilot) and not self.files}
         self.handle.write(line)
         self.hash.update(line)
         self.bytes += len(line)
-        self.facts |= total_load([self.facts, load])
+        self.facts |= {name: self.facts[name] + load[name] for name in LOAD}
 
     def close(self) -> None:
         """Move the open file to its name."""
@@ -775,6 +1306,20 @@ class RequestWriter:
         if self.name:
             self.files[self.name] = self.facts | {"sha256": self.hash.hexdigest()}
             self.name = ""
+
+    def remove(self, digests: set[str], loads: dict[str, dict]) -> None:
+        """Write the closed files anew without these requests. `loads`: of those that stay."""
+        if not digests & self.digests:
+            return
+        old, self.files, self.digests = self.files, {}, set()
+        for path in [self.folder / name for name in old]:
+            with open(path, "rb") as handle:
+                for line in handle:
+                    digest = re.match(rb'\{"custom_id": "(\w+)"', line)[1].decode()
+                    if digest not in digests:
+                        self.add(digest, line, loads[digest])
+            path.unlink()
+        self.close()
 
 
 def sound_key(settings: CleaningConfig) -> str:
@@ -795,25 +1340,42 @@ def request_keys(path: Path, sha256: str, changed: int) -> list[str] | None:
 class DataProcessor:
     """The catalogue's rows, the plan that gives each its digest or the reason why it has none, and request files.
 
-    The plan (plan.parquet) has the catalogue's index and the columns id, digest, reason, detail, tokens, patches.
+    The plan (plan.parquet) has the catalogue's index and the columns id, digest, reason, detail, tokens, patches, photo
+    and further (names of the first usable photo and of the others), and answered: the digest under which another model
+    has answered a row that is asked again.
     """
 
-    PLANNED = ("digest", "reason", "detail", "tokens", "patches")
+    PLANNED = ("digest", "reason", "detail", "tokens", "patches", "photo", "further", "answered")
 
     def __init__(self, args: argparse.Namespace, settings: CleaningConfig, state: StateManager):
         import pandas as pd
 
         self.args, self.settings, self.state, workspace = args, settings, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
+        self.fetched, self.unfetched = workspace.with_name(f"{workspace.name}.photos"), {}  # URL -> why it is not here
         self.answers, self.plan = Answers(workspace, settings), None
         self.answers.load(state["batches"])
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
-            self.plan = pd.read_parquet(self.plan_path, page_checksum_verification=True)[["id", *self.PLANNED]]
+            # Each of Arrow's threads would keep memory of its own, 300 bytes a row in all.
+            plan = pd.read_parquet(self.plan_path, page_checksum_verification=True, use_threads=False)
+            plan = plan.assign(**{name: plan.get(name, "") for name in self.PLANNED[-3:]})
+            self.plan = plan[["id", *self.PLANNED]]
+
+    def use(self, settings: CleaningConfig) -> None:
+        """Go on with other settings, as of another model."""
+        self.settings = self.answers.settings = settings
+        self.__dict__.pop("signature", None)
 
     @functools.cached_property
     def catalogue(self) -> tuple[Any, Any]:
         """(rows, reasons) as common.read_catalogue gives them, --limit taken into account."""
-        return tuple(part.head(self.settings.limit or len(part)) for part in common.read_catalogue(self.args.input))
+        whole = common.read_catalogue(self.args.input, self.args.columns)
+        return tuple(part.head(self.settings.limit or len(part)) for part in whole)
+
+    @functools.cached_property
+    def fetched_from(self) -> str:
+        """Path of the fetched photos from the images folder."""
+        return os.path.relpath(self.fetched.resolve(), common.images_folder(self.args.images, self.args.input))
 
     @functools.cached_property
     def signature(self) -> str:
@@ -825,7 +1387,7 @@ class DataProcessor:
         line = request_line(settings, "", "", b"", 1).decode()
         sizes = [settings.max_batch_file_size, settings.max_requests_per_file, settings.pilot, settings.image_size]
         inputs = [common.file_digest(path) for path in self.args.input]
-        return common.digest([inputs, str(folder), line, sizes, settings.limit])
+        return common.digest([inputs, str(folder), line, sizes, settings.limit, self.args.columns])
 
     def is_planned(self) -> bool:
         """Whether the plan is that of today's catalogue and settings."""
@@ -846,45 +1408,121 @@ class DataProcessor:
         rows, reasons = self.catalogue
         if not len(rows):
             raise Fail(f"{', '.join(self.args.input)}: no rows; check --input and --limit")
+        if not again:
+            self.fetch_photos()
         self.remove_waiting()
         old = pd.DataFrame(columns=["id", *self.PLANNED]) if self.plan is None else self.plan
-        known, loads = dict(zip(old["id"], old["digest"], strict=True)), self.loads(old)
-        flying = self.keys_in_flight()
-        entries = {number: ("", reason, "", 0, 0) for number, reason in reasons.items()}
+        known, loads = {id: key for id, key in zip(old["id"], old["digest"], strict=True) if key}, self.loads(old)
+        flying, sources = self.keys_in_flight(), {}
+        entries = {number: ("", reason, "", 0, 0, "", "", "") for number, reason in reasons.items()}
         if again:
             entries = dict(zip(old.index, old[list(self.PLANNED)].itertuples(index=False, name=None), strict=True))
 
         def is_wanted(digest: str) -> bool:
             return digest not in flying and self.answers.status(digest) == "pending"
 
-        def rows_to_read() -> Iterator[tuple]:
-            columns = (rows.index, rows["id"], rows["name"], rows["image_path"], reasons)
-            for number, id, name, image_path, reason in zip(*columns, strict=True):
-                digest = known.get(id, "")
-                if not reason and (is_wanted(digest) or not again):
-                    cut_off = sum(one.reason == "length" for one in self.answers.attempts(digest))
-                    yield number, name, image_path, "" if is_wanted(digest) else digest, 2**cut_off
-
         with contextlib.ExitStack() as stack:
             writer = RequestWriter(stack, self.requests, self.settings, self.state)
-            work = functools.partial(
-                build_block, self.settings, common.images_folder(self.args.images, self.args.input)
-            )
-            blocks, workers = batched(rows_to_read(), BLOCK), self.settings.workers or os.cpu_count() or 1
-            for number, *entry, line in common.progress(common.photo_pool(work, blocks, workers), "prepare"):
-                digest = entry[0]
-                if line and is_wanted(digest):
-                    writer.add(digest, line, dict(zip(LOAD, (1, *entry[3:]), strict=True)))
+            for number, digests, sources[number], entry, line in self.built_rows(known, is_wanted, again):
+                digest, answered = self.choose_digest(digests, flying)
+                if line and digest == digests[0] and is_wanted(digest):
+                    writer.add(digest, line, dict(zip(LOAD, (1, *entry[2:4]), strict=True)))
                 elif not line and digest in loads:  # not encoded again
-                    entry[3:] = loads[digest]["tokens"], loads[digest]["patches"]
-                entries[number] = entry
+                    entry[2:4] = loads[digest]["tokens"], loads[digest]["patches"]
+                entries[number] = (digest, *entry, answered)
             writer.close()
+            if not again:
+                self.reject_placeholders(entries, sources, writer)
         self.plan = pd.DataFrame.from_dict(entries, orient="index", columns=self.PLANNED)
         self.plan.insert(0, "id", rows["id"])
         with common.atomic_file(self.plan_path) as temporary:
             self.plan.to_parquet(temporary, write_page_checksum=True)
         self.state.set(files=self.state["files"] | writer.files, plan=self.signature)
         return len(writer.digests)
+
+    def built_rows(self, known: dict[str, str], is_wanted: Callable[[str], bool], again: bool) -> Iterator[tuple]:
+        """(number, digests, source, entry, line) of every product's rows, or with `again` of those that are wanted."""
+
+        def products() -> Iterator[tuple]:
+            for id, rows in common.products(*self.catalogue):
+                digest = known.get(id, "")
+                if is_wanted(digest) or not again:
+                    cut_off = sum(one.reason == "length" for one in self.answers.attempts(digest))
+                    rows = [(number, name, self.local_cells(cells)) for number, name, cells in rows]
+                    yield rows, "" if is_wanted(digest) else digest, 2**cut_off
+
+        folder = common.images_folder(self.args.images, self.args.input)
+        work = functools.partial(build_block, self.settings, folder, self.earlier_models())
+        blocks, workers = batched(products(), BLOCK), self.settings.workers or os.cpu_count() or 1
+        built = common.progress(common.photo_pool(work, blocks, workers), "prepare")
+        for number, digests, source, *entry, line in built:
+            if common.is_url(entry[1]):
+                entry[1] = entry[1].partition(": not fetched")[0]
+                entry[0] = f"photo not fetched: {self.unfetched.get(entry[1], 'not tried')}"
+            yield number, digests, source, entry, line
+
+    def fetch_photos(self) -> None:
+        """Fetch the photos that stand at URLs, if there are such."""
+        cells = (cell for _, some in common.products(*self.catalogue) for _, _, cells in some for cell in cells)
+        urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in common.photo_names(Path(), [cell]))
+        if urls:
+            self.unfetched = PhotoFetcher(self.fetched, self.settings.allow_private).fetch([*urls])
+
+    def local_cells(self, cells: list[str]) -> list[str]:
+        """Photo cells with a URL's local copy, relative to the images folder, in its place, where it has one."""
+        local = []
+        for cell in cells:
+            if not common.is_url(cell):
+                local.append(cell)
+                continue
+            for url in common.photo_names(Path(), [cell]):
+                path = self.fetched / common.digest(url.encode())
+                local.append(os.path.join(self.fetched_from, path.name) if path.exists() else url)
+        return local
+
+    def reject_placeholders(self, entries: dict[int, tuple], sources: dict[int, str], writer: RequestWriter) -> None:
+        """Give rows whose photo shows no product a reason in place of their digests, and ask nothing for them."""
+        numbers, removed = [number for number, source in sources.items() if source], set()
+        names = map(common.plain_text, self.catalogue[0].loc[numbers, "name"])
+        shared = shared_photos([sources[number] for number in numbers], [*names])
+        groups: dict[str, list[int]] = {source: [] for source in sorted(shared, key=lambda one: -shared[one][0])}
+        for number in numbers:
+            groups.get(sources[number], []).append(number)
+        for place, (source, group) in enumerate(groups.items()):
+            count, placeholder = shared[source]
+            photo, end = entries[group[0]][5], ", rejected: it shows none of them" if placeholder else ""
+            if placeholder or place < 5:
+                say(f"{photo}: one photo for {len(group)} products with {count} different titles{end}")
+            for number in group if placeholder else ():
+                removed |= {entries[number][0], entries[number][-1]}
+                detail = f"one photo for {count} different titles"
+                entries[number] = ("", "placeholder photo", detail, 0, 0, "", "", "")
+        loads = {key: dict(zip(LOAD, (1, *load[:2]), strict=True)) for key, _, _, *load in entries.values()}
+        writer.remove(removed - loads.keys(), loads)
+
+    def earlier_models(self) -> list[str]:
+        """Models that may have been asked for these rows before; what they answered is not bought again."""
+        if not (self.answers.results or self.state.in_flight()):
+            return []
+        answered = self.answers.models()
+        asked = [request_model(path) for path in self.requests.glob("*.jsonl")]
+        names = [*self.state["models"][::-1], *asked, *answered, *map(undated, answered), *MODELS]
+        return [name for name in dict.fromkeys(names) if name and name != self.settings.model]
+
+    def choose_digest(self, digests: list[str], flying: set[str]) -> tuple[str, str]:
+        """Of a row's digests, that of the present model first: the one that counts, and the one to fall back on.
+
+        What another model has answered, refused or is being asked counts, but for --ask-again.
+        """
+        if not digests:
+            return "", ""
+        status = {key: self.answers.status(key) for key in digests}
+        answered = next((key for key in digests if status[key] == "cleaned"), "")
+        if self.settings.ask_again and answered != digests[0]:
+            return digests[0], answered
+        asked = next((key for key in digests if key in flying), "")
+        used_up = next((key for key in digests if status[key] == "rejected"), "")
+        return answered or asked or used_up or digests[0], ""
 
     def remove_waiting(self) -> None:
         """Forget and remove the request files that were never sent, and what a killed call left behind."""
@@ -903,6 +1541,10 @@ class DataProcessor:
         path = self.requests / batch["input_file"]
         return request_keys(path, batch["sha256"], path.stat().st_mtime_ns) if path.is_file() else None
 
+    def model_of(self, batch: dict) -> str:
+        """The model that a batch asks, or "" where its request file is not here any more."""
+        return request_model(self.requests / batch["input_file"])
+
     def keys_in_flight(self) -> set[str]:
         """The digests that are, or may be, in flight, as far as their request files are still here."""
         return {key for batch in self.state.in_flight() for key in self.keys_of(batch) or ()}
@@ -911,8 +1553,22 @@ class DataProcessor:
     def counts(self) -> dict[str, int]:
         """input, cleaned, rejected and pending rows."""
         rows = len(self.catalogue[0] if self.plan is None else self.plan)
-        found = Counter(["pending"] * rows if self.plan is None else map(self.answers.status, self.plan["digest"]))
+        found = Counter(["pending"] * rows if self.plan is None else self.statuses())
         return {"input": rows} | {name: found[name] for name in ("cleaned", "rejected", "pending")}
+
+    def statuses(self) -> Iterator[str]:
+        """The status of each planned row."""
+        return map(self.answers.status, self.plan["digest"], self.plan["answered"])
+
+    def any_refused(self) -> bool:
+        """Whether --retry-failed would ask for a row."""
+        pairs = () if self.plan is None else zip(self.plan["digest"], self.statuses(), strict=True)
+        return any(digest and status == "rejected" for digest, status in pairs)
+
+    def asked_again(self) -> list[dict]:
+        """Loads of the rows that wait for an answer though another model has given one."""
+        loads = self.pending_loads()
+        return [loads[digest] for digest in set(self.plan["digest"][self.plan["answered"] != ""]) if digest in loads]
 
     def loads(self, plan: Any) -> dict[str, dict]:
         """digest -> load, for the rows of a plan."""
@@ -929,7 +1585,6 @@ class DataProcessor:
 # One step: collect what is in, plan what is missing, send what fits. It may be killed anywhere and repeated
 
 ENDED = ("completed", "failed", "expired", "cancelled")
-NOT_ASKED = ("batch_expired", "batch_cancelled", "batch vanished", "batch hung", *STOPS)  # reasons that judge no pilot
 
 
 def as_error(code: str, message: str = "") -> dict:
@@ -942,18 +1597,34 @@ def as_refusal(code: str, message: str) -> dict:
     return {"response": {"status_code": 400, "body": as_error(code, message)}}
 
 
+REMEDIES = {"length": "raise --max-completion-tokens or lower --reasoning-effort"}  # for the reason of bad answers
+
+
+def unsound_pilot(parsed: int, bad: Counter) -> str:
+    reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(3))
+    remedy = REMEDIES.get(bad.most_common(1)[0][0], "look into raw/ at what the model answers")
+    found = f"{parsed} of {parsed + bad.total()} answers could be parsed ({reasons})"
+    return f"the pilot came back unsound: {found}; {remedy}"
+
+
 class BatchRunner:
     """Brings the workspace forward through the Batch API."""
 
     def __init__(self, processor: DataProcessor, state: StateManager, settings: CleaningConfig, replan: bool):
-        self.processor, self.state, self.settings = processor, state, settings
+        self.processor, self.state, self.given = processor, state, settings
+        self.auto = settings.model == AUTO
         self.replan = replan  # whether all photos are looked at, though the plan is that of today's catalogue
-        self.checked = False
+        self.checked, self.found = False, {}  # model -> its description, as chosen in this call
         self.retry_in: float | None = None  # seconds, after a step that failed
 
     @functools.cached_property
     def client(self) -> BatchAPIClient:
         return BatchAPIClient(self.settings)
+
+    @property
+    def settings(self) -> CleaningConfig:
+        """As resolved: another model or effort may take the place of the present one."""
+        return self.processor.settings
 
     def step(self) -> bool:
         """Do what can be done now; gives whether every row is settled. Fails where only a person can help."""
@@ -964,7 +1635,9 @@ class BatchRunner:
                 self.refresh(id)
             self.make_plan()
             while not self.state["stopped"] and (name := self.next_file()):
-                self.preflight()
+                if not self.preflight():
+                    self.make_plan()  # for another model
+                    continue
                 self.check_budget(total_load([*self.state.live().values(), *self.state["files"].values()]))
                 self.send(name)
         except TryLater as later:
@@ -973,11 +1646,12 @@ class BatchRunner:
             self.retry_in = later.seconds or min(RETRY_PAUSE, max(self.settings.poll_interval, 1.0))
             say(f"{later}; to be tried again")
         except Stop as stop:
-            self.stop(str(stop))
+            self.stop(stop.args[0])
         if self.processor.is_settled():
             return True
         if (why := self.state["stopped"]) and not self.state.live():
-            raise Fail(f"stopped: {why}; mend the cause, then `run` or `dispatch` goes on")
+            again = "; `run --retry-failed` asks again for rejected rows" if self.processor.any_refused() else ""
+            raise Fail(f"stopped: {why}; mend the cause, then `run` or `dispatch` goes on{again}")
         return False
 
     def stop(self, why: str) -> None:
@@ -985,6 +1659,80 @@ class BatchRunner:
         why = f"{STOPS[why]} ({why})" if why in STOPS else why
         say(f"{why}; sending nothing more, collecting what is in flight")
         self.state.set(stopped=why)
+
+    def react(self, code: str, model: str) -> None:
+        """Stop for a code of STOPS that a request to `model` brought, or go on with another effort or model."""
+        if code not in ("model_not_found", "unsupported_value"):
+            self.stop(code)
+        elif model != self.settings.model:
+            pass  # the work goes on with another one already
+        elif code == "unsupported_value":
+            self.change_effort(self.processor.answers.stops.get(code, ""))
+        elif self.auto:
+            self.leave_model("is not there any more (model_not_found)")
+        else:
+            self.stop(f"{STOPS[code]} ({code}: {model}); set another --model, or auto")
+
+    # -- the model and its effort
+    def resolve(self) -> None:
+        self.processor.use(resolve(self.given, self.state))
+
+    def change_effort(self, message: str) -> None:
+        """The model refused the effort, or another setting: take the lowest effort that the message lists, if any."""
+        model, sent = self.settings.model, model_parameters(self.settings).get("reasoning_effort", "")
+        listed = re.split(r"(?i)supported values|allowed|accept|one of|must be", message)[-1]
+        accepted = [name for name in EFFORTS if name != sent and re.search(rf"(?<![\w-]){name}(?![\w-])", listed)]
+        if "reasoning" not in message or model in self.state["efforts"] or not (accepted or sent):
+            self.stop(f"{model} refuses a setting: {message}")
+        elif self.given.reasoning_effort is not None:
+            options = " or ".join(accepted) or "none at all: leave --reasoning-effort out"
+            self.stop(f"{model} refuses --reasoning-effort {sent}; it accepts {options}")
+        else:
+            effort = accepted[0] if accepted else ""
+            say(f"{model} refuses reasoning_effort {sent or '(not sent)'}; sending {effort or 'no effort'} from now on")
+            self.state.set(efforts=self.state["efforts"] | {model: effort})
+            self.resolve()
+
+    def leave_model(self, why: str) -> None:
+        """In an auto run: the next plan is made for another model."""
+        self.state.set(gone=self.state["gone"] | {self.settings.model: why})
+
+    def choose_model(self) -> None:
+        """In an auto run: take the first of AUTO_MODELS that the key has and that lives until the work may be done.
+
+        Where none lives so long, the one that lives longest. Raises Fail if none is left. state.json keeps the choice.
+        """
+        before, gone, lives, why = self.settings.model, self.state["gone"], {}, {}
+        settings, rows = self.given, len(self.processor.catalogue[0])
+        a_file = min(settings.max_requests_per_file, max(1, settings.max_batch_file_size // REQUEST_BYTES))
+        rounds = 0 if settings.sync else math.ceil(rows / a_file / settings.max_concurrent_batches)
+        offline = not os.environ.get("OPENAI_API_KEY") and not os.environ.get("OPENAI_BASE_URL")  # only `prepare` is
+        for name in [name for name in AUTO_MODELS if name not in gone]:
+            try:
+                self.found[name] = {} if offline else self.client.model(name)
+                date, days = shutdown_date(name, self.found[name])
+            except NotFound:
+                why[name] = "is not there for this key"
+                continue
+            if days > 0:
+                lives[name] = days
+            if days >= rounds + 1 + MARGIN:
+                break
+            why[name] = f"was shut down on {date}" if days <= 0 else f"shuts down on {date}"
+        reasons = "; ".join(f"{name} {reason}" for name, reason in (gone | why).items())
+        if not lives:
+            listed = "" if offline else f" ({', '.join(self.client.listed[:12]) or 'none'})"
+            raise Fail(f"--model auto finds none to take: {reasons}; set --model to one that the key has{listed}")
+        name = max(lives, key=lives.get)
+        say(f"{before} {gone[before]}; the rest goes to {name}" if before in gone else
+            f"model {name}: " + (reasons if why.keys() - {name} else "the first that auto takes"))  # fmt: skip
+        self.keep_model(name)
+        self.resolve()
+        self.checked = False
+
+    def keep_model(self, name: str) -> None:
+        """Note the present model of the workspace."""
+        self.state.set(models=[*(one for one in self.state["models"] if one != name), name])
 
     # -- lost batches: did a create reach the server?
     def find_lost_batches(self) -> None:
@@ -1088,10 +1836,10 @@ class BatchRunner:
         failures = "".join(f"; {n} {reason}" for reason, n in results.items() if reason != "ok")
         say(f"{known['input_file']}: {status}, {results['ok']} of {total} parsed{failures}")
         for code in [code for code in STOPS if results[code]][:1]:
-            self.stop(code)
+            self.react(code, self.processor.model_of(known))
         self.close_batch(id, status)
         if known["pilot"] and "" in errors:
-            self.judge_pilot(total, results, keys)
+            self.judge_pilot(keys)
 
     def close_batch(self, id: str, status: str, waits_again: bool = False) -> None:
         """Note that nothing more is to come from a batch; its request file is done with, or waits to be sent again."""
@@ -1106,15 +1854,39 @@ class BatchRunner:
             completed_files=done, files=files, refused_alone=self.state["refused_alone"] if waits_again else 0
         )
 
-    def judge_pilot(self, total: int, results: Counter, keys: list[str]) -> None:
-        """Is what came back sound enough to send the rest?"""
-        parsed, answered = results["ok"], total - sum(results[reason] for reason in NOT_ASKED)
-        if parsed and parsed >= PILOT_SOUND * answered:
+    def judge_pilot(self, last: list[str]) -> None:
+        """Are the latest answers to all rows of this model's pilots sound enough to send the rest?
+
+        What brought no answer, for the server's own reasons, says nothing about that. `last`: digests of the pilot that
+        came back just now.
+        """
+        processor, answers, model = self.processor, self.processor.answers, self.settings.model
+        pilots = [one for one in self.state["batches"].values() if one["pilot"] and one.get("collected")]
+        asked = [one for one in pilots if one["status"] != "failed" and processor.model_of(one) == model]
+        keys = {key for one in asked for key in processor.keys_of(one) or ()}
+        parsed = sum(key in answers.cleaned for key in keys)
+        latest = [answers.failures[key][-1] for key in keys - answers.cleaned.keys() if key in answers.failures]
+        bad = Counter(one.reason for one in latest if one.kind != "server")
+        if parsed and parsed >= PILOT_SOUND * (parsed + bad.total()):
             self.state.set(sound=sound_key(self.settings))
-        elif answered and self.state["files"]:
-            self.stop(f"the pilot came back unsound: {parsed} of {answered} answers could be parsed")
-        elif self.state["files"] and not any(self.processor.answers.status(key) == "pending" for key in keys):
-            self.stop("the pilot brought no usable answer; --pilot 0 would do without")
+            self.compare_estimate()
+        elif not self.state["files"]:
+            return  # nothing more waits for it
+        elif bad:
+            self.stop(unsound_pilot(parsed, bad))
+        elif not any(answers.status(key) == "pending" for key in last):
+            reasons = ", ".join(sorted({one.reason for key in last for one in answers.failures.get(key, ())}))
+            self.stop(f"the pilot's rows brought no answer ({reasons}); the next call asks others")
+
+    def compare_estimate(self) -> None:
+        """Hold what the pilot used against the estimate, and stop where all would cost more than twice as much."""
+        to_come = total_load(self.processor.pending_loads().values())
+        (first, guess), (usd, text) = estimate(self.settings, to_come), self.processor.answers.estimate(to_come)
+        if not to_come["requests"] or math.isnan(usd):
+            return
+        say(f"after the pilot: {text} to come; the estimate was {guess}")
+        if usd > 2 * first:
+            self.stop(f"the pilot used more than twice of what was estimated: {text} to come, not {guess}")
 
     def store_failed(self, id: str, batch: Any) -> None:
         """A batch that failed as a whole: queue full, quota, bad lines, or something else."""
@@ -1125,9 +1897,10 @@ class BatchRunner:
         if "token_limit_exceeded" in codes:
             self.close_batch(id, "failed", waits_again=True)
             self.learn_queue_limit(known, codes["token_limit_exceeded"])
-        elif stops := [code for code in codes if code in STOPS]:
+        elif stops := {stop_code(400, *pair): pair[1] for pair in codes.items() if stop_code(400, *pair)}:
             self.close_batch(id, "failed", waits_again=True)
-            self.stop(stops[0])
+            self.processor.answers.stops |= stops
+            self.react(next(iter(stops)), self.processor.model_of(known))
         elif lines:
             refused = {}
             for number, key in enumerate(self.processor.keys_of(known) or [], 1):
@@ -1161,11 +1934,27 @@ class BatchRunner:
 
     # -- planning
     def make_plan(self) -> None:
-        """Give every row its digest and write request files: once a call, and where the catalogue has changed."""
+        """Give every row its digest and write request files: once a call, and where catalogue or model have changed."""
+        if self.auto and self.settings.model in (AUTO, *self.state["gone"]):
+            self.choose_model()
+        if (model := self.settings.model) not in self.state["models"][-1:]:
+            self.keep_model(model)
+        if self.replan and self.given.ask_again:
+            self.state.set(ask_again=model)
+            self.resolve()
+        known = MODELS.get(undated(model), UNKNOWN).efforts
+        if (effort := self.given.reasoning_effort) and known and effort not in known:
+            raise Fail(f"--reasoning-effort {effort}: {model} accepts {', '.join(known)}", common.USAGE)
         if self.replan or not self.processor.is_planned():
+            if self.state["prompt"] not in ("", PROMPT_VERSION):
+                say("the prompt has changed since the last call: answered rows are asked and paid again")
             requests = self.processor.prepare()
+            self.state.set(prompt=PROMPT_VERSION)
             self.state.set(state="In Progress" if self.state.live() else "Prepared")
             say(f"prepared: {requests} new requests in {self.processor.requests}")
+            if again := self.processor.asked_again():
+                price = self.processor.answers.estimate(total_load(again))[1]
+                say(f"{len(again)} of the rows to ask have an answer of another model: {price} for asking {model} too")
         self.replan = False
 
     def plan_again(self) -> None:
@@ -1194,31 +1983,44 @@ class BatchRunner:
         return None
 
     # -- sending
-    def preflight(self) -> None:
-        """Once a call, before anything is spent: is the model there, and will it be while the work may take?"""
+    def preflight(self) -> bool:
+        """Once a call, before anything is spent: is the model there, and will it be while the work may take?
+
+        Gives False where it is not, and an auto run leaves it.
+        """
         if self.checked:
-            return
+            return True
         name, files = self.settings.model, self.state["files"]
-        shutdown = str(self.client.model().get("shutdown_date") or "")[:10]
-        if re.fullmatch(r"\d{4}-\d\d-\d\d", shutdown):
-            days = (datetime.date.fromisoformat(shutdown) - datetime.date.today()).days
-            needed = math.ceil(len(files) / self.settings.max_concurrent_batches) + 1
-            if days <= 0:
-                raise Fail(f"{name} was shut down on {shutdown}; choose another --model")
-            if days < max(needed, 30):
-                may = "; the run may take longer than that" if days < needed else ""
-                say(f"warning: {name} shuts down on {shutdown}, in {days} days{may}; consider another --model")
+        try:
+            date, days = shutdown_date(name, facts := self.found.pop(name, None) or self.client.model(name))
+            told = self.auto or facts.get("shutdown_date")  # a server may go on with what the table says has ended
+            ended = f"was shut down on {date}" if days <= 0 and told else ""
+        except NotFound as error:
+            if not self.auto:
+                raise Fail(f"{error}; set --model ({', '.join(self.client.listed[:12]) or 'none'}), or auto") from None
+            ended = "is not there for this key any more"
+        if ended and self.auto:
+            self.leave_model(ended)
+            return False
+        if ended:
+            raise Fail(f"{name} {ended}; choose another --model, or auto")
+        needed = math.ceil(len(files) / self.settings.max_concurrent_batches) + 1
+        if days < (needed if self.auto else max(needed, 30)):
+            may = "; the run may take longer than that" if days < needed else ""
+            then = "the rest would go to another" if self.auto else "consider --model auto"
+            say(f"warning: {name} shuts down on {date}, in {days} days{may}; {then}")
         self.checked = True
         load = total_load(files.values())
-        tokens, (_, price) = queue_tokens(load), estimate(self.settings, load)
+        tokens, (_, price) = queue_tokens(load), self.processor.answers.estimate(load)
         asked = f"{len(files)} files, {load['requests']} requests"
         say(f"to send: {asked}, about {tokens} input tokens, {price} with {name}")
+        return True
 
     def check_budget(self, to_come: dict) -> None:
         """Fail before a cent is spent that --max-cost does not cover."""
         if self.settings.max_cost is None:
             return
-        spent, (high, price) = self.processor.answers.spent()["usd"], estimate(self.settings, to_come)
+        spent, (high, price) = self.processor.answers.spent()["usd"], self.processor.answers.estimate(to_come)
         if math.isnan(high):
             raise Fail(f"--max-cost needs a price for {self.settings.model}; give --price-input and --price-output")
         if spent + high > self.settings.max_cost:
@@ -1265,7 +2067,7 @@ def ask_directly(runner: BatchRunner) -> None:
 
     prepare_directly(runner)
     state, processor, settings, answers = runner.state, runner.processor, runner.settings, runner.processor.answers
-    source, lock, asked, parsed, shown = f"sync-{time.time_ns()}", threading.Lock(), 0, 0, time.monotonic()
+    source, lock, parsed, bad, shown = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter(), time.monotonic()
     total, pilot = processor.counts()["pending"], settings.pilot
 
     def ask(text: bytes) -> tuple[str, Outcome]:
@@ -1286,35 +2088,38 @@ def ask_directly(runner: BatchRunner) -> None:
                 runner.check_budget(to_come)
                 outcomes = dict(pool.map(ask, block))
                 if stops := [outcome.reason for outcome in outcomes.values() if outcome.kind == "stop"]:
-                    raise Fail(f"{STOPS[stops[0]]} ({stops[0]}); what was answered is kept")
+                    runner.react(stops[0], runner.settings.model)
+                    if state["stopped"]:
+                        raise Fail(f"{state['stopped']}; what was answered is kept; then run again")
+                    break
                 to_come -= total_load(loads[key] for key in outcomes if answers.status(key) != "pending")
-                asked, parsed = asked + len(block), parsed + sum(one.kind == "ok" for one in outcomes.values())
+                parsed += sum(one.kind == "ok" for one in outcomes.values())
+                bad.update(one.reason for one in outcomes.values() if one.kind in ("again", "final"))
                 if time.monotonic() - shown > 15:
                     shown = time.monotonic()
                     say(f"{parsed} of about {total} rows answered")
-                if pilot and pilot <= asked < total and state["sound"] != sound_key(settings):
+                asked = parsed + bad.total()
+                if pilot and pilot <= asked < total and state["sound"] != sound_key(runner.settings):
                     if parsed < PILOT_SOUND * asked:
-                        raise Fail(f"the pilot came back unsound: {parsed} of {asked} answers could be parsed")
-                    state.set(sound=sound_key(settings))
+                        raise Fail(unsound_pilot(parsed, bad))
+                    state.set(sound=sound_key(runner.settings))
+                    runner.compare_estimate()
+                    if state["stopped"]:
+                        raise Fail(f"{state['stopped']}; `run` goes on")
             state.set(files={})
+            runner.make_plan()  # for another model or effort, if need be
 
 
 def prepare_directly(runner: BatchRunner) -> None:
     """All that comes before the first question. Fails where batches are in flight or the server is not well."""
-    try:
+    with contextlib.suppress(Fail):  # another server than the one that may hold the batch: the doubt stays
         runner.find_lost_batches()
-    except (TryLater, Stop) as error:
-        raise Fail(f"{error}; nothing was sent; run again later") from None
-    except Fail:
-        pass  # another server than the one that may hold the batch: the doubt stays
     if runner.state.live():
         raise Fail("batches of this workspace are in flight; collect them with `poll` before using --sync")
     runner.make_plan()
     runner.processor.raw.mkdir(exist_ok=True)
-    try:
-        runner.preflight()
-    except (TryLater, Stop) as error:
-        raise Fail(f"{error}; nothing was sent; check OPENAI_BASE_URL and the network, then run again") from None
+    while not runner.preflight():
+        runner.make_plan()
 
 
 def one_answer(client: BatchAPIClient, body: dict) -> dict:
@@ -1322,7 +2127,7 @@ def one_answer(client: BatchAPIClient, body: dict) -> dict:
     try:
         return {"response": {"status_code": 200, "body": client.chat(body)}}
     except Stop as stop:
-        return as_error(str(stop))
+        return as_error(*stop.args)
     except Refused as refused:
         return as_refusal("", str(refused))
     except TryLater as later:
@@ -1342,24 +2147,35 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
         raise Fail(f"{', '.join(args.input)} changed while the command ran; run it again")
     paths = {name: output.with_name(f"{output.name}.{name}") for name in ("rejects.jsonl", "report.json", "json")}
     with common.atomic_file(output) as cleaned, common.atomic_file(paths["rejects.jsonl"]) as rejects:
-        report = make_report(processor, write_rows(processor, cleaned, rejects))
+        rejected = write_rows(processor, cleaned, rejects)
+        report = make_report(processor, rejected)
         common.write_json(paths["report.json"], report)
         inputs = {str(path): common.file_digest(path) for path in args.input}
         more = {
             "versions": common.versions("openai", "pillow"),
             "prompt_version": PROMPT_VERSION,
+            "models": report["models"],
             "cost": report["cost"],
         }
         common.write_sidecar(paths["json"], settings, counts, inputs, time.time() - started, **more)
     say(f"wrote {output}, {paths['rejects.jsonl'].name}, {paths['report.json'].name}")
     for reason, found in report["rejected"].items():
         say(f"  rejected {found['rows']}: {reason} (such as {', '.join(found['ids'][:3])})")
+    if processor.any_refused():
+        say("  `run --retry-failed` asks again, with today's settings, for rows that were asked in vain")
     spent = report["cost"]
     say(f"cost by usage: ${spent['usd']:.4f} ({spent['prompt_tokens']} tokens in, {spent['output_tokens']} out)")
-    if counts["rejected"] > settings.max_failed * counts["input"]:
+    # A product of which another row is in the output is not lost.
+    lost = Counter(id for ids in rejected.values() for id in ids)
+    for id, status in zip(processor.plan["id"], processor.statuses(), strict=True):
+        if status == "cleaned":
+            lost.pop(id, None)
+    lost = lost.total()
+    if lost > settings.max_failed * counts["input"]:
         return (
-            f"{counts['rejected']} of {counts['input']} rows were rejected, more than --max-failed"
-            f" {settings.max_failed}; see {paths['rejects.jsonl']}, mend the rows or raise --max-failed"
+            f"{lost} of {counts['input']} rows were rejected, more than --max-failed"
+            f" {settings.max_failed}; see {paths['rejects.jsonl']}, then mend the rows, ask again with"
+            " `run --retry-failed`, or raise --max-failed"
         )
     processor.state.set(written=output_signature(processor))
     return None
@@ -1369,17 +2185,21 @@ def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path)
     """Write every row to the one file or to the other; gives reason -> ids of the rejected."""
     rows, plan, answers, rejected = processor.catalogue[0], processor.plan, processor.answers, {}
     columns = [name for name in rows.columns if name not in FIELDS]
-    texts = zip(*(rows[name] for name in columns), strict=True)
-    planned = zip(rows.index, plan["digest"], plan["reason"], plan["detail"], strict=True)
+    if common.FURTHER not in columns and plan["further"].any():
+        columns.append(common.FURTHER)
+    photos = plan["photo"].where(plan["photo"] != "", rows["image_path"])
+    found = {"image_path": photos, common.FURTHER: plan["further"]}
+    texts = zip(*(found[name] if name in found else rows[name] for name in columns), strict=True)
+    planned = zip(rows.index, plan["digest"], plan["answered"], plan["reason"], plan["detail"], strict=True)
     with (
         open(cleaned_path, "w", encoding="utf-8", newline="") as cleaned,
         open(rejects_path, "w", encoding="utf-8") as rejects,
     ):
         writer = common.csv_writer(cleaned)
         writer.writerow([*columns, *FIELDS])
-        for values, (number, digest, reason, detail) in zip(texts, planned, strict=True):
-            if digest in answers.cleaned:
-                writer.writerow([*values, *answers.cleaned[digest]])
+        for values, (number, digest, answered, reason, detail) in zip(texts, planned, strict=True):
+            if fields := answers.cleaned.get(digest) or answers.cleaned.get(answered):
+                writer.writerow([*values, *fields[:-1]])
                 continue
             if digest:
                 reason, detail = answers.failures[digest][-1][2:4]
@@ -1392,12 +2212,15 @@ def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path)
 
 
 def make_report(processor: DataProcessor, rejected: dict[str, list[str]]) -> dict[str, Any]:
-    """What failed and why: rejected rows by reason, failed attempts by reason, cost, batches."""
-    answers, spent = processor.answers, processor.answers.spent()
+    """What failed and why: rejected rows by reason, failed attempts by reason; rows by model, cost, batches."""
+    answers, spent, plan = processor.answers, processor.answers.spent(), processor.plan
+    pairs = zip(plan["digest"], plan["answered"], strict=True)
+    sound = filter(None, (answers.cleaned.get(digest) or answers.cleaned.get(other) for digest, other in pairs))
     often_first = sorted(rejected.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
         "rejected": {reason: {"rows": len(ids), "ids": ids[:20]} for reason, ids in often_first},
         "failed_attempts": dict(sorted(answers.reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "models": dict(Counter(fields[-1] for fields in sound)),
         "cost": spent | {"usd": round(spent["usd"], 6)},
         "batches": [
             {"batch": id, "file": one["input_file"], "status": one["status"], "results": answers.results.get(id, {})}
@@ -1435,7 +2258,7 @@ def show_status(processor: DataProcessor, state: StateManager, settings: Cleanin
     widths = [max(len(str(value)) for value in column) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else []:
         say("  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
-    _, price = estimate(settings, total_load(processor.pending_loads().values()))
+    _, price = processor.answers.estimate(total_load(processor.pending_loads().values()))
     say(f"cost so far ${spent:.4f}, to come {price}")
     if state["stopped"]:
         say(f"stopped: {state['stopped']}; `dispatch` or `run` goes on")
@@ -1458,7 +2281,7 @@ def run_until_settled(runner: BatchRunner) -> None:
 def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
     """Everything but status, with the workspace to itself."""
     started, state = time.time(), StateManager(Path(args.workspace))
-    processor = DataProcessor(args, settings, state)
+    processor = DataProcessor(args, resolve(settings, state), state)
     runner = BatchRunner(processor, state, settings, replan=args.command in ("prepare", "run"))
     try:
         if args.command in ("prepare", "run") and settings.retry_failed:
@@ -1480,12 +2303,14 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
         if args.command == "poll" and Path(args.output).exists() and state["written"] == output_signature(processor):
             say(f"{args.output} is written; nothing to do here")
             return common.DONE
-        state.set(state="Completed", started=0)
+        state.set(state="Completed", started=0, ask_again="")
         wrong = write_outputs(processor, started)
         state.set(state="Failed" if wrong else "Finalized")
         if wrong:
             raise Fail(wrong)
         return common.DONE
+    except (TryLater, Stop) as error:  # outside of a step, which waits
+        raise Fail(f"{error}; nothing was sent; check OPENAI_BASE_URL and the network, then run again") from None
     finally:
         say(counts_line(processor.counts()))
 
@@ -1502,6 +2327,9 @@ def build_parser() -> argparse.ArgumentParser:
         "command", choices=COMMANDS, help="; ".join(f"{name}: {what}" for name, what in COMMANDS.items())
     )
     parser.add_argument("--input", nargs="+", required=True, help="CSV files with id,name,image_path")
+    parser.add_argument(
+        "--columns", default="", help='which columns are ours: id=SKU,name=Title,image_path="Image Src"'
+    )
     parser.add_argument("--images", help="folder that image_path is relative to (default: the first CSV's)")
     parser.add_argument("--workspace", default="data/batch", help="requests, raw answers, state (default %(default)s)")
     parser.add_argument("--output", default="data/cleaned.csv", help="the cleaned CSV (default %(default)s)")
@@ -1524,6 +2352,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (workspace / "plan.parquet").exists():
             raise Fail(f"{workspace}: nothing prepared there yet; start with `prepare` or `run`")
         state = StateManager(workspace)
+        settings = resolve(settings, state)
         show_status(DataProcessor(args, settings, state), state, settings)
         return common.DONE
     common.images_folder(args.images, args.input)  # bad use is told before anything is locked

@@ -38,6 +38,7 @@ from common import DONE, FAILED, SPLITS, USAGE, BadImage, Fail, is_s3, join, set
 
 FORMAT = 3  # of shards, records and manifest; with a new number every photo is scanned and every shard written again
 SHARD_SAMPLES, SHARD_BYTES = 1000, 500_000_000  # at most, tar headers counted
+LEAST_SIDE = 224  # pixels: people look at the pictures too; a model that takes smaller ones scales them
 MINI_SHARDS = 5  # train shards that mini_train holds again: 5,000 samples to try a training on
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
@@ -49,12 +50,14 @@ SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 class PrepConfig:
     """Stage 2."""
 
-    image_size: int = setting(224, "pixels a side of the letterboxed JPEGs", low=1, high=4096)
+    model: str = setting("ViT-B-32", "what will be trained; it says how large the pictures are")
+    image_size: int | None = setting(None, "pixels a side (unset: what --model takes, at least 224)", low=1, high=4096)
     quality: int = setting(95, "JPEG quality in the shards", low=1, high=100)
     seed: int = setting(42, "of the split, the order and the prompt templates")
     fold: str = setting("", "K/N: of N equal parts of the catalogue test on part K (from 0), validate on the next")
     max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1", low=0, high=1)
     limit: int | None = setting(None, "use the first N rows only", low=1)
+    photos: int = setting(1, "photos of a product that become samples, all of them in one split", low=1, high=100)
 
 
 def photo_settings(config: PrepConfig) -> list:
@@ -334,22 +337,12 @@ class PhotoCache:
         self.file, self.offsets = smaller.file, smaller.offsets
 
 
-def read_rows(args: argparse.Namespace, config: PrepConfig) -> tuple[Any, list[dict], int]:
-    """(usable rows, rejects, count of all rows).
-
-    Of rows with the same id the smallest counts, not the first: rows in another order are the same catalogue.
-    """
+def read_rows(args: argparse.Namespace, config: PrepConfig) -> tuple[Any, Any]:
+    """(rows, reasons) as common.read_catalogue gives them, --limit taken into account."""
     rows, reasons = common.read_catalogue(args.input)
     if args.group_by and args.group_by not in rows.columns:
         raise Fail(f"--group-by {args.group_by}: no such column in {args.input[0]}", USAGE)
-    rows, reasons = rows.iloc[: config.limit], reasons.iloc[: config.limit].copy()
-    with_id = rows.loc[~reasons.isin(["missing id", "too many fields"]), "id"]
-    for _, same in with_id[with_id.duplicated(keep=False)].groupby(with_id):
-        numbers = sorted(same.index, key=lambda number: common.canonical(rows.loc[number].to_dict()))
-        reasons[numbers] = "duplicate id"
-        reasons[numbers[0]] = "" if rows.at[numbers[0], "image_path"].strip() else "missing image_path"
-    rejects = [reject(fields_of(rows, number), reason) for number, reason in reasons[reasons != ""].items()]
-    return rows[reasons == ""], rejects, len(rows)
+    return rows.iloc[: config.limit], reasons.iloc[: config.limit]
 
 
 def fields_of(rows, number: int) -> dict[str, str]:
@@ -363,40 +356,66 @@ def reject(fields: dict[str, str], reason: str, detail: str = "") -> dict[str, s
     return named | {"reason": reason, "detail": detail}
 
 
-def scan(rows, images: Path, cache: PhotoCache, config: PrepConfig, workers: int, rejects: list[dict]):
-    """A DataFrame of the rows whose photo can be used, in order of their ids; the others are added to `rejects`.
+def scan(rows, reasons, images: Path, cache: PhotoCache, config: PrepConfig, workers: int) -> tuple[Any, list[dict]]:
+    """(items, rejects). items: a DataFrame of the photos that become samples, in order of ids and of their views.
 
-    Columns: id, type (object type), photo (offset in the cache) and source (sha256 of the photo's file).
+    Columns: id, row (number), view (from 0 within a product), image_path, type (object type), photo (offset in the
+    cache) and source (sha256 of the photo's file). Of each product the first usable photos count.
     """
-    import pandas as pd
-
-    keys, failed = {}, {}
-    for number, image_path in zip(rows.index, rows["image_path"].tolist(), strict=True):
-        try:
-            keys[number] = photo_key(images, image_path)
-        except BadImage as error:
-            failed[number] = (error.reason, error.detail)
-    wanted = dict.fromkeys(keys.values())
+    queues: dict[str, list[tuple[int, str]]] = {}  # id -> (row, photo) still to be tried, the first ones last
+    chosen, failed, wanted = defaultdict(list), {}, {}
+    for id, candidates in common.products(rows, reasons):
+        named = ((number, common.photo_names(images, cells)) for number, _, cells in candidates)
+        queues[id] = [(number, name) for number, names in named for name in names][::-1]
+    while queues:
+        turn = []
+        for id, queue in queues.items():
+            for _ in range(min(len(queue), config.photos - len(chosen[id]))):
+                number, name = queue.pop()
+                try:
+                    turn.append((id, number, name, photo_key(images, name)))
+                except BadImage as error:
+                    failed.setdefault(number, (error.reason, error.detail))
+        wanted |= (keys := dict.fromkeys(key for *_, key in turn))
+        _scan_new([key for key in keys if key not in cache.offsets], cache, config, workers)
+        for id, number, name, key in turn:
+            photo = cache.read(cache.offsets[key])
+            if photo.reason:
+                failed.setdefault(number, (photo.reason, photo.detail))
+            elif not chosen[id] or rows.at[chosen[id][0][0], "name"] == rows.at[number, "name"]:  # else another product
+                chosen[id].append((number, name, key, photo.source))
+        queues = {id: queue for id, queue in queues.items() if queue and len(chosen[id]) < config.photos}
     if config.limit is None:  # else the next run, without it, wants the others again
         cache.shrink(wanted)
-    new = [key for key in wanted if key not in cache.offsets]
-    blocks = (new[start : start + 16] for start in range(0, len(new), 16))
+    used = {found[0][0] for found in chosen.values() if found}
+    why = {number: failed.get(number) or (reason or "missing image_path", "") for number, reason in reasons.items()}
+    rejects = [reject(fields_of(rows, number), *reason) for number, reason in why.items() if number not in used]
+    return _items(rows, chosen, cache), rejects
+
+
+def _scan_new(keys: list[str], cache: PhotoCache, config: PrepConfig, workers: int) -> None:
+    """Add photos to the cache."""
+    blocks = (keys[start : start + 16] for start in range(0, len(keys), 16))
     made = common.photo_pool(functools.partial(scan_photos, config=config), blocks, workers)
-    for photo in common.progress(made, "scan", len(new), "photo"):
+    for photo in common.progress(made, "scan", len(keys), "photo"):
         cache.add(photo)
-    items = []
-    for number, key in keys.items():
-        photo = cache.read(cache.offsets[key])
-        if photo.reason:
-            failed[number] = (photo.reason, photo.detail)
-        else:
-            items.append((number, cache.offsets[key], photo.source))
-    rejects += [reject(fields_of(rows, number), *why) for number, why in failed.items()]
-    numbers, offsets, sources = zip(*items, strict=True) if items else ((), (), ())
-    used = rows.loc[list(numbers)]
-    kinds = used["object_type"].map(common.normalise_attribute) if "object_type" in used else ""
-    columns = {"id": used["id"], "type": kinds, "photo": offsets, "source": sources}
-    return pd.DataFrame(columns, index=used.index).sort_values("id")
+
+
+def _items(rows, chosen: dict[str, list[tuple]], cache: PhotoCache):
+    """The items of scan, from {id: [(row, name, key, source)]}."""
+    import pandas as pd
+
+    found = [
+        (id, photos[0][0], view, name, cache.offsets[key], source)
+        for id, photos in sorted(chosen.items())
+        for view, (_, name, key, source) in enumerate(photos)
+    ]
+    items = pd.DataFrame(found, columns=["id", "row", "view", "image_path", "photo", "source"])
+    # A further photo of many products (a logo, a table of sizes) shows none of them, and would make them one group.
+    shared = items.groupby("source")["id"].nunique()
+    items = items[(items["view"] == 0) | items["source"].isin(shared.index[shared <= common.SAME_PHOTO])]
+    kinds = rows["object_type"].map(common.normalise_attribute) if "object_type" in rows else None
+    return items.assign(type="" if kinds is None else kinds[items["row"]].to_numpy()).reset_index(drop=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -432,6 +451,7 @@ def group_items(items, cache: PhotoCache, values: Iterable[str] = ()) -> list[st
     import numpy as np
 
     groups = Groups(len(items))
+    groups.join_equal(items["id"].tolist())
     groups.join_equal(items["source"].tolist())
     groups.join_equal(values)
     owners, gradients, colors = array("q"), bytearray(), bytearray()
@@ -545,26 +565,19 @@ class Shard(NamedTuple):
         return self.name.removesuffix(".tar") + ".json"
 
 
-def sample_text(fields: dict[str, str], group: str, source: str, seed: int) -> tuple[bytes, bytes]:
-    """(json, txt) of one item."""
+def sample_text(fields: dict[str, str], facts: dict[str, Any], seed: int) -> tuple[bytes, bytes]:
+    """(json, txt) of one item. Samples of one product have its id, and where there are several, a view from 0."""
     meta = common.clean_metadata(fields)
-    used = {"id", "image_path", "clean_title", *common.ATTRIBUTES}
-    record = {
-        "id": fields["id"],
-        **meta,
-        "image_path": fields["image_path"],
-        "group": group,
-        "source": source,
-        "row": {name: value for name, value in fields.items() if name not in used},
-    }
+    used = {"id", "image_path", "clean_title", common.FURTHER, *common.ATTRIBUTES}
+    row = {name: value for name, value in fields.items() if name not in used}
+    record = {"id": fields["id"], **meta, **facts, "row": row}
     return common.canonical(record), common.pick_prompt(meta, fields["id"], seed).encode()
 
 
 def draw_order(items, seed: int) -> dict[str, list[int]]:
     """{split: row numbers in the order in which they go into shards}, which depends on the ids alone."""
-    drawn = {
-        number: common.digest([seed, "place", id]) for number, id in zip(items.index, items["id"].tolist(), strict=True)
-    }
+    keys = zip(items.index, items["id"].tolist(), items["view"].tolist(), strict=True)
+    drawn = {number: common.digest([seed, "place", id, *([view] if view else ())]) for number, id, view in keys}
     return {split: sorted(items.index[items["split"] == split], key=drawn.get) for split in SPLITS}
 
 
@@ -583,10 +596,10 @@ def plan_shards(order: dict[str, list[int]], config: PrepConfig) -> list[Shard]:
 
 def sample_texts(numbers: list[int], rows, items, seed: int) -> list[tuple[bytes, bytes]]:
     """(json, txt) of each of these rows."""
-    values = rows.loc[numbers].to_numpy(object).tolist()
-    facts = items.loc[numbers, "group"].tolist(), items.loc[numbers, "source"].tolist()
-    fields = [dict(zip(rows.columns, row, strict=True)) for row in values]
-    return [sample_text(*one, seed) for one in zip(fields, *facts, strict=True)]
+    some = items.loc[numbers]
+    fields = [dict(zip(rows.columns, row, strict=True)) for row in rows.loc[some["row"]].to_numpy(object).tolist()]
+    names = ["image_path", "group", "source", *(["view"] if items["view"].any() else ())]
+    return [sample_text(*one, seed) for one in zip(fields, some[names].to_dict("records"), strict=True)]
 
 
 def write_shard(shard: Shard, texts: list, offsets: Iterable[int], plan: str, cache: PhotoCache, output: str) -> dict:
@@ -762,7 +775,8 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     output, fold = args.output, parse_fold(config.fold)
     if fold and args.keep_split:
         raise Fail("--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", USAGE)
-    rows, rejects, count = read_rows(args, config)
+    rows, reasons = read_rows(args, config)
+    count = len(rows)
     if is_s3(output):  # a refusal is told now, not after the scan
         common.upload_atomic(b"", join(output, ".writable"))
         remove(join(output, ".writable"))
@@ -775,20 +789,23 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         for old in folder.glob("scan-*"):  # scratch files of an earlier version
             old.unlink()
         with PhotoCache(folder / "photos.bin", config) as cache:
-            items = scan(rows, images, cache, config, args.workers, rejects)
+            items, rejects = scan(rows, reasons, images, cache, config, args.workers)
             if not len(items):
                 raise Fail(
                     f"{args.input[0]}: none of {count} rows is usable ({count_reasons(rejects) or 'it has no rows'})"
                 )
-            same = rows.loc[items.index, args.group_by] if args.group_by else ()
+            same = rows.loc[items["row"], args.group_by] if args.group_by else ()
             items["group"] = group_items(items, cache, same)
-            items["split"] = split_items(items, config.seed, fold, kept)
+            whole = items[items["view"] == 0]
+            split = dict(zip(whole["id"], split_items(whole, config.seed, fold, kept), strict=True))
+            items["split"] = items["id"].map(split)
             order = draw_order(items, config.seed)
             records = write_dataset(plan_shards(order, config), rows, items, cache, output, config)
             sheet = contact_sheet(order, rows, items, cache, config.seed)
-    report = finish(items, records, rejects, sheet, count, args, config, start)
+    whole = items[items["view"] == 0]
+    report = finish(whole, records, rejects, sheet, count, args, config, start)
     print_report(report)
-    return say_counts(rejects, count, len(items), args, config, time.monotonic() - start)
+    return say_counts(rejects, count, set(whole["id"]), args, config, time.monotonic() - start)
 
 
 def finish(items, records, rejects, sheet: bytes, count: int, args, config: PrepConfig, start: float) -> dict[str, Any]:
@@ -803,7 +820,8 @@ def finish(items, records, rejects, sheet: bytes, count: int, args, config: Prep
     report, listing = split_report(items), items_csv(items)
     manifest = {
         "format": FORMAT,
-        "settings": {"seed": config.seed, "image_size": config.image_size, "quality": config.quality},
+        "settings": {"seed": config.seed, "image_size": config.image_size, "quality": config.quality}
+        | ({"photos": config.photos} if config.photos > 1 else {}),
         "versions": common.versions("pillow", "numpy", "webdataset"),
         "fold": config.fold,
         "splits": splits,
@@ -825,14 +843,15 @@ def finish(items, records, rejects, sheet: bytes, count: int, args, config: Prep
     return report
 
 
-def say_counts(rejects: list[dict], count: int, written: int, args, config: PrepConfig, seconds: float) -> int:
+def say_counts(rejects: list[dict], count: int, written: set[str], args, config: PrepConfig, seconds: float) -> int:
     """Print what became of all rows; returns the exit code. Raises Fail for too many rejects."""
     if rejects:
         print(f"rejected: {count_reasons(rejects)}; see {join(args.output, 'rejects.jsonl')}")
-    print(f"input {count} = written {written} + rejected {len(rejects)}")
+    print(f"input {count} = written {len(written)} + rejected {len(rejects)}")
     print(f"{count / max(seconds, 1e-9):.0f} rows a second; look at {join(args.output, 'contact_sheet.jpg')}")
-    if len(rejects) > config.max_failed * count:
-        raise Fail(f"{len(rejects)} of {count} rows were rejected, more than --max-failed {config.max_failed}")
+    lost = sum(line["id"] not in written for line in rejects)  # a product of which another row is written is not
+    if lost > config.max_failed * count:
+        raise Fail(f"{lost} of {count} rows were rejected, more than --max-failed {config.max_failed}")
     return DONE
 
 
@@ -892,7 +911,11 @@ def main(argv: list[str] | None = None) -> int:
         return verify(args.output)
     if not args.input:
         raise Fail("--input is needed: the cleaned CSV", USAGE)
-    return prepare(args, common.from_flags(PrepConfig, args))
+    config = common.from_flags(PrepConfig, args)
+    if config.image_size is None:
+        side = common.image_side(config.model, common.model_config(common.model_source(config.model)[0]))
+        config = dataclasses.replace(config, image_size=max(LEAST_SIDE, side))
+    return prepare(args, config)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Reads   --shards: a folder or s3://bucket/prefix from 2_prepare.py (splits train
 Writes  --output: adapter/ (PEFT and projections), model/ (merged; open_clip loads it by local-dir:), checkpoint.pt,
         metrics.jsonl, curves.png, and train.json last
 
-    python 3_train.py --shards data/shards --scenario dual_lora --model ViT-B-32 --pretrained openai \\
+    python 3_train.py --shards data/shards --scenario dual_lora --model ViT-B-32 \\
         --output data/runs/dual_lora
     torchrun --nproc-per-node 8 3_train.py ...                  the same, on eight GPUs
     python 3_train.py --shards data/shards --model local-dir:tests/small_clip --epochs 2 \\
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
-from common import DONE, USAGE, BadImage, Clip, Fail, World, setting
+from common import DONE, BadImage, Clip, Fail, World, setting
 
 # scenario: (LoRA in the vision tower, LoRA in the text tower, projections and temperature trained)
 SCENARIOS = {
@@ -49,13 +49,21 @@ SCENARIOS = {
     "vision_lora": (True, False, True),
     "text_lora": (False, True, True),
 }
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)  # of the projections: tried on the validation split
+UPDATES = 320  # that `auto` plans for, in 5 to 40 epochs: an epoch of a small catalogue has 8
+LORA_RATE = 3e-3  # peak for so many updates; for more of them lower, by the square root
 WARMUP = 0.1  # share of the updates in which the learning rates rise to their peak
+MOST_WARMUP = 500  # updates: AdamW has its averages by then
+LETTERBOX = {"resize_mode": "longest", "fill_color": 255}  # in open_clip's words, what 2_prepare.py does to a photo
 CLIP_NORM = 1.0  # largest norm of the gradient: one odd batch must not throw the weights far
+ADAPTED = "split"  # where PEFT finds the model: so it refuses a plain open_clip model instead of adapting a part of it
 LORA_SCALE = 2  # alpha / rank: another rank then keeps the size of LoRA's updates
 MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper (arXiv 2103.00020)
-CPU_MICRO_BATCH = 64  # pairs: a ViT-B/32 keeps about 2 GB for their backward pass
+CPU_MICRO_BATCH = 64  # pairs: a ViT-B/32 keeps about 2 GB for their backward pass, a smaller model less
+VIT_B_32 = 151_277_313  # its parameters
+CROPS = {"simple": 0.8, "advanced": 0.6}  # --augment: least share of the picture's area that a crop keeps
 VIEWS = 4  # augmented views of a picture that are kept where its tower is frozen and runs only once
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
+ALPHAS = tuple(k / 10 for k in range(11))  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
 READ_TOGETHER = 8  # samples a thread reads in one go: a future for each would cost a fifth of the decoding
 READ_AHEAD = 2  # steps that are read, at least, while one is computed
@@ -70,30 +78,37 @@ class TrainingConfig:
     """Stage 3."""
 
     scenario: str = setting("dual_lora", "what is trained: LoRA in a tower or both, and projections", tuple(SCENARIOS))
-    model: str = setting("ViT-B-32", "open_clip name, or local-dir:FOLDER")
-    pretrained: str | None = setting(
-        None, "open_clip tag (openai), local-dir:FOLDER, or weights file (OpenAI's own: --model ViT-B-32-quickgelu)"
-    )
-    epochs: int = setting(5, "passes over the train split", low=1)
+    model: str = setting("ViT-B-32", "open_clip name, hf-hub:USER/NAME, or local-dir:FOLDER")
+    pretrained: str | None = setting(None, "open_clip tag or weights file (unset: the usual weights of --model)")
+    epochs: int | str = setting("auto", "passes over the train split; auto: 320 updates, in 5 to 40", low=1)
     effective_batch_size: int | None = setting(None, "pairs contrasted in one step (unset: N / 8, 32 to 1024)", low=1)
-    micro_batch_size: str = setting("auto", "pairs in memory at once: a number, or auto (64; on a GPU what fits)")
-    lr: float = setting(1e-4, "peak learning rate of the projections and the temperature", low=0)
-    lora_lr: float = setting(1e-3, "peak learning rate of LoRA; 5e-6 suits thousands of small steps", low=0)
+    micro_batch_size: int | str = setting("auto", "pairs in memory at once; auto: on a GPU what fits, else 64", low=1)
+    lr: float | str = setting("auto", "peak learning rate of projections and temperature; auto: tried first", low=0)
+    lora_lr: float | str = setting("auto", "peak learning rate of LoRA; auto: by the number of updates", low=0)
+    warmup: int | str = setting("auto", "updates of rising rates; auto: a tenth of them, at most 500", low=0)
     weight_decay: float = setting(0.01, "of AdamW; none on temperature and biases", low=0)
     schedule: str = setting("cosine", "of the learning rates, after the warm-up", ("cosine", "onecycle"))
     lora_r: int = setting(16, "rank of LoRA; alpha is twice the rank", low=1)
     lora_dropout: float = setting(0.05, "dropout before LoRA", low=0, high=0.9)
     captions: str = setting("varied", "another prompt each epoch, or the shard's own", ("varied", "fixed"))
-    augment: str = setting("none", "none, crop and flip, or rotation and blur too", ("none", "simple", "advanced"))
+    augment: str = setting(
+        "auto", "none, crop and flip, or rotation and blur too; auto: advanced where LoRA adapts the picture tower",
+        ("auto", "none", *CROPS)
+    )  # fmt: skip
     precision: str = setting(
         "auto", "auto: bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16", "fp16")
     )
     optimizer: str = setting("adamw", "8 bits save little for LoRA; far slower on a CPU", ("adamw", "adamw8bit"))
-    patience: int | None = setting(None, "stop after so many epochs without a better validation MRR", low=1)
+    patience: int | str = setting(
+        "auto", "stop after so many epochs without a better validation MRR; auto: a quarter of them, at least 5", low=1
+    )
     grad_checkpointing: bool = setting(False, "compute activations twice to save memory")
     compile: bool = setting(False, "torch.compile the towers; pays on a GPU, after minutes of compiling")
-    wise: bool = setting(False, "export the interpolation with the base weights that validates best (WiSE-FT)")
-    probe: str | None = setting(None, "CSV with image_path,caption of general pictures: shows what was forgotten")
+    wise: str = setting(
+        "one-se", "of the weights between base and fine-tuned (WiSE-FT) export those nearest to the base within one "
+        "standard error of the best on validation, or the best, or (off) the fine-tuned", ("one-se", "best", "off")
+    )  # fmt: skip
+    probe: str = setting("drawn", "general pictures that show what was forgotten: drawn, or CSV of image_path,caption")
     max_failed: float = setting(0.05, "share of samples that may be unreadable", low=0, high=1)
     limit: int | None = setting(None, "use only the first N samples of each split", low=1)
     seed: int = setting(42, "of order, captions, augmentation, dropout and LoRA's start")
@@ -108,7 +123,8 @@ class TrainingConfig:
 
 FREE_SETTINGS = (  # may differ when a run goes on: they change nothing of what is learned, or only how sums round
     *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "resume", "device"),
-    *("wise", "probe", "micro_batch_size", "model", "pretrained", "effective_batch_size"),  # identity has what is used
+    *("wise", "probe", "patience"),  # a finished run with others is finished anew, from its last checkpoint
+    *("micro_batch_size", "model", "pretrained", "effective_batch_size"),  # identity has what is used
 )
 
 
@@ -124,10 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
 def read_flags(argv: list[str] | None) -> tuple[TrainingConfig, str, Path]:
     """(settings, --shards, --output)."""
     args = build_parser().parse_args(argv)
-    config = common.from_flags(TrainingConfig, args)
-    if not re.fullmatch("auto|[1-9][0-9]*", config.micro_batch_size):
-        raise Fail(f"--micro-batch-size {config.micro_batch_size}: must be a number, or auto", USAGE)
-    return config, args.shards, args.output
+    return common.from_flags(TrainingConfig, args), args.shards, args.output
 
 
 # --help and mistakes are answered here: what is imported next takes seconds.
@@ -139,7 +152,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as T
 from tqdm import tqdm
@@ -219,13 +233,16 @@ class Batch(NamedTuple):
 
 
 def augment(pixels: Tensor, kind: str, seed: str) -> Tensor:
-    """uint8 [3, S, S] -> the same shape: cropped, flipped, for `advanced` turned and blurred too; never recoloured."""
+    """uint8 [3, S, S] -> the same shape: cropped, flipped, for `advanced` turned and blurred too.
+
+    Never recoloured, for prompts name colors.
+    """
     draw, size = random.Random(seed), pixels.shape[-1]
     if kind == "advanced":
         pixels = T.rotate(pixels, draw.uniform(-10, 10), T.InterpolationMode.BILINEAR, fill=[255.0] * 3)
         if draw.random() < 0.3:
             pixels = T.gaussian_blur(pixels, [3, 3], [draw.uniform(0.1, 1.0)])
-    side = max(1, round(size * math.sqrt(draw.uniform(0.8 if kind == "simple" else 0.6, 1.0))))
+    side = max(1, round(size * math.sqrt(draw.uniform(CROPS[kind], 1.0))))
     top, left = draw.randint(0, size - side), draw.randint(0, size - side)
     crop = pixels[None, :, top : top + side, left : left + side]
     pixels = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
@@ -262,6 +279,7 @@ class Split:
     def __init__(self, name: str, entries: list[dict], paths: list[Path], clip: Clip, config: TrainingConfig):
         self.name, self.entries, self.paths, self.clip, self.config = name, entries, paths, clip, config
         self.training = name == "train"
+        self.augmented = self.training and config.augment != "none"
         self.kept: dict[str, dict[str, Any]] = {}  # tower -> arrays of keep_pictures() or keep_captions()
         self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
@@ -325,7 +343,7 @@ class Split:
     def picture(self, i: int, epoch: int | None) -> Tensor:
         """uint8 [3, S, S] of sample i, augmented in training. Raises BadImage."""
         pixels = common.decode_jpeg(self.read(i, "jpg")[0], self.clip.size)
-        if self.training and self.config.augment != "none":
+        if self.augmented:
             pixels = augment(pixels, self.config.augment, f"{self.config.seed} {epoch} {i}")
         return pixels
 
@@ -417,11 +435,17 @@ class Split:
 
 
 def open_splits(shards: str, manifest: dict, cache: Path, clip: Clip, config: TrainingConfig) -> list[Split]:
-    """Train and validation; shards on S3 are copied to `cache` first. Fail for an empty split."""
+    """Train and validation; shards on S3 are copied to `cache` first.
+
+    Fail for an empty split, and for a shard of the test split: what is chosen on it would prove nothing.
+    """
+    test = {entry["sha256"] for entry in manifest["splits"].get("test", {}).get("shards", [])}
     splits = {split: manifest["splits"].get(split, {}).get("shards", []) for split in ("train", "validation")}
     for split, entries in splits.items():
         if not entries:
             raise Fail(f"the {split} split is empty; give more rows, or check the split report of 2_prepare.py")
+        if leaked := [entry["name"] for entry in entries if entry["sha256"] in test]:
+            raise Fail(f"{leaked[0]}: this shard is in the test split too; run 2_prepare.py again")
     paths = iter(common.local_shards(shards, [*splits["train"], *splits["validation"]], cache, config.cache_gb))
     return [Split(name, some, [next(paths) for _ in some], clip, config) for name, some in splits.items()]
 
@@ -656,19 +680,155 @@ def return_projections(model: nn.Module, projections: nn.ModuleDict) -> nn.Modul
     return model
 
 
+@functools.cache
+def clip_tokenizer() -> Any:
+    """open_clip's built-in tokenizer as other libraries read it from files; it pads with the token of the end."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+
+    own, end = SimpleTokenizer(), "<end_of_text>"
+    named = {"bos_token": "<start_of_text>", "eos_token": end, "unk_token": end, "pad_token": end}
+    return CLIPTokenizer(vocab=own.encoder, merges=list(own.bpe_ranks), model_max_length=own.context_length, **named)
+
+
 def save_clip(clip: Clip, folder: str | Path) -> None:
-    """Write a folder that plain open_clip loads by `local-dir:`; it appears whole, replacing an older one."""
+    """Write a folder that plain open_clip loads by `local-dir:`; it appears whole, replacing an older one.
+
+    Its preprocessing letterboxes on white, as the shards do. Tokenizer and text tower of Hugging Face lie in it, and no
+    path of this machine: what was a local folder is "." there.
+    """
+    config, preprocess = json.loads(json.dumps(clip.config)), clip.preprocess | LETTERBOX
+    text, tower = config.get("text_cfg", {}), getattr(clip.model, "text", None)
+    for name in ("hf_model_name", "hf_tokenizer_name"):
+        if os.path.isdir(text.get(name) or ""):
+            text[name] = "."
     with common.atomic_folder(folder) as temporary:
-        if clip.folder is not None:  # tokenizer files, if the model brought its own
-            for path in clip.folder.iterdir():
-                if path.is_file() and path.suffix not in common.WEIGHTS and path.name != "open_clip_config.json":
-                    shutil.copyfile(path, temporary / path.name)
-        elif hasattr(clip.tokenizer, "tokenizer") and hasattr(clip.tokenizer.tokenizer, "save_pretrained"):
-            clip.tokenizer.tokenizer.save_pretrained(temporary)
+        tokenizer = clip.tokenizer if hasattr(clip.tokenizer, "save_pretrained") else clip_tokenizer()
+        tokenizer.save_pretrained(temporary)
+        if hasattr(tower, "config"):
+            tower.config.save_pretrained(temporary)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in clip.model.state_dict().items()}
         save_file(state, temporary / "open_clip_model.safetensors")
-        config = {"model_cfg": clip.config, "preprocess_cfg": clip.preprocess}
-        common.write_json(temporary / "open_clip_config.json", config)
+        common.write_json(temporary / "open_clip_config.json", {"model_cfg": config, "preprocess_cfg": preprocess})
+
+
+def shown_base(clip: Clip) -> list[str]:
+    """--model and --pretrained that give this base, without this machine's path to it."""
+    if clip.folder:
+        return [f"{common.LOCAL}{clip.folder.resolve().name}"]
+    model, pretrained = common.model_place(clip.name, ".")
+    return [model, Path(pretrained).name] if pretrained else [model]
+
+
+ADAPTER_README = """\
+# What a run has learned of {base}
+
+LoRA (`adapter_model.safetensors`, for PEFT) and beside it projections and temperature (`projections.safetensors`). They
+belong together, and to this project's layout of the model: its attention is split into q, k, v and out. PEFT alone
+would load a part of them; they are named in a way that it refuses a plain open_clip model. From the project's folder:
+
+```python
+import importlib
+
+import common
+
+train = importlib.import_module("3_train")
+base = common.load_clip({arguments})  # a folder or file: by its path
+clip = train.load_adapter(base, "data/runs/dual_lora/adapter")  # this folder
+```
+
+`clip.model` is then plain open_clip with everything merged, the same as in `../model`.
+"""
+
+
+MODEL_README = """\
+---
+{metadata}
+---
+# {title}
+
+A CLIP that searches one shop's catalogue: words find its products, and a picture finds those that look alike.
+
+- **Library:** open_clip {version}
+- **Base:** {base}; its licence, which holds for this model too: {licence}
+- **Data:** {train} pairs of product photo and prompt to train on, {validation} to validate on
+- **How it was made:** `{scenario}`, {made}
+- **Pictures:** scaled to {size} px on the longer side and laid on a white square, which `preprocess` below does
+
+## What it finds
+
+On the validation split, by which it was chosen:
+
+| | base | this model |
+|---|---|---|
+{table}
+
+{results}
+
+## How to load it
+
+```python
+{code}
+```
+"""
+MODEL_CODE = """\
+import open_clip
+
+folder = "."  # of this file
+model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")"""
+HF_MODEL_CODE = """\
+import json
+
+import open_clip
+
+folder = "."  # of this file
+with open(f"{folder}/open_clip_config.json") as file:
+    text = json.load(file)["model_cfg"]["text_cfg"]
+text |= {"hf_model_name": folder, "hf_model_pretrained": False}  # open_clip would look for the text tower elsewhere
+model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", text_cfg=text)
+tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")"""
+
+
+def base_metadata(clip: Clip) -> dict[str, str]:
+    """What the hub wants to know of a base: its repository and its licence, as far as the base's own card says."""
+    import open_clip
+    from huggingface_hub import ModelCard
+
+    model, tag = common.model_place(clip.name, ".")
+    listed = open_clip.get_pretrained_cfg(model, tag or "").get("hf_hub", "")
+    place = model.removeprefix(common.HUB) if model.startswith(common.HUB) else "/".join(listed.split("/")[:2])
+    found, names = {}, ["license", "license_name", "license_link"]
+    if clip.folder:
+        place, names = clip.folder / "README.md", [*names, "base_model"]
+    elif place:
+        found["base_model"] = place
+    with contextlib.suppress(Exception):  # no card, or no network
+        card = ModelCard.load(place).data.to_dict() if place else {}
+        found |= {name: card[name] for name in names if card.get(name)}
+    return found
+
+
+def model_card(clip: Clip, config: TrainingConfig, counts: dict[str, dict[str, int]], facts: dict[str, Any]) -> str:
+    """README.md of model/: a model card with the metadata that the hub reads."""
+    from huggingface_hub import ModelCardData
+
+    base, tags = base_metadata(clip), ["clip", "image-text-retrieval", "product-search"]
+    metadata = ModelCardData(library_name="open_clip", pipeline_tag="zero-shot-image-classification", tags=tags, **base)
+    before, after = facts["validation"]["zero_shot"], facts["validation"]["best"]
+    name = " ".join(shown_base(clip)).removeprefix(common.LOCAL)
+    made = f"epoch {facts['validation']['best_epoch']}, batches of {facts['batch']['effective']} pairs"
+    made += f", LoRA of rank {config.lora_r}" if facts["parameters"]["lora"] else ""
+    return MODEL_README.format(
+        metadata=metadata.to_yaml(), title=f"{name}, fine-tuned on a catalogue",
+        version=common.versions("open_clip_torch")["open_clip_torch"], base=name,
+        licence=base.get("license", "not known here, see where it came from"), scenario=config.scenario, size=clip.size,
+        made=f"{made}, alpha {facts['alpha']:g} between base (0) and fine-tuned weights (1) as in WiSE-FT",
+        table="\n".join(f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in before),
+        results=f"{common.CARD_TEST[0]}\n4_embed.py writes the results of the test split here.\n{common.CARD_TEST[1]}",
+        code=HF_MODEL_CODE if "hf_model_name" in clip.config.get("text_cfg", {}) else MODEL_CODE,
+        **{split: some["samples"] - some["unreadable"] for split, some in counts.items()},
+    )  # fmt: skip
 
 
 class Towers:
@@ -703,22 +863,22 @@ class Towers:
         import peft
 
         logging.disable(logging.NOTSET)
-        names: list[str] = []
-        for tower in (tower for tower, adapted in self.adapted.items() if adapted):
-            # type() leaves out the subclass inside nn.MultiheadAttention, which is never called either
-            linears = [name for name, module in self.model.named_modules() if type(module) is nn.Linear]
-            found = [name for name in linears if name.startswith("visual.") == (tower == "image")]
-            if not found:
-                raise Fail(
-                    f"--scenario {self.config.scenario}: the {tower} tower of {self.clip.name} has no attention or MLP "
-                    "to adapt; use linear_probe"
-                )
-            names += found
+        # type() leaves out the subclass inside nn.MultiheadAttention, which is never called either
+        linears = [name for name, module in self.model.named_modules() if type(module) is nn.Linear]
+        places = {"image": [n for n in linears if n.startswith("visual.")]}
+        places["text"] = [n for n in linears if n not in places["image"]]
+        if without := {tower for tower, adapted in self.adapted.items() if adapted and not places[tower]}:
+            self.refuse_scenario(f"the {min(without)} tower has no attention or MLP to adapt", without)
+        for module in self.model.modules():
+            if hasattr(module, "qkv_bias_separate"):
+                module.qkv_bias_separate = True  # timm's EVA and PE then call their qkv, instead of using its weight
         torch.manual_seed(self.config.seed)  # LoRA's start
         # Whole names: a list would be matched by endings, and text names are endings of "visual.*" ones.
-        targets, rank, dropout = "|".join(map(re.escape, names)), self.config.lora_r, self.config.lora_dropout
-        lora = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=dropout, target_modules=targets)
-        wrapper = peft.get_peft_model(self.model, lora)
+        names = [re.escape(name) for tower, adapted in self.adapted.items() if adapted for name in places[tower]]
+        rank, dropout = self.config.lora_r, self.config.lora_dropout
+        lora = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=dropout)
+        lora.target_modules = rf"{ADAPTED}\.({'|'.join(names)})"
+        wrapper = peft.get_peft_model(nn.ModuleDict({ADAPTED: self.model}), lora)
         for module in self.model.modules():
             if isinstance(module, peft.tuners.lora.Linear):
                 module.forward = lambda x, layer=module: lean_lora((layer,), x)[0]
@@ -726,6 +886,12 @@ class Towers:
             if self.clip.device.type == "cuda" and hasattr(getattr(mlp, "c_proj", None), "lora_A"):
                 mlp.forward = lambda x, mlp=mlp: lean_mlp(mlp, x)
         return wrapper
+
+    def refuse_scenario(self, why: str, without: set[str]) -> None:
+        """Fail, naming the best scenario for a model whose towers `without` cannot take LoRA."""
+        best = {frozenset(): "dual_lora", frozenset({"image"}): "text_lora", frozenset({"text"}): "vision_lora"}
+        best = best.get(frozenset(without), "linear_probe")
+        raise Fail(f"--scenario {self.config.scenario}: {self.clip.name}: {why}; use --scenario {best}")
 
     def copy(self) -> dict[str, Tensor]:
         """The trained weights as they are now, on the CPU."""
@@ -789,18 +955,18 @@ class Towers:
         reached = self.dry_run(2) if lora else set()
         idle = [name for name in lora if name not in reached]
         if idle:
-            raise Fail(
-                f"{self.clip.name} computes without {idle[0]} ({len(idle)} of {len(lora)} tensors of LoRA), which would"
-                " change nothing there; use --scenario linear_probe"
-            )
+            why = f"it computes without {idle[0]} ({len(idle)} of {len(lora)} tensors of LoRA): it would learn nothing"
+            self.refuse_scenario(why, {"image" if name.startswith("visual.") else "text" for name in idle})
 
     def fitting_micro_batch(self, share: int) -> int:
         """Pairs in memory at once where --micro-batch-size is auto, at most `share`.
 
-        On a GPU the whole share, halved until it fits. Elsewhere full memory shows only by a killed process.
+        On a GPU the whole share, halved until it fits. Elsewhere full memory shows only by a killed process: as many
+        as take the memory of CPU_MICRO_BATCH in a ViT-B/32, about.
         """
         if self.clip.device.type != "cuda":
-            return min(share, CPU_MICRO_BATCH)
+            parameters = sum(parameter.numel() for parameter in self.model.parameters())
+            return min(share, CPU_MICRO_BATCH * max(1, VIT_B_32 // parameters))
         while share > 1:
             with contextlib.suppress(torch.OutOfMemoryError):
                 self.dry_run(share)
@@ -817,11 +983,44 @@ class Towers:
                 self.peft.peft_config["default"].lora_alpha *= alpha
                 self.peft.save_pretrained(folder)
             rest = {name: p.detach().cpu().contiguous() for name, p in self.trained.items() if "lora_" not in name}
-            save_file(rest, folder / "projections.safetensors")
+            save_file(rest, folder / "projections.safetensors", {"base_fingerprint": self.clip.fingerprint})
+            names = shown_base(self.clip)
+            about = {"base": " ".join(names), "arguments": ", ".join(map(json.dumps, names))}
+            (folder / "README.md").write_text(ADAPTER_README.format(**about), encoding="utf-8")
         if self.peft is not None:
             self.peft.merge_and_unload()
         fuse_attention(return_projections(self.model, self.projections))
         save_clip(self.clip, output / "model")
+
+
+def load_adapter(clip: Clip, folder: str | Path) -> Clip:
+    """The base model with all of a run's adapter/ merged into it, in place: plain open_clip, the same as its model/.
+
+    Fail where a part is missing, or made for another base.
+    """
+    import peft
+
+    lora, rest = Path(folder, "adapter_model.safetensors"), Path(folder, "projections.safetensors")
+    projections = take_projections(split_attention(clip.model))
+    try:
+        with safe_open(rest, "pt") as file:
+            base = (file.metadata() or {}).get("base_fingerprint")
+        if base != clip.fingerprint:
+            raise Fail(f"{folder}: made for another base than {clip.name}; its README.md names the right one")
+        if Path(folder, "adapter_config.json").is_file():
+            wrapper = peft.PeftModel.from_pretrained(nn.ModuleDict({ADAPTED: clip.model}), str(folder))
+            if load_file(lora).keys() != peft.get_peft_model_state_dict(wrapper).keys():
+                raise ValueError("it adapts other layers than the model has")
+            wrapper.merge_and_unload()
+        named = dict([*clip.model.named_parameters(), *projections.named_parameters("projections")])
+        with torch.no_grad():
+            for name, tensor in load_file(rest).items():
+                named[name].copy_(tensor)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(str(error).split())[:120]
+        raise Fail(f"{folder}: not a whole adapter ({problem}); take the run's model/, or train it again") from None
+    fuse_attention(return_projections(clip.model, projections))
+    return clip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -839,15 +1038,16 @@ class Run:
     towers: Towers
     train: Split
     validation: Split
-    probe: Batch | None = None  # pictures and captions away from the catalogue
+    probe: Batch  # pictures and captions away from the catalogue
     effective: int = 0  # pairs contrasted in one step, over all processes
     micro: int = CPU_MICRO_BATCH  # pairs in memory at once, per process
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # what must be equal to go on with a run
     wandb: Any = None  # the run there
+    trial: bool = False  # settings are being tried: nothing is printed, logged or saved
 
     def print(self, line: str) -> None:
         """Print a line, once whatever the number of processes."""
-        if self.world.main:
+        if self.world.main and not self.trial:
             print(line, flush=True)
 
     def share_unreadable(self) -> None:
@@ -927,14 +1127,16 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 # Features of frozen towers, computed once and kept on disk: their weights never change
 
 
-def cache_tower_features(run: Run, split: Split) -> None:
+def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     """Run frozen towers over a split once: linear_probe then trains 500 times faster, text_lora 7 times.
 
     Pictures that are augmented anew each epoch have no lasting features: a few fixed views are kept instead.
+    `adapted`: the towers that LoRA will adapt, as they are before; forget_features() removes them.
     """
     config = run.config
-    for tower in (tower for tower, adapted in run.towers.adapted.items() if not adapted):
-        varies = split.training and (config.augment != "none" if tower == "image" else config.captions == "varied")
+    split.augmented = split.training and config.augment != "none" and not adapted  # a probe needs no more views
+    for tower in (tower for tower, lora in run.towers.adapted.items() if lora == adapted):
+        varies = split.augmented if tower == "image" else split.training and config.captions == "varied"
         variants = (VIEWS if tower == "image" else config.epochs) if varies else 1
         made = [[entry["sha256"] for entry in split.entries], run.clip.fingerprint, config.precision, varies, variants]
         made += [config.seed, config.augment, len(split), "rows"]
@@ -947,6 +1149,17 @@ def cache_tower_features(run: Run, split: Split) -> None:
                 common.write_json(folder / "failed.json", sorted(split.unreadable.items()))
         split.unreadable |= dict(common.read_json(folder / "failed.json"))
         split.kept[tower] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    split.augmented = split.training and config.augment != "none"
+
+
+def forget_features(run: Run, split: Split) -> None:
+    """Remove kept features of the towers that LoRA is going to change."""
+    run.world.share(None)  # no process needs them any more
+    for tower in (tower for tower, lora in run.towers.adapted.items() if lora):
+        split.kept.pop(tower, None)
+        for folder in cache_folder(run.world, run.output).glob(f"{split.name}-{tower}-*"):
+            if not run.world.local_rank:
+                shutil.rmtree(folder)
 
 
 def keep_pictures(run: Run, split: Split, folder: Path, views: int) -> None:
@@ -1004,23 +1217,29 @@ def keep_features(run: Run, split: Split, tower: str, folder: Path, count: int, 
 # Evaluation: validation, the general probe, and weights between base and fine-tuned
 
 
-def retrieval_metrics(images: Tensor, texts: Tensor, keys: Tensor) -> dict[str, float]:
-    """recall@1/5/10 and MRR, text to image and image to text, and `mrr`, the mean of both.
+def retrieval_metrics(images: Tensor, texts: Tensor, keys: Tensor) -> tuple[dict[str, float], np.ndarray]:
+    """(recall@1/5/10 and MRR, text to image and image to text, and `mrr`, the mean of both; MRR of each pair [N]).
 
     images, texts: float [N, D], L2-normalised; keys: int64 [N, K], equal in any column where an answer is right.
     """
     images, texts, keys = (tensor.cpu().numpy() for tensor in (images, texts, keys))
-    metrics: dict[str, float] = {}
+    metrics, reciprocal = {}, []
     for name, queries, gallery in (("text_to_image", texts, images), ("image_to_text", images, texts)):
         ranks = common.right_ranks(queries, gallery, keys)
         metrics |= {f"{name}_recall@{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
         metrics[f"{name}_mrr"] = float((1.0 / ranks).mean())
+        reciprocal.append(1.0 / ranks)
     metrics["mrr"] = (metrics["text_to_image_mrr"] + metrics["image_to_text_mrr"]) / 2
-    return metrics
+    return metrics, sum(reciprocal) / 2
 
 
 def evaluate(run: Run, split: Split) -> dict[str, float]:
-    """Loss, recall@1/5/10 and MRR, both ways, over a whole split with the shard's own captions; memory linear in N."""
+    """Loss, recall@1/5/10 and MRR, both ways, over a whole split with the shard's own captions."""
+    return judge(run, split)[0]
+
+
+def judge(run: Run, split: Split) -> tuple[dict[str, float], np.ndarray]:
+    """(what evaluate() gives; MRR of each pair, float64 [N], in order of the split); memory linear in N."""
     towers, world = run.towers, run.world
     towers.train(False)
     nothing = torch.empty(0, run.clip.config["embed_dim"], device=world.device)
@@ -1030,15 +1249,35 @@ def evaluate(run: Run, split: Split) -> dict[str, float]:
             if len(batch.ids):
                 found.append((batch.keys.to(world.device, non_blocking=True), *towers.embed(batch)))
         (keys, images, texts), _ = gather(world, *(torch.cat(column) for column in zip(*found, strict=True)))
-        metrics = None
+        judged = None
         if world.main:
             scale, bias, loss = towers.model.logit_scale, towers.model.logit_bias, 0.0
             for rows in (slice(start, start + 1024) for start in range(0, len(keys), 1024)):
                 loss += one_way_loss(images[rows], texts, keys[rows], keys, scale, bias).item()
                 loss += one_way_loss(texts[rows], images, keys[rows], keys, scale, bias).item()
-            metrics = {"loss": loss / (2 * len(keys))} | retrieval_metrics(images, texts, keys)
+            metrics, reciprocal = retrieval_metrics(images, texts, keys)
+            judged = {"loss": loss / (2 * len(keys))} | metrics, reciprocal
     run.share_unreadable()
-    return world.share(metrics)[0]
+    return world.share(judged)[0]
+
+
+def nearest_within_error(candidates: list[np.ndarray]) -> tuple[int, list[tuple[float, float]]]:
+    """The one-standard-error rule (Breiman et al. 1984): the first candidate that is as good as the best one.
+
+    candidates: MRR of the same pairs [N], those that depart least from the base first. Returns (index; how far each
+    mean is below the best, and the standard error of that difference, paired over the pairs).
+    """
+    best = max(candidates, key=np.mean)
+    below = [best - candidate for candidate in candidates]
+    behind = [(float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0) for x in below]
+    return next(i for i, (difference, error) in enumerate(behind) if difference <= error), behind
+
+
+def probe_batch(clip: Clip, pictures: list[np.ndarray], captions: list[str]) -> Batch:
+    """Pictures uint8 [S, S, 3] and their captions as one Batch; equal captions are right answers to each other."""
+    keys = torch.tensor([[hash_text(caption)] for caption in captions])
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return Batch(len(captions), torch.arange(len(captions)), keys, images, clip.tokenizer(captions))
 
 
 def load_probe(path: str, clip: Clip) -> Batch:
@@ -1055,30 +1294,87 @@ def load_probe(path: str, clip: Clip) -> Batch:
     except (OSError, KeyError, TypeError, ValueError, BadImage) as error:
         what = f"no column {error}" if isinstance(error, KeyError) else error
         raise Fail(f"--probe {path}: {what}; it wants a CSV with image_path,caption and its pictures") from None
-    keys = torch.tensor([[hash_text(caption)] for caption in captions])
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return Batch(len(rows), torch.arange(len(rows)), keys, images, clip.tokenizer(captions))
+    return probe_batch(clip, pictures, captions)
 
 
-def sweep_alpha(run: Run, fine: dict[str, Tensor]) -> tuple[float, list[dict[str, Any]]]:
-    """The interpolation between base and fine-tuned weights that validates best, and what each gives (WiSE-FT).
+DRAWN = {  # what --probe drawn draws: signs of DejaVu Sans, a font that comes with matplotlib
+    "circle": "●", "square": "■", "triangle": "▲", "star": "★", "ring": "○", "cross": "✚", "house": "⌂",
+    "flower": "✿", "heart": "♥", "face": "☻", "sun": "☀", "cloud": "☁", "umbrella": "☂", "snowman": "☃",
+    "telephone": "☎", "shamrock": "☘", "skull": "☠", "moon": "☾", "crown": "♛", "castle": "♜", "horse": "♞",
+    "spade": "♠", "diamond": "♦", "music note": "♫", "anchor": "⚓", "swords": "⚔", "scales": "⚖", "gear": "⚙",
+    "flag": "⚑", "scissors": "✂", "airplane": "✈", "envelope": "✉", "pencil": "✏", "snowflake": "❄", "arrow": "➡",
+    "hexagon": "⬢", "mouse": "🐭", "cow": "🐮", "cat": "🐱", "monkey": "🐵", "playing card": "🂡", "wheelchair": "♿",
+    "hand": "☝", "comet": "☄", "domino": "🁫", "peace sign": "☮", "lightning": "⚡", "keyboard": "⌨",
+}  # fmt: skip
+INKS = ("black", "crimson", "royalblue", "seagreen")
 
-    Retrieval over the probe shows what of the base model's knowledge was forgotten.
+
+def draw_probe(clip: Clip) -> Batch:
+    """General pictures and their names: each sign of DRAWN in two inks, on white; deterministic."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", round(clip.size * 0.7))
+    pictures, names = [], [name for name in DRAWN for _ in range(2)]
+    for number, name in enumerate(names):
+        canvas = Image.new("RGB", (clip.size, clip.size), "white")
+        middle, ink = (clip.size / 2, clip.size / 2), INKS[number % len(INKS)]
+        ImageDraw.Draw(canvas).text(middle, DRAWN[name], fill=ink, font=font, anchor="mm")
+        pictures.append(np.array(canvas))
+    return probe_batch(clip, pictures, names)
+
+
+def keep_probe_features(run: Run) -> Batch:
+    """The general probe with the features of frozen towers in place of pictures or captions."""
+    parts = {}
+    for tower, field in (("image", "images"), ("text", "texts")):
+        if not run.towers.adapted[tower]:
+            inputs = getattr(run.probe, field).split(run.micro)
+            with torch.no_grad(), run.towers.autocast():
+                parts[field] = torch.cat([run.towers.features(tower, some).float().cpu() for some in inputs])
+    return run.probe._replace(**parts)
+
+
+def sweep_alpha(run: Run, fine: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """What each interpolation between base and fine-tuned weights gives on validation and on the general probe.
+
+    The probe shows what of the base model's knowledge was forgotten (WiSE-FT, arXiv 2109.01903); trials go without.
     """
-    swept = []
+    swept, pairs = [], []
+    probe = None if run.trial else keep_probe_features(run)
     for alpha in ALPHAS:
         run.towers.interpolate(alpha, fine)
-        facts, forgotten = {"alpha": alpha, "validation": evaluate(run, run.validation)}, ""
-        if run.probe:
-            parts = [run.probe.part(start, run.micro) for start in range(0, run.probe.total, run.micro)]
+        metrics, reciprocal = judge(run, run.validation)
+        facts = {"alpha": alpha, "validation": metrics}
+        if probe:
+            parts = [probe.part(start, run.micro) for start in range(0, probe.total, run.micro)]
             with torch.no_grad():
                 images, texts = (torch.cat(side) for side in zip(*map(run.towers.embed, parts), strict=True))
-            facts["probe"] = retrieval_metrics(images, texts, run.probe.keys)
-            forgotten = f", general probe {facts['probe']['mrr']:.4f}"
+            facts["probe"] = retrieval_metrics(images, texts, probe.keys)[0]
         swept.append(facts)
-        run.print(f"  WiSE-FT: alpha {alpha:.2f}, validation MRR {facts['validation']['mrr']:.4f}{forgotten}")
+        pairs.append(reciprocal)
+    for facts, (below, error) in zip(swept, nearest_within_error(pairs)[1], strict=True):
+        facts |= {"below_best": below, "standard_error": error}
+    return swept
+
+
+def choose_alpha(wise: str, swept: list[dict[str, Any]], least: float = 0.0) -> float:
+    """The alpha to export, by --wise; with one-se none whose validation MRR is below `least`, if that can be."""
+    if wise == "off":
+        return 1.0
     best = max(swept, key=lambda facts: (facts["validation"]["mrr"], facts["alpha"]))
-    return best["alpha"], swept
+    near = [f for f in swept if f["below_best"] <= f["standard_error"] and f["validation"]["mrr"] >= least]
+    return (near[0] if wise == "one-se" and near else best)["alpha"]
+
+
+def print_alphas(run: Run, swept: list[dict[str, Any]], alpha: float) -> None:
+    """The table of WiSE-FT, the exported alpha marked."""
+    run.print("WiSE-FT: weights between base (alpha 0) and fine-tuned (alpha 1)")
+    run.print(f"{'alpha':>7}{'validation MRR':>17}{'below the best':>17}{'its error':>12}{'general probe MRR':>20}")
+    for facts in swept:
+        row = f"{facts['alpha']:>7.1f}{facts['validation']['mrr']:>17.4f}{facts['below_best']:>17.4f}"
+        row += f"{facts['standard_error']:>12.4f}{facts['probe']['mrr']:>20.4f}"
+        run.print(row + ("  <- exported" if facts["alpha"] == alpha else ""))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1096,12 +1392,15 @@ class State:
     step: int = 0  # steps done
     updates: int = 0  # steps that changed the weights: fp16 skips those whose gradient overflowed
     bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable training samples found so far
+    search: dict[str, Any] = dataclasses.field(default_factory=dict)  # what search_rates() found
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metrics and weights with the best MRR
     lines: list[str] = dataclasses.field(default_factory=list)  # of metrics.jsonl: none is lost or written twice
 
 
 def save_checkpoint(run: Run, state: State, optimizer, scaler) -> None:
     """Write checkpoint.pt, whole; copy it to --checkpoint-url."""
+    if run.trial:
+        return
     run.share_unreadable()
     state.bad = dict(run.train.unreadable)
     if run.world.main:
@@ -1144,9 +1443,9 @@ def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | No
 
 
 def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], effective: int) -> dict[str, Any]:
-    """What must be equal for a run to be gone on with; what was a setting once and is a constant now included."""
+    """What must be equal for a run to be gone on with: settings as they were asked for, `auto` included."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
-    settings |= {"warmup": WARMUP, "clip_norm": CLIP_NORM, "lora_alpha": LORA_SCALE * config.lora_r, "views": VIEWS}
+    settings |= {"clip_norm": CLIP_NORM, "lora_alpha": LORA_SCALE * config.lora_r, "views": VIEWS}
     shards = {s: [entry["sha256"] for entry in manifest["splits"][s]["shards"]] for s in ("train", "validation")}
     return settings | {
         "model": clip.fingerprint, "shards": common.digest(shards), "effective_batch_size": effective,
@@ -1166,30 +1465,40 @@ def check_identity(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
 def log(run: Run, state: State, **facts: Any) -> None:
     """Append a line to metrics.jsonl, and to Weights & Biases where wanted; `kind` is "step" or "validation"."""
     state.lines.append(json.dumps(facts) + "\n")
-    if run.world.main:
+    if run.world.main and not run.trial:
         with open(run.output / "metrics.jsonl", "a", encoding="utf-8") as handle:
             handle.write(state.lines[-1])
     if run.wandb:
         run.wandb.log({f"{facts['kind']}/{name}": value for name, value in facts.items() if name != "kind"})
 
 
-def draw_curves(lines: list[str], path: Path) -> None:
-    """Loss over steps, validation MRR over epochs."""
+def draw_curves(state: State, swept: list[dict[str, Any]], path: Path) -> None:
+    """Loss over steps, validation MRR over epochs, the learning rates tried, and WiSE-FT's alphas."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps, epochs = ([x for x in map(json.loads, lines) if x["kind"] == kind] for kind in ("step", "validation"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training")
-    left.plot([line["step"] for line in epochs], [line["loss"] for line in epochs], "o-", label="validation")
-    left.set(xlabel="step", ylabel="contrastive loss", title="Loss (over more pairs at validation)")
-    left.legend()
+    lines = [json.loads(line) for line in state.lines]
+    steps, epochs = ([x for x in lines if x["kind"] == kind] for kind in ("step", "validation"))
+    figure, ((loss, mrr), (rates, alphas)) = plt.subplots(2, 2, figsize=(11, 8))
+    loss.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training")
+    loss.plot([line["step"] for line in epochs], [line["loss"] for line in epochs], "o-", label="validation")
+    loss.set(xlabel="step", ylabel="contrastive loss", title="Loss (over more pairs at validation)")
     for name in ("text_to_image_mrr", "image_to_text_mrr"):
-        right.plot([line["epoch"] for line in epochs], [line[name] for line in epochs], "o-", label=name)
-    right.set(xlabel="epoch (0: zero-shot)", ylabel="MRR", title="Validation", ylim=(0, 1))
-    right.legend()
+        mrr.plot([line["epoch"] for line in epochs], [line[name] for line in epochs], "o-", label=name)
+    mrr.set(xlabel="epoch (0: the start)", ylabel="MRR", title="Validation", ylim=(0, 1))
+    for tried in state.search.get("tried", []):
+        rates.plot(range(1, len(tried["curve"]) + 1), tried["curve"], "o-", label=f"{tried['lr']:g}")
+    rates.set(xlabel="epoch", ylabel="validation MRR", title="Projections alone, by learning rate")
+    x = [facts["alpha"] for facts in swept]
+    y, errors = [f["validation"]["mrr"] for f in swept], [f["standard_error"] for f in swept]
+    alphas.errorbar(x, y, errors, fmt="o-", capsize=3, label="validation, error of the difference to the best")
+    alphas.plot(x, [facts["probe"]["mrr"] for facts in swept], "s--", label="general probe")
+    alphas.set(xlabel="alpha (0: base, 1: fine-tuned)", ylabel="MRR", title="WiSE-FT", ylim=(0, 1))
+    for axes in (loss, mrr, rates, alphas):
+        if axes.has_data():
+            axes.legend()
     figure.tight_layout()
     with common.atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -1200,14 +1509,14 @@ def draw_curves(lines: list[str], path: Path) -> None:
 # Training
 
 
-def rate(kind: str, done: float) -> float:
-    """Share of the peak learning rate when `done` (0 to 1) of the updates are made."""
+def rate(kind: str, done: float, warmup: float = WARMUP) -> float:
+    """Share of the peak learning rate when `done` (0 to 1) of the updates are made; `warmup` of them rise (cosine)."""
     if kind == "onecycle":  # from 1/25 up in 30%, down to 1/250,000 (arXiv 1708.07120)
         low, high, part = (1 / 25, 1, done / 0.3) if done < 0.3 else (1 / 250_000, 1, (1 - done) / 0.7)
         return low + (high - low) * (1 - math.cos(math.pi * part)) / 2
-    if done < WARMUP:
-        return done / WARMUP
-    return (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP))) / 2
+    if done < warmup:
+        return done / warmup
+    return (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
@@ -1235,7 +1544,7 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
     towers, config = run.towers, run.config
     towers.train(True)
     optimizer.zero_grad()
-    share = rate(config.schedule, (state.updates + 1) / (total_updates + 1))
+    share = rate(config.schedule, (state.updates + 1) / (total_updates + 1), config.warmup / total_updates)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     loss = accumulate(run, batch, state.step, scaler.scale)
@@ -1258,31 +1567,30 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
     return dict(zip(("loss", "gradient_norm", "logit_scale"), numbers, strict=True)) | rates
 
 
-def train(run: Run, checkpoint: dict[str, Any] | None) -> State:
-    """All epochs, or those that are left; returns the state with the best epoch in it."""
+def train(run: Run, state: State, checkpoint: dict[str, Any] | None = None) -> State:
+    """All epochs, or those that are left; returns the state with the best epoch in it, 0 for the weights of before."""
     config, towers = run.config, run.towers
-    optimizer, state = make_optimizer(run), State()
+    optimizer = make_optimizer(run)
     scaler = torch.amp.GradScaler(run.world.device.type, enabled=config.precision == "fp16")
     if checkpoint:
-        check_identity(checkpoint, run.identity)
-        state = State(**checkpoint["state"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         towers.interpolate(1.0, checkpoint["weights"])
         run.train.unreadable |= state.bad
         run.print(f"going on after step {state.step}, in epoch {min(state.epoch + 1, config.epochs)}")
-    if run.world.main:  # what was logged after the checkpoint is dropped
+    if run.world.main and not run.trial:  # what was logged after the checkpoint is dropped
         common.atomic_write(run.output / "metrics.jsonl", "".join(state.lines))
-    if run.world.main and config.wandb != "off":
+    if run.world.main and not run.trial and config.wandb != "off":
         import wandb
 
         settings, folder = dataclasses.asdict(config), str(run.output)
         run.wandb = wandb.init(project="catalogue-clip", name=run.output.name, dir=folder, config=settings)
-    if not checkpoint:
-        log(run, state, kind="validation", epoch=0, step=0, **evaluate(run, run.validation))
-    while state.epoch < config.epochs:
-        if config.patience and state.best and state.epoch - state.best["epoch"] >= config.patience:
-            break
+    if not state.lines:
+        metrics = evaluate(run, run.validation)
+        state.best = {"epoch": 0, "metrics": metrics, "weights": towers.copy()}
+        log(run, state, kind="validation", epoch=0, step=0, **metrics)
+        save_checkpoint(run, state, optimizer, scaler)
+    while state.epoch < config.epochs and state.epoch - state.best.get("epoch", 0) < config.patience:
         train_epoch(run, state, optimizer, scaler)
         state.epoch, state.batch = state.epoch + 1, 0
         metrics = evaluate(run, run.validation)
@@ -1291,6 +1599,8 @@ def train(run: Run, checkpoint: dict[str, Any] | None) -> State:
         log(run, state, kind="validation", epoch=state.epoch, step=state.step, **metrics)
         run.print(f"  validation: loss {metrics['loss']:.4f}, MRR {metrics['mrr']:.4f}")
         save_checkpoint(run, state, optimizer, scaler)
+    if state.epoch < config.epochs:
+        run.print(f"stopped: no better validation MRR for {config.patience} epochs (--patience)")
     return state
 
 
@@ -1301,11 +1611,14 @@ def train_epoch(run: Run, state: State, optimizer, scaler) -> None:
     plan = epoch_plan(count, run.effective, config.seed, state.epoch, world.rank, world.size, state.batch)
     start = saved = time.monotonic()
     pairs, title, numbers = 0, f"epoch {state.epoch + 1}/{config.epochs}", {"loss": math.nan}
-    bar = tqdm(total=steps, initial=state.batch, desc=title, unit="step", disable=None if world.main else True)
+    hidden = None if world.main and not run.trial else True  # None: where there is no terminal
+    bar = tqdm(total=steps, initial=state.batch, desc=title, unit="step", disable=hidden)
     for batch in run.train.batches(plan, state.epoch):
         try:
             numbers = update(run, state, optimizer, scaler, batch, steps * config.epochs)
         except FloatingPointError as error:
+            if run.trial:
+                raise
             save_checkpoint(run, state, optimizer, scaler)
             raise Fail(
                 f"step {state.step + 1}: {error}; the last good state is in checkpoint.pt; start over with lower --lr "
@@ -1326,8 +1639,66 @@ def train_epoch(run: Run, state: State, optimizer, scaler) -> None:
     run.print(f"{title}: step {state.step}, loss {numbers['loss']:.4f}, {speed:.0f} pairs a second")
 
 
+def try_rate(run: Run, lr: float, start: dict[str, Tensor]) -> tuple[dict[str, Any], np.ndarray, dict[str, Tensor]]:
+    """(facts, MRR of each validation pair, weights) of the best epoch of the projections alone at a peak rate `lr`."""
+    trial, state = dataclasses.replace(run, trial=True), State()
+    trial.config = dataclasses.replace(run.config, lr=lr, lora_lr=0.0)
+    run.towers.interpolate(1.0, start)
+    diverged = False
+    try:
+        train(trial, state)
+    except FloatingPointError:
+        diverged = True
+    curve = [line["mrr"] for line in map(json.loads, state.lines) if line["kind"] == "validation"]
+    run.towers.interpolate(1.0, state.best["weights"])
+    facts = {"lr": lr, "mrr": max(curve), "epoch": state.best["epoch"], "curve": curve[1:], "diverged": diverged}
+    return facts, judge(run, run.validation)[1], state.best["weights"]
+
+
+def search_rates(run: Run) -> dict[str, Any]:
+    """Train the projections alone at each of RATES, or at --lr, on the kept features of both towers; choose one.
+
+    Chosen is the smallest rate that validates within one standard error of the best: a smaller one forgets less. LoRA
+    begins at what it gave (LP-FT, arXiv 2202.10054), and so ends at least there. Returns {"lr", "tried", "base_mrr",
+    and "probe_mrr", what linear_probe would export}. Fail where every rate diverges.
+    """
+    towers, config = run.towers, run.config
+    lora = [parameter for name, parameter in towers.trained.items() if "lora_" in name]
+    start, before = towers.copy(), judge(run, run.validation)[1]
+    for parameter in lora:
+        parameter.requires_grad_(False)
+    tried = [try_rate(run, lr, start) for lr in (RATES if config.lr == "auto" else (config.lr,))]
+    good = [one for one in tried if not one[0]["diverged"]]
+    if not good:
+        raise Fail("the loss diverges at every learning rate that was tried; give a lower --lr, or --precision fp32")
+    chosen, pairs, weights = good[nearest_within_error([pairs for _, pairs, _ in good])[0]]
+    for facts, *_ in tried:
+        mark = "  diverged" if facts["diverged"] else "  <- chosen" if facts is chosen else ""
+        run.print(f"  lr {facts['lr']:g}: validation MRR {facts['mrr']:.4f} after epoch {facts['epoch']}{mark}")
+    if nearest_within_error([before, pairs])[0] == 0:
+        run.print(f"note: no rate gains more than its error on the base's validation MRR of {before.mean():.4f}")
+    swept = sweep_alpha(dataclasses.replace(run, trial=True), weights)
+    alpha = choose_alpha("one-se", swept)
+    for parameter in lora:
+        parameter.requires_grad_(True)
+    towers.interpolate(1.0, weights if lora else start)
+    probe_mrr = next(facts["validation"]["mrr"] for facts in swept if facts["alpha"] == alpha)
+    found = {"lr": chosen["lr"], "tried": [facts for facts, *_ in tried]}
+    return found | {"base_mrr": float(before.mean()), "probe_mrr": probe_mrr}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One scenario, from shards to train.json
+
+
+def settle(config: TrainingConfig, count: int, effective: int) -> TrainingConfig:
+    """The settings with numbers for what is `auto`, as far as the number of steps decides it."""
+    steps = math.ceil(count / effective)
+    epochs = min(40, max(5, math.ceil(UPDATES / steps))) if config.epochs == "auto" else config.epochs
+    updates = steps * epochs
+    auto = {"epochs": epochs, "warmup": min(WARMUP * updates, MOST_WARMUP), "patience": max(5, epochs // 4)}
+    auto["lora_lr"] = LORA_RATE * min(1.0, math.sqrt(UPDATES / updates))
+    return dataclasses.replace(config, **{name: auto[name] for name in auto if getattr(config, name) == "auto"})
 
 
 def prepare(config: TrainingConfig, shards: str, output: Path, checkpoint: dict[str, Any] | None = None) -> Run:
@@ -1336,9 +1707,11 @@ def prepare(config: TrainingConfig, shards: str, output: Path, checkpoint: dict[
     if config.precision == "auto":  # a run goes on as it began, on another machine too
         begun = checkpoint["identity"]["precision"] if checkpoint else common.auto_precision(world.device.type)
         config = dataclasses.replace(config, precision=world.share(begun)[0])
+    if config.augment == "auto":
+        config = dataclasses.replace(config, augment="advanced" if SCENARIOS[config.scenario][0] else "none")
     manifest = common.load_manifest(shards)
     clip = common.load_clip(config.model, config.pretrained, world.device)
-    probe = load_probe(config.probe, clip) if config.probe else None
+    probe = draw_probe(clip) if config.probe == "drawn" else load_probe(config.probe, clip)
     with first_on_this_machine(world):
         train, validation = open_splits(shards, manifest, cache_folder(world, output) / "shards", clip, config)
     run = Run(config, output, world, clip, Towers(clip, config), train, validation, probe)
@@ -1350,21 +1723,45 @@ def prepare(config: TrainingConfig, shards: str, output: Path, checkpoint: dict[
     if side < clip.size:
         run.print(
             f"note: {clip.name} takes pictures of {clip.size} px, the shards hold {side} px, which are scaled up;"
-            f" 2_prepare.py --image-size {clip.size} (make: IMAGE_SIZE={clip.size}) would show it more"
+            f" 2_prepare.py --image-size {clip.size} would show it more"
         )
     run.identity = identity_of(config, clip, manifest, run.effective)
+    run.config = settle(config, len(train), run.effective)
     return run
+
+
+def choose_rate(run: Run, state: State) -> None:
+    """Set state.search and, for LoRA, the projections to begin at."""
+    for split in (run.train, run.validation):
+        cache_tower_features(run, split, adapted=True)
+    run.print("projections alone, on kept features:")
+    state.search = search_rates(run)
+    for split in (run.train, run.validation):
+        forget_features(run, split)
+
+
+def explain_result(state: State, alpha: float, mrr: float, lora: bool) -> list[str]:
+    """What a person should know about a run that gained nothing, or less than it could."""
+    probe, notes = state.search.get("probe_mrr", 0.0), []
+    if alpha == 0:
+        notes.append("nothing that was trained validates better than the base by more than its error: it is exported")
+    if lora and state.best["epoch"] == 0:
+        notes.append("LoRA did not improve the validation MRR; the projections of linear_probe are exported")
+    if lora and mrr < probe:
+        notes.append(f"validation MRR {mrr:.4f} is below linear_probe's {probe:.4f}; use --scenario linear_probe")
+    return notes
 
 
 def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     """Train, evaluate and export; returns what train.json says about it."""
     config, world, towers = run.config, run.world, run.towers
-    if not checkpoint:
+    if checkpoint:
+        check_identity(checkpoint, run.identity)
+    else:
         towers.check_lora_gradients()
-    share = math.ceil(run.effective / world.size)
-    if config.micro_batch_size != "auto":
-        run.micro = int(config.micro_batch_size)
-    else:  # found once a run: another split of the same batch adds up in another order
+    state = State(**checkpoint["state"]) if checkpoint else State()
+    share, run.micro = math.ceil(run.effective / world.size), config.micro_batch_size
+    if run.micro == "auto":  # found once a run: another split of the same batch adds up in another order
         run.micro = checkpoint["micro"] if checkpoint else min(world.share(towers.fitting_micro_batch(share)))
     for split in (run.train, run.validation):
         cache_tower_features(run, split)
@@ -1372,28 +1769,38 @@ def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
         f"effective batch {run.effective} = {world.size} processes x {math.ceil(share / run.micro)} micro batches of "
         f"up to {run.micro}, in {config.precision}"
     )
-    trained = {name: parameter.numel() for name, parameter in towers.trained.items()}
-    lora = sum(count for name, count in trained.items() if "lora_" in name)
+    trained, lora = (sum(p.numel() for name, p in towers.trained.items() if of in name) for of in ("", "lora_"))
     base = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters()) - lora
-    state = train(run, checkpoint)
-    best_alpha, swept = sweep_alpha(run, state.best["weights"])
-    alpha = best_alpha if config.wise else 1.0
-    run.print(f"  the best alpha is {best_alpha}; exported is {alpha}" + ("" if config.wise else " (--wise: the best)"))
+    if not checkpoint and (lora or config.lr == "auto"):
+        choose_rate(run, state)
+    run.config = config = dataclasses.replace(config, lr=state.search.get("lr", config.lr))
+    chosen = {name: getattr(config, name) for name in ("epochs", "patience", "warmup", "lr", "lora_lr")}
+    run.print("settings: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
+    train(run, state, checkpoint)
+    swept = sweep_alpha(run, state.best["weights"])
+    alpha = choose_alpha(config.wise, swept, state.search.get("probe_mrr", 0.0))
+    print_alphas(run, swept, alpha)
+    before, best = swept[0]["validation"], next(f["validation"] for f in swept if f["alpha"] == alpha)
+    notes = explain_result(state, alpha, best["mrr"], bool(lora))
+    for note in notes:
+        run.print(f"note: {note}")
     if world.main:
         towers.export(run.output, alpha, state.best["weights"])
-        draw_curves(state.lines, run.output / "curves.png")
+        draw_curves(state, swept, run.output / "curves.png")
     if run.wandb:
         if config.wandb == "model":
             run.wandb.log_artifact(str(run.output / "model"), name="model", type="model")
         run.wandb.finish()
-    before, best = swept[0]["validation"], next(f["validation"] for f in swept if f["alpha"] == alpha)
     return {
         "model_dir": "model",
         "validation": {"zero_shot": before, "best": best, "best_epoch": state.best["epoch"]},
         "alpha": alpha,
-        "best_alpha": best_alpha,
+        "best_alpha": choose_alpha("best", swept),
         "wise_ft": swept,
-        "parameters": {"base": base, "trained": sum(trained.values()), "lora": lora, "lora_share": lora / base},
+        "chosen": chosen,
+        "search": state.search,
+        "notes": notes,
+        "parameters": {"base": base, "trained": trained, "lora": lora, "lora_share": lora / base},
         "batch": {"effective": run.effective, "micro": run.micro, "processes": world.size},
     }
 
@@ -1410,6 +1817,8 @@ def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -
     facts |= {"memory_mb": round(memory / 1e6), "versions": common.versions("torch", "open_clip_torch", "peft")}
     facts["unreadable"] = [line for split in splits for line in (*split.damaged, *split.unreadable.values())][:1000]
     inputs = {"shards": shards, "base": run.clip.name, "base_fingerprint": run.clip.fingerprint}
+    if facts["model_dir"]:
+        common.atomic_write(run.output / "model" / "README.md", model_card(run.clip, config, counts, facts))
     common.write_sidecar(marker, config, counts, inputs, seconds, identity=run.identity, **facts)
     for name, count in counts.items():
         if count["unreadable"]:
@@ -1433,7 +1842,7 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
         raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
     marker = output / "train.json"
     facts = common.read_json(marker) if config.resume and marker.is_file() else {}
-    wanted = {name: getattr(config, name) for name in ("wise", "probe")}
+    wanted = {name: getattr(run.config, name) for name in ("wise", "probe", "patience")}
     finished = facts.get("identity", {}).items() >= run.identity.items() and facts["settings"].items() >= wanted.items()
     if run.world.share(finished)[0]:
         run.print(f"{marker}: finished already; --no-resume trains again")

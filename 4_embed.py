@@ -4,13 +4,15 @@ Reads   --shards: a folder or s3://bucket/prefix from 2_prepare.py; the base mod
 Writes  --output: master.parquet, one row an item; beside it report.json, report.html, queries.parquet (the scores of
         each query), rejects, and vectors/: one SQLite file a model, so that no vector is ever computed twice
 
-    python 4_embed.py --shards data/shards --model ViT-B-32 --pretrained openai \\
+    python 4_embed.py --shards data/shards --model ViT-B-32 \\
         --finetuned data/runs/dual_lora/model --output data/embeddings/master.parquet
     torchrun --nproc-per-node 8 4_embed.py ...                 the same, on eight GPUs
     python 4_embed.py report --shards data/shards --model local-dir:tests/small_clip \\
         --run data/runs/zero_shot --run data/runs/dual_lora --output data/report         any number of runs; a minute
     python 4_embed.py pool --report data/folds/5/0/report-dual_lora --report ... --output data/proof
     python 4_embed.py search "grey fabric sofa" [--image photo.jpg]                      seconds on a CPU
+    python 4_embed.py queries --output queries.csv     what shoppers may type, for you to correct; then: --queries
+    python 4_embed.py export --output vectors.parquet  ids and vectors alone, to serve from
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
+import random
 import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import common
-from common import ATTRIBUTES, DONE, LOCAL, SPLITS, USAGE, BadImage, Clip, Fail, World, setting
+from common import ALPHA, ATTRIBUTES, DONE, LOCAL, SPLITS, USAGE, BadImage, Clip, Fail, World, setting
 
 COLUMNS = ("image_id", "split", "image_path", "title", "prompt", *ATTRIBUTES, "group", "image_digest", "text_digest")
 ROW_GROUP = 1024  # rows, at most; a shard begins a new one
@@ -66,12 +68,17 @@ METRICS = {  # of the report, in the order of its tables, and their labels
     "agreement@4_all": "image → image  agreement@4 all",
     "mrr": "both ways  MRR",
 }
+QUERY_METRICS = {"ndcg@10": "nDCG@10", "recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10",
+                 "mrr": "MRR"}  # fmt: skip
+WAYS = ("words in titles", "CLIP on titles", "CLIP on pictures", "CLIP on both")  # to search; the first is the base
+WEIGHTS = tuple(number / 10 for number in range(11))  # of the picture in the mixture
+CHOOSING = 10  # queries of the validation split, at least, that choose the weight; fewer leave it at a half
+GALLERY = 4096  # items whose vectors are in memory at once
 CHARTED = {"mrr", "text_to_image_recall@1", "text_to_image_mrr", "image_to_text_recall@1", "image_to_text_mrr",
            "agreement@4_object_type", "agreement@4_all"}  # where there are several runs  # fmt: skip
 
-ALPHA = 0.05  # two-sided level of every test; intervals are 95%
-DRAWS, SEED = 10_000, 42  # resamples behind each interval: its ends move by less than 2% of its width
-BOOTSTRAP_NUMBERS = 400_000  # drawn at once: 3 MB an array stay in the cache, which is twice as fast as 32 MB
+FEW = 20  # queries; an agreement judged on fewer is shown, but not tested
+MOVED = 10  # queries shown that gained or lost most
 THUMBNAIL = 128  # pixels a side
 
 
@@ -98,7 +105,7 @@ class Run:
     name: str
     model: str  # as load_clip takes it
     pretrained: str | None = None
-    folder: Path | None = None  # where curves.png is
+    folder: Path | None = None  # where curves.png is; None for the base
     base_fingerprint: str | None = None  # of the model it was trained from
 
 
@@ -108,7 +115,7 @@ def read_run(folder: str, args: argparse.Namespace) -> Run:
     place = path if (path / "train.json").is_file() else path.parent
     if not (place / "train.json").is_file():
         if (path / "open_clip_config.json").is_file():
-            return Run(path.name, f"{LOCAL}{path}")
+            return Run(path.name, f"{LOCAL}{path}", folder=path)
         raise Fail(f"{path}: no finished run there (no train.json); train it with 3_train.py, or check the path")
     facts = common.read_json(place / "train.json", "run")
     try:
@@ -120,6 +127,18 @@ def read_run(folder: str, args: argparse.Namespace) -> Run:
         raise Fail(f"{place}/train.json: not written by 3_train.py ({error!r}); train that run again") from None
     weights = (f"{LOCAL}{place / model}", None) if model else (args.model, args.pretrained)  # zero_shot has no model
     return Run(name or place.name, *weights, place, base)
+
+
+def run_names(runs: list[Run]) -> list[str]:
+    """Names for the report, the base's first; runs of one scenario are told apart by their folders."""
+    names = ["zero_shot"]
+    for run in runs[1:]:
+        same = [other.folder.resolve().parts for other in runs[1:] if other.name == run.name]
+        count = next(n for n in itertools.count(1) if len({parts[-n:] for parts in same}) == len(same))
+        place = "/".join(run.folder.resolve().parts[-count:])
+        alone = run.name != "zero_shot" and (len(same) == 1 or place == run.name)
+        names.append(run.name if alone else f"{run.name} ({place})")
+    return names
 
 
 def load_run(run: Run, world: World, base: Clip | None = None) -> Clip:
@@ -160,7 +179,7 @@ def open_shards(root: str, splits: tuple[str, ...], folder: Path, config: Embedd
 
 
 def read_shard(shards: Shards, number: int) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """(row, JPEG) of each sample in order: COLUMNS, the shard's number, the sample's place in it, reason and detail.
+    """(row, JPEG) of each sample in order: COLUMNS, view, the shard's number, the sample's place in it, reason, detail.
 
     A sample that cannot be read is a row with a reason and without a JPEG. No sample that the manifest counts is lost:
     a shard with other bytes than the manifest names is not trusted, and every sample of it is such a row.
@@ -169,7 +188,7 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[dict[str, Any], by
 
     split, entry = shards.entries[number]
     (path,), place, problem = shards.paths([number]), -1, "it holds fewer samples than its manifest says"
-    blank = dict.fromkeys((*COLUMNS, "reason", "detail"), "") | {"split": split, "shard": number}
+    blank = dict.fromkeys((*COLUMNS, "reason", "detail"), "") | {"split": split, "shard": number, "view": 0}
     try:
         if common.file_digest(path) != entry["sha256"]:
             if common.is_s3(shards.root):
@@ -188,11 +207,12 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[dict[str, Any], by
         yield blank | {"place": lost, "reason": "damaged shard", "detail": f"{entry['name']}: {problem}"}, b""
 
 
-def sample_columns(sample: dict[str, bytes]) -> dict[str, str]:
-    """COLUMNS of one sample. Raises KeyError, TypeError or ValueError for what 2_prepare.py did not write."""
+def sample_columns(sample: dict[str, bytes]) -> dict[str, Any]:
+    """COLUMNS and view of one sample. Raises KeyError, TypeError or ValueError for what 2_prepare.py did not write."""
     record, prompt = json.loads(sample["json"]), sample["txt"].decode()
-    columns = {name: str(record[name] or "") for name in ("image_path", "title", *ATTRIBUTES, "group")}
-    columns |= {"image_id": str(record["id"] or ""), "prompt": prompt}
+    columns = {name: str(record[name] or "") for name in ("image_path", "title", "group")}
+    columns |= {name: str(record.get(name) or "") for name in ATTRIBUTES}  # one may be newer than the shards
+    columns |= {"image_id": str(record["id"] or ""), "prompt": prompt, "view": int(record.get("view") or 0)}
     digests = [hashlib.sha256(sample[kind]).hexdigest() for kind in ("jpg", "txt")]
     return columns | {"image_digest": digests[0], "text_digest": digests[1]}
 
@@ -378,11 +398,23 @@ def bf16_cosine(half: Encoder, whole: Encoder, shards: Shards) -> float:
 # Computing what is missing, in one pass over the shards
 
 
-def make_vectors(shards: Shards, encoders: list[Encoder], config: EmbeddingConfig, world: World) -> tuple[Any, dict]:
-    """Make every vector that a store lacks, this process its share.
+def text_digest(text: str) -> str:
+    """sha256 (hex), by which its vector is kept."""
+    return common.digest(text.encode())
 
-    Returns the rows of all samples in order (a DataFrame: COLUMNS, shard, place, reason, detail), the same in every
-    process, and how many pictures and prompts were computed in all.
+
+def title_text(title: str) -> str:
+    """What is encoded of a title."""
+    return title or "product"
+
+
+def make_vectors(
+    shards: Shards, encoders: list[Encoder], config: EmbeddingConfig, world: World, queries: str | None = None
+) -> tuple[Any, dict]:
+    """Make every vector that a store lacks, this process its share; with queries, a file, theirs and those of titles.
+
+    Returns the rows of all products in order (a DataFrame: COLUMNS, view, shard, place, reason, detail, photos: their
+    number), the same in every process, and how many pictures and prompts were computed in all.
     """
     import pandas as pd
 
@@ -390,8 +422,40 @@ def make_vectors(shards: Shards, encoders: list[Encoder], config: EmbeddingConfi
     shared = world.share((rows, pictures))
     rows = pd.concat([part for part, _ in shared], ignore_index=True)
     rows = rows.sort_values(["shard", "place"], kind="stable", ignore_index=True)
-    prompts = sum(world.share(embed_prompts(rows, encoders, world)))  # when all have done theirs, all is there
-    return rows, {"image": sum(count for _, count in shared), "text": prompts}
+    good = rows[rows["reason"] == ""]
+    texts = dict(zip(good["text_digest"], good["prompt"], strict=True))
+    if queries:
+        more = [*good["title"].map(title_text), *common.read_queries(queries)[0]["query"]]
+        texts |= {text_digest(text): text for text in more}
+    computed = sum(world.share(embed_texts(texts, encoders, world)))  # when all have done theirs, all is there
+    return merge_views(rows, encoders, world), {"image": sum(count for _, count in shared), "text": computed}
+
+
+def merge_views(rows, encoders: list[Encoder], world: World) -> Any:
+    """The rows with one row a product, where some have several photos: its vector is their normalised mean.
+
+    The mean is kept as that of a picture whose digest is the digest of the list of theirs.
+    """
+    import numpy as np
+    import torch
+
+    rows, good = rows.assign(photos=1), rows[rows["reason"] == ""].sort_values(["image_id", "view"], kind="stable")
+    if not (good["view"] > 0).any():
+        return rows
+    photos = good.groupby("image_id")["image_digest"].agg(list)
+    keys = {id: (common.digest(some), some) for id, some in photos.items() if len(some) > 1}
+    rows = rows.drop(good.index[good["image_id"].duplicated()]).reset_index(drop=True)
+    ids = rows["image_id"].where(rows["reason"] == "")
+    rows["image_digest"] = ids.map({id: key for id, (key, _) in keys.items()}).fillna(rows["image_digest"])
+    rows["photos"] = ids.map({id: len(some) for id, (_, some) in keys.items()}).fillna(1)
+    for encoder in encoders if world.main else ():
+        for batch in batches((one for one in keys.values() if encoder.store.claim(one[0])), 512):
+            parts = [encoder.store.get(some).mean(axis=0, dtype=np.float64) for _, some in batch]
+            means = np.stack([(part / np.linalg.norm(part)).astype(np.float32) for part in parts])  # [B, D]
+            jobs = [Job(key, "a product with several photos", b"", []) for key, _ in batch]
+            encoder.store.add(jobs, torch.from_numpy(means))
+        encoder.store.flush()
+    return rows
 
 
 def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingConfig, world: World) -> tuple[Any, int]:
@@ -405,7 +469,7 @@ def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingCon
     numbers = range(world.rank, len(shards.entries), world.size)
     shards.paths(numbers)  # from S3, several at once
     sizes = {encoder.clip.size for encoder in encoders}
-    tables, problems, computed = [pd.DataFrame(columns=[*COLUMNS, "reason", "detail", "shard", "place"])], {}, 0
+    tables, problems, computed = [pd.DataFrame(columns=[*COLUMNS, "view", "reason", "detail", "shard", "place"])], {}, 0
 
     def encoded() -> Iterator[Job]:
         with computing(encoders, world):
@@ -486,13 +550,12 @@ def decoded(pictures: Iterable[Job], sizes: set[int], config: EmbeddingConfig, w
                 yield ready, pixels
 
 
-def embed_prompts(rows, encoders: list[Encoder], world: World) -> int:
-    """Make the vectors of prompts that a store lacks, this process its share; returns how many prompts that were."""
-    some = rows[rows["reason"] == ""].drop_duplicates("text_digest")
+def embed_texts(texts: dict[str, str], encoders: list[Encoder], world: World) -> int:
+    """Make the vectors of texts, by digest, that a store lacks, this process its share; returns how many that were."""
     jobs = []
-    for digest, prompt in zip(some["text_digest"], some["prompt"], strict=True):
+    for digest, text in texts.items():
         if int(digest[:8], 16) % world.size == world.rank:
-            jobs.append(Job(digest, f"the prompt '{prompt}'", prompt, [e for e in encoders if e.store.claim(digest)]))
+            jobs.append(Job(digest, f"the text '{text}'", text, [e for e in encoders if e.store.claim(digest)]))
     jobs = sorted((job for job in jobs if job.encoders), key=lambda job: len(job.content))  # few lengths in a batch
 
     def encoded() -> Iterator[Job]:
@@ -503,7 +566,7 @@ def embed_prompts(rows, encoders: list[Encoder], world: World) -> int:
                         encoder.store.add(wanted, encoder.texts([job.content for job in wanted]))
                 yield from batch
 
-    return sum(1 for _ in common.progress(encoded(), "encoding", len(jobs), "prompt")) if jobs else 0
+    return sum(1 for _ in common.progress(encoded(), "encoding", len(jobs), "text")) if jobs else 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -528,7 +591,7 @@ def master_facts(shards: Shards, rows, encoders: list[Encoder], run: Run, args: 
     folder = os.path.relpath(Path(run.model.removeprefix(LOCAL)).resolve(), Path(args.output).parent.resolve())
     entries = [(split, entry["sha256"]) for split, entry in shards.entries]
     inputs = [entries, base.key, finetuned.key, COLUMNS, rows.index[rows["reason"] != ""].tolist()]
-    origin = f"{LOCAL}{base.clip.folder}" if base.clip.folder else f"{args.model}/{args.pretrained}"
+    origin = f"{LOCAL}{base.clip.folder}" if base.clip.folder else base.clip.name
     return {
         "base_model": origin, "base_fingerprint": base.clip.fingerprint,
         "finetuned_model": f"{LOCAL}{folder}", "finetuned_fingerprint": finetuned.clip.fingerprint,
@@ -598,12 +661,18 @@ def answer_keys(items):
 def clusters_of(keys):
     """int64 [N]: items that share right answers, directly or through others, are one draw of the bootstrap."""
     import numpy as np
+
+    return components(np.tile(np.arange(len(keys)), 2), np.concatenate([keys[:, 0], len(keys) + keys[:, 1]]), len(keys))
+
+
+def components(queries, labels, count: int):
+    """int64 [count]: one number for queries that share labels, directly or through others; queries[i] has labels[i]."""
+    import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    count = len(keys)  # a graph of the items, their prompts and their groups
-    items, labels = np.tile(np.arange(count), 2), count + np.concatenate([keys[:, 0], count + keys[:, 1]])
-    graph = coo_matrix((np.ones(2 * count, np.int8), (items, labels)), (3 * count, 3 * count))
+    size = count + int(labels.max(initial=0)) + 1  # a graph of the queries and the labels
+    graph = coo_matrix((np.ones(len(queries), np.int8), (queries, count + labels)), (size, size))
     return np.unique(connected_components(graph, directed=False)[1][:count], return_inverse=True)[1]
 
 
@@ -642,100 +711,6 @@ def agreement(nearest, items) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Is a difference more than chance? Paired bootstrap and Holm's correction
-
-
-def paired_bootstrap(a, b, draws: int = DRAWS, seed: int = SEED, groups=None) -> dict[str, float | None]:
-    """difference: mean(b - a), its 95% interval low to high, and p of "no difference", two-sided.
-
-    Symmetric studentised bootstrap of mean(b - a), where a[i] and b[i] are one query's score under two models.
-
-    a, b: float [N], finite. groups: [N] labels; queries of one label (a duplicate group) are drawn together, so only
-    groups need be independent of each other. None: every query is its own group.
-    The interval is mean -+ q * s: s is the standard error over groups (a ratio of sums: Cochran 1977, 6.4), and q the
-    95% quantile of |mean* - mean| / s* over resamples (Hall 1988, "On symmetric bootstrap confidence intervals":
-    coverage error of order N^-2, where the percentile interval has N^-1). Recall differs on few queries, and a resample
-    that holds none of those has s* = 0; so the spread of one more group is added to every variance, s and s* alike.
-    p is the share of resamples at least as far out, counted with the one observed: never below 1 / (draws + 1).
-    p <= 0.05 exactly when the interval leaves out 0. Where too few groups leave it unknown, low and high are None.
-    """
-    import numpy as np
-    import pandas as pd
-
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    groups = np.arange(len(a)) if groups is None else pd.factorize(np.asarray(groups))[0]
-    if not len(a) or not a.shape == b.shape == groups.shape or not np.isfinite(b - a).all():
-        raise ValueError(
-            f"need finite, equally long scores and groups, got shapes {a.shape}, {b.shape}, {groups.shape}"
-        )
-    sums, sizes = np.bincount(groups, weights=b - a), np.bincount(groups).astype(float)  # [G]
-    count, mean = len(sums), float(sums.sum() / sizes.sum())
-    residuals = sums - mean * sizes
-    if count < 2:
-        return {"difference": mean, "low": None, "high": None, "p": 1.0}
-    if abs(residuals).max() <= 1e-12 * abs(sums).max():  # no spread to draw from: the sign test is what is left
-        p = 2.0 ** max(1 - count, -1000) if mean else 1.0
-        ends = mean if p <= ALPHA or not mean else None
-        return {"difference": mean, "low": ends, "high": ends, "p": p}
-    more = (residuals**2).mean() / sizes.sum() ** 2
-    error = math.sqrt(count / (count - 1) * (residuals**2).sum() / sizes.sum() ** 2 + more)
-    far = np.sort(resampled_distances(residuals, sizes, more, draws, np.random.default_rng(seed)))
-    half = error * float(far[-math.floor(ALPHA * (draws + 1))])
-    p = (1 + int((far >= abs(mean) / error * (1 - 1e-12)).sum())) / (draws + 1)
-    if p > ALPHA:  # rounding must not let the two disagree
-        half = max(half, abs(mean))
-    return {"difference": mean, "low": mean - half, "high": mean + half, "p": p}
-
-
-def resampled_distances(residuals, sizes, more: float, draws: int, rng) -> Any:
-    """|mean* - mean| / s* of `draws` resamples of whole groups, float [draws].
-
-    residuals, sizes: float [G]; more is added to every variance. Groups of equal residual and size are interchangeable:
-    with few kinds (recall is 0 or 1) their multinomial counts are drawn instead of the groups, which has the same
-    distribution and costs a hundredth.
-    """
-    import numpy as np
-
-    count = len(sizes)
-    kinds, repeats = np.unique(np.stack([residuals, sizes], axis=1), axis=0, return_counts=True)  # [K, 2], [K]
-    few = len(kinds) * 10 <= count
-    if not few:
-        kinds = np.stack([residuals, sizes], axis=1)
-    e, n = kinds.T
-    terms = np.stack([e, n, e * e, e * n, n * n], axis=1)  # [K, 5]
-    far = np.empty(draws)
-    step = max(1, BOOTSTRAP_NUMBERS // (2 * len(kinds)))
-    for start in range(0, draws, step):
-        rows = min(step, draws - start)
-        if few:
-            times = rng.multinomial(count, repeats / count, size=rows)  # how often each kind was drawn: [rows, K]
-        else:
-            picks = rng.integers(0, count, size=(rows, count)) + count * np.arange(rows)[:, None]
-            times = np.bincount(picks.ravel(), minlength=rows * count).reshape(rows, count)
-        totals = times @ terms  # [rows, 5]
-        shift = totals[:, 0] / totals[:, 1]  # mean* - mean
-        square = totals[:, 2] - 2 * shift * totals[:, 3] + shift**2 * totals[:, 4]
-        variance = count / (count - 1) * np.maximum(square, 0) / totals[:, 1] ** 2
-        far[start : start + rows] = abs(shift) / np.sqrt(variance + more)
-    return far
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values in the order given (Holm 1979); valid under any dependence.
-
-    Hypothesis i is rejected at level alpha, with family-wise error at most alpha, when its adjusted value is <= alpha.
-    """
-    import numpy as np
-
-    values = np.asarray(p, dtype=float)
-    if values.size and not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"p-values must lie in [0, 1], got {list(p)}")
-    order = np.argsort(values, kind="stable")
-    adjusted = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    return np.minimum(adjusted, 1.0)[np.argsort(order)].tolist()
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Every model against the base, in numbers and words
 
 
@@ -747,28 +722,31 @@ def mean(values) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def compare(base: dict, others: list[dict], clusters, draws: int = DRAWS, seed: int = SEED) -> list[dict[str, dict]]:
-    """For each other model, {metric: value, difference to base, 95% interval, p, Holm's p}.
+def compare(base: dict, others: list[dict], clusters, names: Iterable[str] = METRICS) -> list[dict[str, dict]]:
+    """For each other model, {metric: value, queries, difference to base, 95% interval, p, Holm's p}.
 
-    The interval and p are those of paired_bootstrap over clusters; Holm's correction is over every difference that the
-    report shows, all models and metrics together.
+    The interval and p are those of a paired bootstrap over clusters; Holm's correction is over all models and metrics
+    together. An agreement that can be judged on fewer than 20 queries has no p and counts in no correction.
     """
     import numpy as np
 
     compared = []
     for scores in others:
         metrics: dict[str, dict] = {}
-        for name in METRICS:
+        for name in names:
             judged = np.isfinite(base[name]) & np.isfinite(scores[name])
             facts: dict[str, Any] = {"value": mean(scores[name]), "queries": int(judged.sum())}
             if judged.any():
-                facts |= paired_bootstrap(base[name][judged], scores[name][judged], draws, seed, clusters[judged])
+                found = common.bootstrap_mean((scores[name] - base[name])[judged], clusters[judged])
+                facts |= dict(zip(("difference", "low", "high", "p"), found, strict=True))
                 if facts["low"] == facts["high"] == 0:  # no query differs: 0 wide would be too sure of those not asked
                     facts |= {"low": None, "high": None}
+                if name.startswith("agreement") and facts["queries"] < FEW:
+                    del facts["p"]
             metrics[name] = facts
         compared.append(metrics)
     tested = [facts for metrics in compared for facts in metrics.values() if "p" in facts]
-    for facts, p in zip(tested, holm([facts["p"] for facts in tested]), strict=True):
+    for facts, p in zip(tested, common.holm([facts["p"] for facts in tested]), strict=True):
         facts["p_holm"] = p
     return compared
 
@@ -793,27 +771,27 @@ def compare_models(about: list[dict], scores: list[dict], types: Sequence[str], 
     compared = zip(about[1:], compare(scores[0], scores[1:], clusters), strict=True)
     runs = [run | {"metrics": found, "verdict": verdict(run["name"], found["mrr"])} for run, found in compared]
     facts = {"split": "test", "items": len(types), "independent": int(clusters.max()) + 1, "headline": "mrr"}
-    facts["settings"] = {"draws": DRAWS, "seed": SEED, "nearest": NEAREST}
+    facts["settings"] = {"draws": common.DRAWS, "seed": common.SEED, "nearest": NEAREST}
     return facts | {"base": about[0] | {"metrics": {name: mean(scores[0][name]) for name in METRICS}}, "runs": runs}
 
 
-def verdict(name: str, facts: dict) -> str:
+def verdict(name: str, facts: dict, measure: str = "MRR", base: str = "zero-shot") -> str:
     """In words: is this run better than the base, corrected for every difference that was tested?"""
     if "p" not in facts:
         return f"{name}: nothing could be judged"
-    change = f"MRR {facts['value']:.3f}, {facts['difference']:+.3f} against zero-shot"
+    change = f"{measure} {facts['value']:.3f}, {facts['difference']:+.3f} against {base}"
     if facts["difference"] == 0 and facts["low"] is None:
-        return f"{name}: no query differs from zero-shot, MRR {facts['value']:.3f}"
+        return f"{name}: no query differs from {base}, {measure} {facts['value']:.3f}"
     if facts["low"] is None:
         return f"{name}: {change}; too few independent queries for an interval"
     interval = f"{change}, 95% interval {shown_interval(facts)}"
     p = f"p = {facts['p_holm']:.4f} after Holm's correction"
     way = "better" if facts["difference"] > 0 else "WORSE"
     if facts["p_holm"] <= ALPHA:
-        return f"{name} is {way} than zero-shot: {interval}, {p}"
+        return f"{name} is {way} than {base}: {interval}, {p}"
     if facts["p"] <= ALPHA:
         return f"{name} looks {way.lower()}, but that is not certain: {interval}, {p}"
-    return f"{name}: no difference to zero-shot is shown: {interval}"
+    return f"{name}: no difference to {base} is shown: {interval}"
 
 
 def shown_interval(facts: dict) -> str:
@@ -823,58 +801,385 @@ def shown_interval(facts: dict) -> str:
     return f"[{facts['low']:+.3f}, {facts['high']:+.3f}]"
 
 
-def table(base: dict[str, Any], runs: list[dict]) -> str:
+def table(base: dict[str, Any], runs: list[dict], labels: dict[str, str] = METRICS, name_of_base="zero-shot") -> str:
     """A line a metric: every run's value, * where Holm's p <= 0.05; a single run's difference and interval, too."""
     alone = ["difference", "95% interval", "p (Holm)"] if len(runs) == 1 else []
-    lines = [["", "zero-shot", *(f"{run['name']} " for run in runs), *alone]]
-    for name in METRICS:
+    lines = [["", name_of_base, *(f"{run['name']} " for run in runs), *alone]]
+    for name, label in labels.items():
         if base["metrics"][name] is not None:
             facts = [run["metrics"][name] for run in runs]
-            stars = ("*" if fact["p_holm"] <= ALPHA else " " for fact in facts)
+            stars = ("*" if fact.get("p_holm", 1) <= ALPHA else " " for fact in facts)
             values = [f"{fact['value']:.3f}{star}" for fact, star in zip(facts, stars, strict=True)]
             if alone:
-                values += [f"{facts[0]['difference']:+.3f}", shown_interval(facts[0]), f"{facts[0]['p_holm']:.4f}"]
-            lines.append([METRICS[name], f"{base['metrics'][name]:.3f}", *values])
+                p = f"{facts[0]['p_holm']:.4f}" if "p_holm" in facts[0] else "few"
+                values += [f"{facts[0]['difference']:+.3f}", shown_interval(facts[0]), p]
+            lines.append([label, f"{base['metrics'][name]:.3f}", *values])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     if runs:
-        shown.append("* differs from zero-shot: p <= 0.05 after Holm's correction over every difference shown")
+        shown.append(f"* differs from {name_of_base}: p <= 0.05 after Holm's correction over every difference shown")
     return "\n".join(line.rstrip() for line in shown)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What shoppers type: queries of their own, answered from the whole catalogue
+#
+# Definitions. A query's right answers are the products that its file names, each with a gain (grade or weight, else 1).
+# Results stand by score; of equal scores the one of lower gain comes first, a wrong one before all: ties count against
+# the search. recall@k is 1 where a right answer is among the first k; the reciprocal rank is that of the first right
+# answer; nDCG@10 adds up gain / log2(rank + 1) over the first ten, and divides by the same of the best order (Järvelin
+# and Kekäläinen 2002). Only queries without a right answer in the training split judge.
+
+
+@dataclasses.dataclass
+class Asked:
+    """Q queries with P right answers in a catalogue, by query."""
+
+    texts: list[str]
+    query: Any  # int64 [P], ascending: whose right answer it is
+    item: Any  # int64 [P]: its row in the catalogue
+    gain: Any  # float64 [P], above 0
+
+    def only(self, chosen) -> Asked:
+        """Some of the queries, by a mask [Q]."""
+        kept, number = chosen[self.query], chosen.cumsum() - 1
+        texts = [text for text, here in zip(self.texts, chosen, strict=True) if here]
+        return Asked(texts, number[self.query[kept]], self.item[kept], self.gain[kept])
+
+
+def read_asked(path: str, items) -> tuple[Asked, dict[str, Any]]:
+    """The queries of a file whose products are among the items, and what report.json says of the file."""
+    import pandas as pd
+
+    rows, left_out = common.read_queries(path, items["image_id"])
+    codes, _ = pd.factorize(rows["query"].str.lower())
+    rows = rows.assign(code=codes).sort_values(["code", "gain"], ascending=[True, False], ignore_index=True)
+    first = rows.drop_duplicates("code")
+    item = pd.Series(items.index, index=items["image_id"])[rows["id"]].to_numpy()
+    asked = Asked(first["query"].tolist(), rows["code"].to_numpy(), item, rows["gain"].to_numpy())
+    facts = {"file": Path(path).name, "sha256": common.file_digest(path), "rows": len(rows) + sum(left_out.values())}
+    facts |= {"left_out": left_out, "queries": len(first), "right_answers": len(rows)}
+    return asked, facts | {"made_up": int(first["made_up"].sum())}
+
+
+def measure(asked: Asked, right, blocks: Iterable[tuple[int, int, Any]]) -> dict[str, Any]:
+    """{metric: float64 [Q]} for QUERY_METRICS, and the rank of the first right answer, of one way to search.
+
+    right: float32 [P], the score of each right answer. blocks: (first query, first item, scores float32 [q, n]), which
+    cover all Q x N scores once, one block in memory at a time; they are overwritten.
+    """
+    import numpy as np
+
+    def in_order(*keys):  # right answers by query and then by keys, at most ten a query, and their places from 0
+        order = np.lexsort((*keys[::-1], asked.query))
+        place = np.arange(len(order)) - np.searchsorted(asked.query, asked.query)
+        return order[place < 10], place[place < 10]
+
+    order, place = in_order(-right, asked.gain)
+    query, above = asked.query[order], np.zeros(len(order), np.int64)  # above: wrong ones that score at least as high
+    for first, start, scores in blocks:
+        ends = [first, first + len(scores)]
+        mine = slice(*np.searchsorted(asked.query, ends))
+        item = asked.item[mine] - start
+        here = (item >= 0) & (item < scores.shape[1])
+        scores[asked.query[mine][here] - first, item[here]] = -np.inf
+        low, high = np.searchsorted(query, ends)
+        for number in range(10):
+            rows = low + np.flatnonzero(place[low:high] == number)
+            above[rows] += np.count_nonzero(scores[query[rows] - first] >= right[order[rows], None], axis=1)
+    ranks = above + place + 1
+    gains = np.where(ranks <= 10, asked.gain[order] / np.log2(ranks + 1.0), 0)
+    best, place_of_best = in_order(-asked.gain)
+    ideal = np.bincount(asked.query[best], asked.gain[best] / np.log2(place_of_best + 2.0))
+    rank = ranks[place == 0]
+    found = {"ndcg@10": np.bincount(query, gains) / ideal}
+    return found | {f"recall@{k}": (rank <= k).astype(float) for k in (1, 5, 10)} | {"mrr": 1 / rank, "rank": rank}
+
+
+def judge_vectors(asked: Asked, queries, vectors: Callable, count: int) -> dict[str, Any]:
+    """measure() of dot products: queries float32 [Q, D]; vectors(rows) gives float32 [n, D] of `count` items' rows.
+
+    Scores are added up in float64 and rounded to float32, so that equal vectors tie.
+    """
+    import numpy as np
+
+    def blocks() -> Iterator[tuple[int, int, Any]]:
+        for start in range(0, count, GALLERY):
+            block = vectors(np.arange(start, min(start + GALLERY, count))).astype(np.float64)
+            for first in range(0, len(queries), 512):
+                yield first, start, (queries[first : first + 512].astype(np.float64) @ block.T).astype(np.float32)
+
+    parts = np.array_split(np.arange(len(asked.query)), 1 + len(asked.query) // GALLERY)
+    pairs = ((queries[asked.query[part]], vectors(asked.item[part])) for part in parts)
+    right = [np.einsum("ij,ij->i", *pair, dtype=np.float64).astype(np.float32) for pair in pairs]
+    return measure(asked, np.concatenate(right), blocks())
+
+
+def judge_words(asked: Asked, titles: list[str]) -> dict[str, Any]:
+    """measure() of BM25 over titles, as a shop's text search ranks them (bm25s with its defaults: k1 1.5, b 0.75)."""
+    import logging
+
+    import bm25s
+    import numpy as np
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    index, tokens, words = bm25s.BM25(), bm25s.tokenize(titles, show_progress=False), [[]] * len(asked.texts)
+    if any(tokens.ids):  # it fails where no title has a word
+        index.index(tokens, show_progress=False)
+        words = bm25s.tokenize(asked.texts, return_ids=False, show_progress=False)
+    nothing = np.zeros(len(titles), np.float32)
+
+    def blocks() -> Iterator[tuple[int, int, Any]]:
+        step = max(1, common.BLOCK_SCORES // len(titles))
+        for first in range(0, len(words), step):
+            some = words[first : first + step]
+            yield first, 0, np.stack([index.get_scores(query) if query else nothing for query in some])
+
+    right = np.empty(len(asked.query), np.float32)
+    for first, _, scores in blocks():
+        mine = slice(*np.searchsorted(asked.query, [first, first + len(scores)]))
+        right[mine] = scores[asked.query[mine] - first, asked.item[mine]]
+    return measure(asked, right, blocks())
+
+
+def mixed(pictures, titles, weight: float):
+    """float32 [n, D], L2-normalised, between items' pictures and titles; weight 1 is the picture alone."""
+    import numpy as np
+
+    total = np.float32(weight) * pictures + np.float32(1 - weight) * titles
+    return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def vectors_by(encoder: Encoder, digests) -> Callable:
+    """A function that gives float32 [n, D] of some rows of a column of digests."""
+    digests = digests.to_numpy(dtype=object)
+    return lambda rows: encoder.store.get(digests[rows])
+
+
+def compare_searches(names: Sequence[str], scores: list[dict], judged, clusters) -> dict[str, Any] | None:
+    """Ways to search against the first one on the judged queries, for report.json; None where there are none."""
+    import numpy as np
+
+    if not judged.any():
+        return None
+    scores = [{name: score[name][judged] for name in QUERY_METRICS} for score in scores]
+    compared = zip(names[1:], compare(scores[0], scores[1:], clusters[judged], QUERY_METRICS), strict=True)
+    runs = [{"name": name, "metrics": found, "verdict": verdict(name, found["ndcg@10"], "nDCG@10", names[0])}
+            for name, found in compared]  # fmt: skip
+    base = {"name": names[0], "metrics": {name: mean(values) for name, values in scores[0].items()}}
+    return {"queries": int(judged.sum()), "independent": len(np.unique(clusters[judged])), "base": base, "runs": runs}
+
+
+def asked_vectors(encoder: Encoder, asked: Asked):
+    """float32 [Q, D] of the queries' words."""
+    return encoder.store.get([text_digest(text) for text in asked.texts])
+
+
+def search_with_words(asked: Asked, left, chooses, items, encoder: Encoder) -> tuple[list[dict], float]:
+    """measure() of each of WAYS for the queries that are left, and the mixture's weight: best for those that choose it.
+
+    left, chooses: masks [Q].
+    """
+    titles, texts = items["title"].map(title_text), asked_vectors(encoder, asked)
+    by_picture, by_title = (vectors_by(encoder, some) for some in (items["image_digest"], titles.map(text_digest)))
+
+    def judge(chosen, vectors: Callable) -> dict[str, Any]:
+        return judge_vectors(asked.only(chosen), texts[chosen], vectors, len(items))
+
+    def by_both(weight: float) -> Callable:
+        return lambda rows: mixed(by_picture(rows), by_title(rows), weight)
+
+    weight = 0.5
+    if chooses.any():
+        weight = max(WEIGHTS, key=lambda weight: mean(judge(chooses, by_both(weight))["ndcg@10"]))
+    ways = [judge(left, vectors) for vectors in (by_title, by_picture, by_both(weight))]
+    return [judge_words(asked.only(left), titles.tolist()), *ways], weight
+
+
+def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], best: int) -> tuple[dict, Asked]:
+    """What report.json says of the queries of a file: every model, and the best run's vectors beside words in titles.
+
+    items: a DataFrame of the whole catalogue. A model's vectors are read in blocks.
+    """
+    import numpy as np
+    import pandas as pd
+
+    asked, facts = read_asked(path, items)
+    splits, total = items["split"].to_numpy()[asked.item], np.bincount(asked.query)
+    trained, validation = (np.bincount(asked.query, splits == name) for name in ("train", "validation"))
+    judged = trained == 0
+    pairs = judged[asked.query]
+    clusters = components(asked.query[pairs], pd.factorize(items["group"])[0][asked.item[pairs]], len(total))
+    scores = []
+    for encoder in encoders:
+        by_picture = vectors_by(encoder, items["image_digest"])
+        scores.append(judge_vectors(asked, asked_vectors(encoder, asked), by_picture, len(items)))
+    facts["judged"] = compare_searches(["zero-shot", *names[1:]], scores, judged, clusters)
+    facts |= {"beside": [], "ways": None}
+    for part, some in (("all", trained == total), ("some", (trained > 0) & (trained < total))):
+        means = {name: {metric: mean(score[metric][some]) for metric in QUERY_METRICS}
+                 for name, score in zip(names, scores, strict=True)}  # fmt: skip
+        facts["beside"].append({"in_training": part, "queries": int(some.sum()), "means": means})
+    chooses = judged & (validation > 0)
+    chooses &= chooses.sum() >= CHOOSING
+    if (left := judged & ~chooses).any():
+        ways, weight = search_with_words(asked, left, chooses, items, encoders[best])
+        facts["ways"] = compare_searches(WAYS, ways, left[left], clusters[left])
+        facts["ways"] |= {"run": names[best], "weight": weight, "chosen_on": int(chooses.sum())}
+    first = asked.item[np.searchsorted(asked.query, np.arange(len(total)))]
+    ranks = pd.DataFrame({"number": range(len(total)), "item": first, "prompt": asked.texts, "right_answers": total})
+    ranks = ranks.assign(zero_shot_rank=scores[0]["rank"], rank=scores[best]["rank"])[judged]
+    ranks[["id", "title"]] = items.loc[ranks["item"], ["image_id", "title"]].to_numpy()
+    worst = ranks[ranks["rank"] > 1].sort_values("rank", ascending=False, kind="stable")[:MOVED]
+    facts["moved"] = {"run": names[best]} | most_moved(ranks) | {"worst": worst.to_dict("records")}
+    return facts, asked
+
+
+def print_queries(facts: dict[str, Any]) -> None:
+    """What report.json says of the queries that people type."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items()) or "nothing left out"
+    print(f"\nwhat shoppers type: {facts['queries']} queries of {facts['file']}, {facts['rows']} rows ({left_out})")
+    if facts["made_up"]:
+        print(f"{facts['made_up']} of the queries are made up from the catalogue's attributes: nobody typed them")
+    judged, ways = facts["judged"], facts["ways"]
+    if judged:
+        print(f"{judged['queries']} judge: none of their right answers was in the training split\n")
+        print(table(judged["base"], judged["runs"], QUERY_METRICS))
+        print("", *(run["verdict"] for run in judged["runs"]), sep="\n")
+    else:
+        print("none can judge: each has a right answer in the training split, which the models have seen")
+    for beside in facts["beside"]:
+        if beside["queries"]:
+            values = ", ".join(f"{name} {means['ndcg@10']:.3f}" for name, means in beside["means"].items())
+            print(f"not judged, {beside['in_training']} of their right answers were trained on: "
+                  f"{beside['queries']} queries, nDCG@10 {values}")  # fmt: skip
+    if ways:
+        chosen = f"best for {ways['chosen_on']} others, of the validation split" if ways["chosen_on"] else "not chosen"
+        print(f"\nwhat {ways['run']} adds to words in titles: {ways['queries']} queries; in both, the picture's share "
+              f"is {ways['weight']:g} ({chosen})\n")  # fmt: skip
+        print(table(ways["base"], ways["runs"], QUERY_METRICS, ways["base"]["name"]))
+        print("", *(run["verdict"] for run in ways["runs"]), sep="\n")
+        values = [way["metrics"]["ndcg@10"]["value"] for way in ways["runs"]]
+        if values[2] == max(ways["base"]["metrics"]["ndcg@10"], *values) and ways["weight"] < 1:
+            print(f"both together find most: `export --mixture {ways['weight']:g}` writes such vectors")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The report: report.json, report.html, queries.parquet
 
 
-def make_report(shards: Shards, rows, models: list[tuple[Run, Encoder]], folder: Path) -> None:
+def make_report(
+    shards: Shards, rows, models: list[tuple[Run, Encoder]], folder: Path, crop: dict, queries: str | None = None
+) -> None:
     """Judge every run against the first, the base; write the report's files and print what they say.
 
-    models: runs with their encoders. The test split's vectors of one model are in memory at a time.
+    models: runs with their encoders; crop: see judge_centre_crop; queries: a file of them. The test split's vectors of
+    one model are in memory at a time.
     """
     tested = rows[(rows["split"] == "test") & (rows["reason"] == "")].reset_index(drop=True)
     if tested.empty:
         raise Fail(f"{shards.root}: no picture of the test split can be read; make the shards again")
     clusters = clusters_of(answer_keys(tested))
     scores = [judge(*vectors_of(encoder, tested), tested) for _, encoder in models]
-    names = ["zero_shot", *(run.name for run, _ in models[1:])]
-    names = [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
+    names = run_names([run for run, _ in models])
     about = [{"name": name, "fingerprint": encoder.clip.fingerprint, "precision": encoder.precision}
              for name, (_, encoder) in zip(names, models, strict=True)]  # fmt: skip
-    queries = tested[["image_id", "object_type"]].rename(columns={"image_id": "id"}).assign(draw=clusters)
+    each = tested[["image_id", "object_type"]].rename(columns={"image_id": "id"}).assign(draw=clusters)
     for name, score in zip(names, scores, strict=True):
-        queries = queries.assign(**{f"{name}/{metric}": score[metric] for metric in METRICS})
+        each = each.assign(**{f"{name}/{metric}": score[metric] for metric in METRICS})
     with common.atomic_file(folder / "queries.parquet") as temporary:
-        queries.to_parquet(temporary, index=False)
+        each.to_parquet(temporary, index=False)
     facts = compare_models(about, scores, tested["object_type"].tolist(), clusters)
     facts["shards"] = common.digest([entry["sha256"] for split, entry in shards.entries if split == "test"])
+    facts["base"]["centre_crop"] = crop
     page: dict[str, Any] = {}
-    if facts["runs"]:
-        best = 1 + max(range(len(facts["runs"])), key=lambda i: facts["runs"][i]["metrics"]["mrr"]["value"])
-        facts["moved"] = {"run": names[best]} | most_moved(tested, scores[0], scores[best])
-        page = show_moved(facts["moved"], shards, tested, (models[0][1], models[best][1]))
+    best = max(range(1, len(models)), key=lambda i: facts["runs"][i - 1]["metrics"]["mrr"]["value"], default=0)
+    encoders, both = [encoder for _, encoder in models], (models[0][1], models[best][1])
+    if best:
+        ranks = tested[["image_id", "title", "prompt"]].rename(columns={"image_id": "id"}).reset_index(names="item")
+        ranks["zero_shot_rank"], ranks["rank"] = (scores[i]["text_to_image_rank"] for i in (0, best))
+        facts["moved"], keys = {"run": names[best]} | most_moved(ranks), answer_keys(tested)
+        page = show_moved(facts["moved"], lambda query: (keys == keys[query["item"]]).any(axis=1).nonzero()[0],
+                          shards, tested, both)  # fmt: skip
+    typed: dict[str, Any] = {}
+    if queries:
+        items = rows[rows["reason"] == ""].reset_index(drop=True)
+        facts["queries"], asked = judge_queries(queries, items, names, encoders, best)
+        typed = show_moved(facts["queries"]["moved"], lambda query: asked.item[asked.query == query["number"]],
+                           shards, items, both)  # fmt: skip
     curves = {name: run.folder / "curves.png" for name, (run, _) in zip(names, models, strict=True) if run.folder}
-    write_report(folder, facts, curves, page)
+    write_report(folder, facts, curves, page, typed)
     print_comparison(facts, folder, suggest_proof=not shards.manifest.get("fold"))
+
+
+def centre_crop(pixels):
+    """uint8 [3, S, S]: about what a centre crop shows of the photo in a letterboxed picture; None for a square photo.
+
+    A letterbox is white on two sides; what is white on all four is a product on white.
+    """
+    import torch
+
+    white, side = (pixels > 240).all(dim=0).int(), pixels.shape[-1]  # (S, S)
+    lines = (white.amin(dim=1), white.amin(dim=0))
+    above, beside = (int(min(line.cumprod(0).sum(), line.flip(0).cumprod(0).sum())) for line in lines)
+    frame = max(above, beside)
+    if not side / 32 < frame < side / 2 - 4:
+        return None
+    inside = slice(frame, side - frame)
+    ends = (pixels if above > beside else pixels.transpose(1, 2))[:, inside][:, :, [0, -1]]  # (3, s, 2) of the photo
+    if ends.float().mean(dim=(0, 1)).max() > 245:
+        return None
+    crop = pixels[None, :, inside, inside]
+    return torch.nn.functional.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0]
+
+
+def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
+    """The base's MRR with centre crops of the photos, its difference to letterboxed ones, interval and p; or {}.
+
+    Both models see letterboxed pictures, but a base is mostly trained on centre crops: what it loses by the white frame
+    and training gives back is no knowledge of the catalogue. The vectors are kept; a square photo's is its own.
+    """
+    import torch
+
+    tested = rows[(rows["split"] == "test") & (rows["reason"] == "") & (rows["photos"] == 1)].reset_index(drop=True)
+    if tested.empty:
+        return {}
+    framed, texts = vectors_of(base, tested)
+    names = [common.digest(["centre crop", digest]) for digest in tested["image_digest"]]
+    lacking = [base.store.claim(name) for name in names]
+
+    def crops() -> Iterator[tuple[int, Any]]:
+        for number, some in tested[lacking].groupby("shard"):
+            places = dict(zip(some["place"], some.index, strict=True))
+            for row, jpg in read_shard(shards, number):
+                if (i := places.get(row["place"])) is not None:
+                    yield i, centre_crop(common.decode_jpeg(jpg, base.clip.size))
+
+    for some in batches(crops(), base.batch_size):
+        square, oblong = ([(i, crop) for i, crop in some if (crop is None) == kind] for kind in (True, False))
+        for part in filter(None, (square, oblong)):
+            own = torch.from_numpy(framed[[i for i, _ in part]])
+            vectors = own if part is square else base.images(torch.stack([crop for _, crop in part]))
+            base.store.add([Job(names[i], tested.at[i, "image_id"], b"", [base]) for i, _ in part], vectors)
+    base.store.flush()
+    cropped = base.store.get(names)
+    count = int((cropped != framed).any(axis=1).sum())
+    if not count:
+        return {}
+    before, after = (judge(vectors, texts, tested)["mrr"] for vectors in (framed, cropped))
+    found = common.bootstrap_mean(after - before, clusters_of(answer_keys(tested)))
+    facts = dict(zip(("difference", "low", "high", "p"), found, strict=True))
+    return {"photos": count, "value": mean(after)} | facts
+
+
+def centre_crop_note(facts: dict[str, Any]) -> str:
+    """In words, where a centre crop of the photos would serve the base better; else ""."""
+    crop = facts["base"].get("centre_crop") or {"difference": 0}
+    if crop["difference"] <= 0:
+        return ""
+    change = f"MRR {crop['value']:.3f}, {crop['difference']:+.3f} {shown_interval(crop)}"
+    return (f"a centre crop of the {crop['photos']} photos that are not square, in place of a white frame, serves the "
+            f"base better: {change}; so much of a gain is the frame's")  # fmt: skip
 
 
 def vectors_of(encoder: Encoder, rows) -> tuple[Any, Any]:
@@ -892,48 +1197,58 @@ def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -
     if suggest_proof and widest and not any(one.get("p_holm", 1) <= ALPHA for one in headlines):
         print(f"{facts['items']} test items show only differences beyond about {widest / 2:.2f}; `make proof` tests on "
               "every product, fold by fold", flush=True)  # fmt: skip
+    if note := centre_crop_note(facts):
+        print(f"NOTE: {note}", flush=True)
+    if "queries" in facts:
+        print_queries(facts["queries"])
 
 
-def most_moved(tested, base: dict, scores: dict, count: int = 10) -> dict[str, list[dict]]:
+def most_moved(queries) -> dict[str, list[dict]]:
     """gained, lost: the queries that now find their picture much earlier, and much later, for report.json.
 
-    By reciprocal rank, then by rank; one query a prompt: with the same words the same is found.
+    queries: a DataFrame with prompt, zero_shot_rank, rank and more. By reciprocal rank, then by rank; one query a
+    prompt: with the same words the same is found.
     """
-    queries, way = tested[["image_id", "title", "prompt"]].rename(columns={"image_id": "id"}), "text_to_image"
-    queries["zero_shot_rank"], queries["rank"] = base[f"{way}_rank"], scores[f"{way}_rank"]
     change = queries.assign(change=1 / queries["rank"] - 1 / queries["zero_shot_rank"])
     change["steps"] = queries["zero_shot_rank"] - queries["rank"]
     found = {}
     for kind, moved in (("gained", change["change"] > 0), ("lost", change["change"] < 0)):
         order = change[moved].sort_values(["change", "steps"], ascending=kind == "lost").drop_duplicates("prompt").index
-        found[kind] = queries.loc[order[:count]].reset_index(names="item").to_dict("records")
+        found[kind] = queries.loc[order[:MOVED]].to_dict("records")
     return found
 
 
-def show_moved(moved: dict, shards: Shards, tested, encoders: tuple[Encoder, Encoder]) -> dict[str, Any]:
-    """The queries that moved with the pictures that the base and the run find, for report.html."""
-    queries = [*moved["gained"], *moved["lost"]]
-    asked, keys, found = [query["item"] for query in queries], answer_keys(tested), []
-    for encoder in encoders:
-        images, texts = vectors_of(encoder, tested)
-        found.append(common.top_k(texts[asked], images, NEAREST)[1].tolist() if asked else [])
-    pictures = thumbnails(shards, tested, {*asked, *(j for lists in found for some in lists for j in some if j >= 0)})
+def show_moved(moved: dict, right: Callable, shards: Shards, items, encoders: Sequence[Encoder]) -> dict[str, Any]:
+    """The queries that moved with the pictures that the base and the run find among the items, for report.html.
 
-    def shown(j: int, right: bool) -> dict[str, Any]:
-        return {"picture": pictures.get(j, ""), "title": tested.at[j, "title"], "right": right}
+    right(query): the rows of its right answers.
+    """
+    kinds = [kind for kind in ("gained", "lost", "worst") if moved.get(kind)]
+    queries, found = [query for kind in kinds for query in moved[kind]], []
+    if not queries:
+        return moved
+    for encoder in encoders:
+        texts = encoder.store.get([text_digest(query["prompt"]) for query in queries])
+        pictures = (encoder.store.get(some) for some in batches(items["image_digest"], GALLERY))
+        found.append(common.top_k(texts, pictures, NEAREST)[1].tolist())
+    wanted = {*(query["item"] for query in queries), *(j for lists in found for some in lists for j in some if j >= 0)}
+    pictures = thumbnails(shards, items, wanted)
+
+    def shown(j: int, right: set[int]) -> dict[str, Any]:
+        return {"picture": pictures.get(j, ""), "title": items.at[j, "title"], "right": j in right}
 
     pages = []
     for query, *lists in zip(queries, *found, strict=True):
-        right = (keys == keys[query["item"]]).any(axis=1)
-        results = [[shown(j, right[j]) for j in some if j >= 0] for some in lists]
+        results = [[shown(j, {*right(query).tolist()}) for j in some if j >= 0] for some in lists]
         pages.append(query | {"picture": pictures.get(query["item"], ""), "zero_shot": results[0], "run": results[1]})
-    return moved | {"gained": pages[: len(moved["gained"])], "lost": pages[len(moved["gained"]) :]}
+    pages = iter(pages)
+    return moved | {kind: list(itertools.islice(pages, len(moved[kind]))) for kind in kinds}
 
 
-def thumbnails(shards: Shards, tested, wanted: set[int]) -> dict[int, str]:
+def thumbnails(shards: Shards, items, wanted: set[int]) -> dict[int, str]:
     """{row: a small JPEG in base64} of some rows; what cannot be read is left out."""
     found = {}
-    for number, some in tested.loc[sorted(wanted)].groupby("shard"):
+    for number, some in items.loc[sorted(wanted)].groupby("shard"):
         rows = dict(zip(some["place"], some.index, strict=True))
         for row, jpg in read_shard(shards, number):
             if row["place"] in rows and not row["reason"]:
@@ -945,10 +1260,10 @@ def thumbnails(shards: Shards, tested, wanted: set[int]) -> dict[int, str]:
     return found
 
 
-def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], moved: dict[str, Any]) -> None:
+def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], moved: dict, typed: dict) -> None:
     """report.json, which holds facts, and report.html: one file with everything in it, by templates/report.html.
 
-    curves: each run's curves.png; moved: see show_moved.
+    curves: each run's curves.png; moved, of prompts, and typed, of people's queries: see show_moved.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from matplotlib.ticker import MaxNLocator
@@ -957,14 +1272,13 @@ def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], m
     charted = [name for name in measured if len(facts["runs"]) == 1 or name in CHARTED]
     chart = [(METRICS[name], [run["metrics"][name] for run in facts["runs"]]) for name in charted]
     ends = [fact.get(name) or 0.0 for _, some in chart for fact in some for name in ("difference", "low", "high")]
-    ticks = [round(tick, 10) + 0.0 for tick in MaxNLocator(5).tick_values(min(ends, default=0), max(ends, default=0))]
+    ticks = [round(tick, 10) + 0.0 for tick in MaxNLocator(5).tick_values(min([0.0, *ends]), max([0.01, *ends]))]
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, **options)
-    pages.filters |= dict.fromkeys(("percent", "ticks", "e_value", "log10"), str)  # what charts.html has for the arena
     images = {name: base64.b64encode(png.read_bytes()).decode() for name, png in curves.items() if png.is_file()}
     page = pages.get_template("report.html").render(
-        facts=facts, labels=METRICS, shown=measured, chart=chart, ticks=ticks, curves=images, moved=moved,
-        headline="mrr", interval=shown_interval,
+        facts=facts, labels=METRICS, shown=measured, chart=chart, ticks=ticks, curves=images, moved=moved, typed=typed,
+        headline="mrr", interval=shown_interval, query_labels=QUERY_METRICS, note=centre_crop_note(facts),
         agreements=[name for name in measured if name.startswith("agreement")],
     )  # fmt: skip
     common.atomic_write(folder / "report.html", page)
@@ -986,6 +1300,23 @@ def vectors_folder(path: Path, world: World) -> Iterator[Path]:
         yield path
 
 
+def fill_card(run: Run, report: dict[str, Any]) -> None:
+    """Put the test split's numbers and their intervals into the model card that 3_train.py wrote."""
+    path, (begin, end) = Path(run.model.removeprefix(LOCAL), "README.md"), common.CARD_TEST
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if begin not in card or end not in card:
+        return
+    lines = [f"On the test split, {report['items']} products by which nothing was chosen:", ""]
+    lines += ["| | base | this model | difference | 95% interval | p (Holm) |", "|---|---|---|---|---|---|"]
+    for name, facts in report["runs"][0]["metrics"].items():
+        if facts.get("p_holm") is not None:
+            cells = [METRICS[name], f"{facts['value'] - facts['difference']:.3f}", f"{facts['value']:.3f}"]
+            cells += [f"{facts['difference']:+.3f}", shown_interval(facts), f"{facts['p_holm']:.4f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    with contextlib.suppress(OSError):  # a model that may only be read goes without
+        common.atomic_write(path, "\n".join([card.partition(begin)[0] + begin, *lines, end + card.partition(end)[2]]))
+
+
 def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     """Vectors of all items under both models, master.parquet, and the report of the two."""
     start, output = time.monotonic(), Path(args.output)
@@ -1002,11 +1333,13 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
             raise Fail(f"{clips[1].name}: {problem}; give the --model that it was fine-tuned from")
         shards = open_shards(args.shards, SPLITS, folder, config)
         encoders = [open_encoder(clip, shards, folder, config, world) for clip in clips]
-        rows, computed = make_vectors(shards, encoders, config, world)
+        rows, computed = make_vectors(shards, encoders, config, world, args.queries)
         if not world.main:
             return DONE
         write_rejects(f"{output}.rejects.jsonl", rows, config.max_failed)
-        make_report(shards, rows, list(zip((base, run), encoders, strict=True)), output.parent)
+        crop, models = judge_centre_crop(shards, rows, encoders[0]), list(zip((base, run), encoders, strict=True))
+        make_report(shards, rows, models, output.parent, crop, args.queries)
+        fill_card(run, common.read_json(output.parent / "report.json"))
         rejected = int((rows["reason"] != "").sum())
         counts = {"input": len(rows), "written": len(rows) - rejected, "rejected": rejected, "computed": computed}
         facts = master_facts(shards, rows, encoders, run, args)
@@ -1017,28 +1350,30 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
             write_master(output, rows, encoders, facts)  # last: where it is, all is
         shutil.rmtree(shards.cache, ignore_errors=True)  # copies of what lies on S3
         print(f"{output}: input {len(rows)} = written {counts['written']} + rejected {rejected}", flush=True)
-        print("computed: {image} pictures, {text} prompts; the rest was there".format(**computed), flush=True)
+        print("computed: {image} pictures, {text} texts; the rest was there".format(**computed), flush=True)
     return DONE
 
 
 def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     """Compare any number of runs with the base on the test split; models are loaded one after another."""
     output = Path(args.output)
-    runs = [read_run(path, args) for path in args.run]
+    runs = list({run.folder.resolve(): run for run in (read_run(path, args) for path in args.run)}.values())
     world = World(config.device)
     with vectors_folder(Path(args.vectors or output.parent / "embeddings" / "vectors"), world) as folder:
-        shards = open_shards(args.shards, ("test",), folder, config)
+        shards = open_shards(args.shards, SPLITS if args.queries else ("test",), folder, config)
         models: list[tuple[Run, Encoder]] = []
         base = Run("zero_shot", args.model, args.pretrained)
         for run in (base, *(run for run in runs if run.model != args.model)):
             clip = load_run(run, world, models[0][1].clip if models else None)
             encoder = open_encoder(clip, shards, folder, config, world)
-            rows, _ = make_vectors(shards, [encoder], config, world)
+            rows, _ = make_vectors(shards, [encoder], config, world, args.queries)
+            if world.main and run is base:
+                crop = judge_centre_crop(shards, rows, encoder)
             clip.model = None  # one model in memory at a time
             models.append((run, encoder))
         if world.main:
             write_rejects(str(output / "rejects.jsonl"), rows, config.max_failed)
-            make_report(shards, rows, models, output)
+            make_report(shards, rows, models, output, crop, args.queries)
             shutil.rmtree(shards.cache, ignore_errors=True)
     return DONE
 
@@ -1073,7 +1408,7 @@ def pool(args: argparse.Namespace) -> int:
     for fold in reports:
         gains = {run["name"]: run["metrics"]["mrr"]["difference"] for run in fold["runs"]}
         facts["folds"].append({"items": fold["items"]} | gains)
-    write_report(Path(args.output), facts, {}, {})
+    write_report(Path(args.output), facts, {}, {}, {})
     for name in names:
         gains = ", ".join(f"{fold[name]:+.3f}" for fold in facts["folds"])
         print(f"{name}: MRR gained in each of {len(reports)} folds: {gains}")
@@ -1082,21 +1417,151 @@ def pool(args: argparse.Namespace) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# A slim file to serve from, and queries for a shop that has none
+
+
+def open_master(path: str, using: str, *columns: str) -> tuple[Any, dict[str, str], int]:
+    """(pyarrow's file, its metadata, width of the vectors) of a master.parquet with a model's pictures and columns."""
+    import pyarrow.parquet as pq
+
+    # With its default pre_buffer, pyarrow would keep every column of vectors that was read.
+    file, column = pq.ParquetFile(path, pre_buffer=False), f"{using}_embedding"
+    facts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+    types = {field.name: field.type for field in file.schema_arrow}
+    width = getattr(types.get(column), "list_size", None)
+    if width is None or not {f"{using}_model", f"{using}_fingerprint", *columns} <= facts.keys() | types.keys():
+        raise Fail(f"{path}: no {column} with its model, or no {', '.join(columns)} in it; make it with 4_embed.py")
+    return file, facts, width
+
+
+@contextlib.contextmanager
+def explain_reading(path: str) -> Iterator[None]:
+    """One line where master.parquet is missing or damaged, which pyarrow finds only when it comes to it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # a full disk and the like: common names these
+            raise
+        raise Fail(f"{path}: not a readable Parquet file ({error}); run 4_embed.py again") from None
+
+
+def export(args: argparse.Namespace) -> int:
+    """Id and fine-tuned vector of every item: of its picture, or of picture and title mixed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    weight = args.mixture
+    if weight is not None and not 0 <= weight <= 1:
+        raise Fail(f"--mixture {weight:g}: must be from 0 to 1, the share of the picture", USAGE)
+    with explain_reading(args.embeddings), contextlib.ExitStack() as open_files:
+        file, facts, width = open_master(args.embeddings, "finetuned", "image_id", "title")
+        titles = title_vectors(args, facts, file, open_files) if weight is not None else None
+        holds = "picture" if weight is None else f"{weight:g} picture + {1 - weight:g} title"
+        about = {name: facts[f"finetuned_{name}"] for name in ("model", "fingerprint")} | {"vector": holds}
+        kind = pa.list_(pa.float16() if args.dtype == "float16" else pa.float32(), width)
+        schema = pa.schema([("id", pa.string()), ("vector", kind)], metadata=about)
+        temporary = open_files.enter_context(common.atomic_file(args.output))
+        writer = open_files.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
+        for piece in file.iter_batches(GALLERY, columns=["image_id", "title", "finetuned_embedding"]):
+            ids, names, vectors = piece.columns
+            matrix = vectors.flatten().to_numpy().reshape(-1, width)
+            if titles:
+                texts = [text_digest(title_text(name or "")) for name in names.to_pylist()]
+                matrix = mixed(matrix, titles.store.get(texts), weight)
+            values = pa.array(matrix.astype(args.dtype).ravel())
+            writer.write_table(pa.table([ids, pa.FixedSizeListArray.from_arrays(values, width)], schema=schema))
+    print(f"{args.output}: {file.metadata.num_rows} items, {args.dtype} [{width}] of {holds}")
+    return DONE
+
+
+def title_vectors(args: argparse.Namespace, facts: dict, file, open_files: contextlib.ExitStack) -> Encoder:
+    """The encoder that made the fine-tuned vectors, with those of all titles in its store."""
+    world = World(args.device)
+    folder = Path(args.vectors or Path(args.embeddings).parent / "vectors")
+    open_files.enter_context(vectors_folder(folder, world))
+    clip = load_recorded(args, "finetuned", facts, world)
+    encoder = Encoder(clip, facts["precision"].split("/")[-1], folder, EmbeddingConfig.batch_size)
+    titles = (title_text(title or "") for title in file.read(columns=["title"])["title"].to_pylist())
+    embed_texts({text_digest(title): title for title in titles}, [encoder], world)
+    return encoder
+
+
+def load_recorded(args: argparse.Namespace, using: str, facts: dict[str, str], world: World) -> Clip:
+    """The model that made the vectors of master.parquet: where that says, or args.model. Fail where it is another."""
+    recorded = common.model_place(facts[f"{using}_model"], args.embeddings)
+    clip = common.load_clip(*((args.model, args.pretrained) if args.model else recorded), world.device)
+    if clip.fingerprint != facts[f"{using}_fingerprint"]:
+        raise Fail(f"{clip.name}: not the model that made the vectors of {args.embeddings}; set --model")
+    return clip
+
+
+def write_queries(args: argparse.Namespace) -> int:
+    """Write a first file of queries for a person to correct: short words for what the catalogue's attributes say."""
+    output = Path(args.output)
+    if args.count < 1:
+        raise Fail(f"--count {args.count}: must be at least 1", USAGE)
+    if output.exists():
+        raise Fail(f"{output}: is there already, and may hold somebody's corrections; give another --output", USAGE)
+    with explain_reading(args.embeddings):
+        columns = ["image_id", "split", "object_type", *common.DETAILS]
+        items = open_master(args.embeddings, "finetuned", *columns)[0].read(columns=columns).to_pandas().fillna("")
+    lines, text = list(invent_queries(items, args.count, args.seed)), io.StringIO()
+    writer = common.csv_writer(text)
+    writer.writerow(["query", "id", "source"])
+    for query, rows in lines:
+        writer.writerows([query, items.at[row, "image_id"], common.MADE_UP] for row in rows)
+    if not lines:
+        raise Fail(f"{args.embeddings}: no item has an object type to ask for; run 1_clean.py and what follows again")
+    common.atomic_write(output, text.getvalue())
+    unseen = sum(not (items.loc[rows, "split"] == "train").any() for _, rows in lines)
+    print(f"{output}: {len(lines)} queries MADE UP from the catalogue's attributes; {unseen} have no right answer in "
+          "training, so they judge. Correct words and answers, delete what nobody would type, add what people do type, "
+          "and empty the column source of what is real")  # fmt: skip
+    return DONE
+
+
+def invent_queries(items, count: int, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """(words, rows of all items that fit) of made-up queries: half of them fit items of the test split only.
+
+    A quarter fits none of the training split, one at least of the validation split; a quarter is what most items fit.
+    Each asks for an object type and as few attributes as that takes, in the words of common.SYNONYMS now and then.
+    """
+    rng, fits, others = random.Random(seed), collections.defaultdict(list), collections.defaultdict(list)
+    for word, name in common.SYNONYMS.items():
+        others[name].append(word)
+    asked = ("color", "material", "style")
+    sets = [some for size in range(len(asked) + 1) for some in itertools.combinations(asked, size)]
+    for row, values in enumerate(items[[*asked, "object_type"]].to_dict("records")):
+        for some in sets if values["object_type"] else ():
+            if all(values[name] for name in some):
+                fits[(*(values[name] for name in some), values["object_type"])].append(row)
+    splits, used, taken = items["split"].to_numpy(), set(), 0
+    for kinds, share in (({"test"}, 0.5), ({"test", "validation"}, 0.75), (set(SPLITS), 1.0)):
+        keys = [key for key, rows in fits.items() if {*splits[rows]} <= kinds]
+        rng.shuffle(keys)
+        for key in sorted(keys, key=lambda key: (len(key), -len(fits[key])) if share == 1 else len(key)):
+            words = [rng.choice(others[word]) if word in others and rng.random() < 0.5 else word for word in key]
+            words = [*words[-1:], *words[:-1]] if rng.random() < 0.25 else words  # "sofa grey"
+            if taken < round(count * share) and (text := " ".join(words).lower()) not in used:
+                used.add(text)
+                taken += 1
+                yield text, fits.pop(key)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Search at a terminal
 
 
 def search(args: argparse.Namespace) -> int:
     """Print the items nearest to words, to a picture, or to both together."""
-    import pyarrow as pa
-
     if args.top_k < 1 or not (args.words or args.image):
         raise Fail("search for what? give words, or --image FILE, and a --top-k of at least 1", USAGE)
-    try:
+    with explain_reading(args.embeddings):
         lines = nearest_items(args)
-    except FileNotFoundError:
-        raise Fail(f"{args.embeddings}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
-    except (pa.ArrowException, OSError, ValueError) as error:  # pyarrow finds damage only when it comes to it
-        raise Fail(f"{args.embeddings}: not a readable Parquet file ({error}); run 4_embed.py again") from None
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:  # outside: a closed pipe says nothing about the file
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -1105,19 +1570,11 @@ def search(args: argparse.Namespace) -> int:
 
 def nearest_items(args: argparse.Namespace) -> list[tuple[str, ...]]:
     """(place, score, id, title, path) of each item that is found, best first."""
-    import pyarrow.parquet as pq
-
-    file, column = pq.ParquetFile(args.embeddings), f"{args.using}_embedding"
-    facts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-    types = {field.name: field.type for field in file.schema_arrow}
-    width = getattr(types.get(column), "list_size", None)
-    needed = {f"{args.using}_model", f"{args.using}_fingerprint", "image_id", "title", "image_path"}
-    if width is None or not needed <= facts.keys() | types.keys():
-        raise Fail(f"{args.embeddings}: no {column} with its model in it; make it with 4_embed.py")
+    file, facts, width = open_master(args.embeddings, args.using, "image_id", "title", "image_path")
     query = query_vector(args, facts)
     if query.shape[1] != width:
         raise Fail(f"{args.embeddings}: vectors of width {width}, the query's has {query.shape[1]}")
-    pieces = file.iter_batches(4096, columns=[column])
+    pieces = file.iter_batches(GALLERY, columns=[f"{args.using}_embedding"])
     blocks = (piece.column(0).flatten().to_numpy().reshape(-1, width) for piece in pieces)
     scores, rows = common.top_k(query, blocks, args.top_k)
     items = file.read(columns=["image_id", "title", "image_path"]).take(rows[0][rows[0] >= 0]).to_pydict()
@@ -1130,14 +1587,11 @@ def query_vector(args: argparse.Namespace, facts: dict[str, str]):
     import numpy as np
     import torch
 
-    recorded = common.model_place(facts[f"{args.using}_model"], args.embeddings)
     try:
         picture = common.load_image(Path(args.image)) if args.image else None
     except BadImage as error:
         raise Fail(f"{args.image}: {error}", USAGE) from None
-    clip = common.load_clip(*((args.model, args.pretrained) if args.model else recorded))
-    if clip.fingerprint != facts[f"{args.using}_fingerprint"]:
-        raise Fail(f"{clip.name}: not the model that made the vectors of {args.embeddings}; set --model")
+    clip = load_recorded(args, args.using, facts, World("cpu"))
     parts = [common.encode(clip, captions=[args.words])] if args.words else []
     if picture is not None:
         square = torch.from_numpy(np.array(common.letterbox(picture, clip.size))).permute(2, 0, 1)
@@ -1152,11 +1606,12 @@ def query_vector(args: argparse.Namespace, facts: dict[str, str]):
 def build_parser() -> argparse.ArgumentParser:
     """The command line; `embed` is meant where no command is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,report,pool,search}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,report,pool,search,export,queries}")
     shards = argparse.ArgumentParser(add_help=False)
     shards.add_argument("--shards", required=True, help="folder or s3://bucket/prefix made by 2_prepare.py")
-    shards.add_argument("--model", required=True, help="base model: open_clip name, or local-dir:FOLDER")
-    shards.add_argument("--pretrained", help="open_clip tag (openai), weights file, or local-dir:FOLDER")
+    shards.add_argument("--model", required=True, help="base: open_clip name, hf-hub:USER/NAME, or local-dir:FOLDER")
+    shards.add_argument("--pretrained", help="open_clip tag or weights file (unset: the usual weights of --model)")
+    shards.add_argument("--queries", help="CSV of what people type: columns query, id, and grade or weight, if any")
     shards.add_argument("--vectors", help="folder in which vectors are kept (default: that of master.parquet)")
     common.add_flags(shards, EmbeddingConfig)
 
@@ -1172,11 +1627,23 @@ def build_parser() -> argparse.ArgumentParser:
     find = commands.add_parser("search", help="the items nearest to words or to a picture")
     find.add_argument("words", nargs="?", help='such as "grey fabric sofa"')
     find.add_argument("--image", help="a picture to search with; with words: for what lies between the two")
-    find.add_argument("--embeddings", default="data/embeddings/master.parquet", help="made by 4_embed.py")
     find.add_argument("--using", choices=("finetuned", "base"), default="finetuned", help="which model searches")
     find.add_argument("--top-k", type=int, default=10, help="results shown (default 10)")
-    find.add_argument("--model", help="where that model is (default: where master.parquet says)")
-    find.add_argument("--pretrained", help="its tag or weights file")
+    slim = commands.add_parser("export", help="a file of ids and fine-tuned vectors alone, to serve from")
+    slim.add_argument("--output", required=True, help="such as data/vectors.parquet")
+    slim.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
+    slim.add_argument("--mixture", type=float, metavar="W", help="W of each vector is the picture, the rest its title")
+    slim.add_argument("--vectors", help="folder in which vectors of titles are kept (default: that of master.parquet)")
+    slim.add_argument("--device", default="auto", help="where titles are encoded (default auto)")
+    made = commands.add_parser("queries", help="a first file of queries, made up from attributes, for you to correct")
+    made.add_argument("--output", default="queries.csv", help="the CSV (default queries.csv)")
+    made.add_argument("--count", type=int, default=200, help="queries (default 200)")
+    made.add_argument("--seed", type=int, default=42, help="of the choice (default 42)")
+    for command in (find, slim, made):
+        command.add_argument("--embeddings", default="data/embeddings/master.parquet", help="made by 4_embed.py")
+    for command in (find, slim):
+        command.add_argument("--model", help="where that model is (default: where master.parquet says)")
+        command.add_argument("--pretrained", help="its tag or weights file")
     parser.epilog = f"Without a command, embed is meant:\n\n{one.format_help()}"
     return parser
 
@@ -1185,12 +1652,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in ("embed", "report", "pool", "search", "-h", "--help"):
+    alone = {"pool": pool, "search": search, "export": export, "queries": write_queries}
+    if argv and argv[0] not in ("embed", "report", *alone, "-h", "--help"):
         argv = ["embed", *argv]
     args = build_parser().parse_args(argv)
-    if args.command in ("pool", "search"):
-        return pool(args) if args.command == "pool" else search(args)
+    if args.command in alone:
+        return alone[args.command](args)
     config = common.from_flags(EmbeddingConfig, args)
+    if args.queries:
+        common.read_queries(args.queries)  # a broken file is named before anything is computed
     common.keep_freed_memory()
     with common.explain_out_of_memory("lower --batch-size"):
         return embed(args, config) if args.command == "embed" else report(args, config)

@@ -10,7 +10,7 @@ votes   every vote, as CSV or with --format json
     python 5_arena.py serve --embeddings data/embeddings/master.parquet --images data/photos \\
         --database data/arena.sqlite --host 127.0.0.1 --port 8000
     python 5_arena.py serve --embeddings data/embeddings/master.parquet --images data/sample \\
-        --database data/try.sqlite --queries 20 --reveal
+        --database data/try.sqlite --limit 20 --reveal
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sqlite3
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,9 +38,10 @@ from typing import Any
 from urllib.parse import quote
 
 import common
-from common import ATTRIBUTES, DONE, USAGE, BadImage, Fail, digest, letterbox, load_image, setting
+from common import ALPHA, ATTRIBUTES, DONE, USAGE, BadImage, Fail, digest, letterbox, load_image, setting
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FORWARDED = ("Forwarded", "X-Forwarded-", "X-Real-Ip", "Via")  # how headers begin that a proxy adds
 THREADS = 32  # requests answered at once; pictures take turns among them
 CONNECTIONS = 800  # open at once: a browser keeps up to six, and most systems allow a process 1,024 files
 BODY_LIMIT = 4_096  # bytes of a vote or a name
@@ -72,15 +73,16 @@ class ArenaConfig:
     """Settings of stage 5; each is a flag."""
 
     top_k: int = setting(4, "results shown in each row", low=1)
-    query: str = setting("image", "what is searched with: a picture, or its prompt", ("image", "text"))
-    queries: int = setting(2000, "most queries; one a duplicate group of the test split, object types in turn", low=1)
+    query: str = setting("image", "what is searched with: a picture, or words (its prompt)", ("image", "text"))
+    queries: str | None = setting(None, "CSV of query,id (weight or grade): for --query text, words that people type")
+    limit: int = setting(2000, "most queries; one a duplicate group of the test split, object types in turn", low=1)
     votes_needed: int = setting(210, "decided votes aimed at; 820, 210, 97 find 55, 60, 65% at 80% power", low=1)
     shared: float = setting(0.2, "share of the queries that three judges see, for their agreement", low=0, high=1)
     picture_size: int = setting(480, "pixels a side of every picture shown", low=1, high=4096)
     seed: int = setting(42, "seed of the choice of queries and of each judge's order")
     host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
     port: int = setting(8000, "port to listen at; 0 takes a free one", low=0, high=65_535)
-    trusted_host: str | None = setting(None, "further names, separated by commas, that browsers may call the server by")
+    trusted_host: str | None = setting(None, "names that a proxy or DNS gives the server, with commas; needs the token")
     reveal: bool = setting(False, "show results and search to everybody who is not in the middle of voting")
 
 
@@ -111,108 +113,63 @@ def read_keys(database: str | Path) -> dict[str, str]:
         with common.atomic_file(path) as temporary:
             temporary.touch(mode=0o600)
             temporary.write_text(json.dumps(keys, indent=2) + "\n")
-    given = {name: os.environ.get(f"ARENA_{name.upper()}") for name in ("judge_token", "admin_token")}
-    return keys | {name: value for name, value in given.items() if value}
+    return {name: os.environ.get(f"ARENA_{name.upper()}") or value for name, value in keys.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The log in SQLite: judges, trials as they were shown, votes, and votes taken back. All results are computed from it.
-# A vote is acknowledged after its commit, and a commit is on the disk. One process writes; others may read meanwhile.
+# The log in SQLite; templates/schema.sql says what it holds, connection.sql has the views that are read here. A vote is
+# acknowledged after its commit. One process writes; others may read meanwhile.
 
-CHOICES = ("A", "B", "T", "N")  # row A, row B, tie, abstained
-PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 10000", "foreign_keys = ON")
-VOTES = """
-  id INTEGER PRIMARY KEY, trial INTEGER NOT NULL REFERENCES trials, session INTEGER NOT NULL REFERENCES sessions,
-  choice TEXT NOT NULL CHECK (choice IN ('A', 'B', 'T', 'N')), time TEXT NOT NULL
+# What a vote may say. One more also needs a place in the CHECK of schema.sql, a button and help in arena.html;
+# it counts as a tie, unless `mark_votes` and what is computed from its outcomes say otherwise.
+CHOICES = {"A": "row A", "B": "row B", "T": "equal", "N": "skipped"}
+VOTES_TABLE = "SELECT sql FROM sqlite_master WHERE name = 'votes'"
+# A table keeps the constraints that it was made with: older ones allow a trial one vote for ever, or fewer choices.
+# A table with columns that the schema does not know is refused, for they would be lost.
+REBUILD = """
+PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE;
+CREATE TABLE old AS SELECT * FROM votes; DROP TABLE votes;
+{schema} INSERT INTO votes (id, trial, session, choice, time) SELECT * FROM old; DROP TABLE old;
+COMMIT; PRAGMA foreign_keys = ON;
 """
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS experiments (      -- key: digest of models, items, queries and length of the rows
-  id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, facts TEXT NOT NULL, time TEXT NOT NULL  -- facts: JSON
-);
-CREATE TABLE IF NOT EXISTS judges (id TEXT PRIMARY KEY, name TEXT NOT NULL, time TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS sessions (         -- a vote can be taken back until its session ends
-  id INTEGER PRIMARY KEY, experiment INTEGER NOT NULL REFERENCES experiments, judge TEXT NOT NULL REFERENCES judges,
-  time TEXT NOT NULL, ended TEXT
-);
-CREATE TABLE IF NOT EXISTS trials (
-  id INTEGER PRIMARY KEY, token TEXT NOT NULL UNIQUE,  -- 128 random bits; all that a browser ever learns of a trial
-  experiment INTEGER NOT NULL REFERENCES experiments, judge TEXT NOT NULL REFERENCES judges,
-  place INTEGER NOT NULL,                              -- 1, 2, 3 ... for each judge
-  query TEXT NOT NULL, category TEXT NOT NULL,         -- image_id and object type of the query
-  left_model TEXT NOT NULL, right_model TEXT NOT NULL, -- fingerprints of the models behind row A and row B
-  left_items TEXT NOT NULL, right_items TEXT NOT NULL, -- JSON lists of image_id, best first
-  facts TEXT NOT NULL,                         -- JSON: picture digests of both rows, attributes shared with the query
-  identical INTEGER NOT NULL DEFAULT 0,        -- 1: both rows were the same, so that nothing was shown or asked
-  repeat_of INTEGER REFERENCES trials,         -- only in older logs: the same trial again, sides exchanged
-  reissue_of INTEGER UNIQUE REFERENCES trials, -- only in older logs: the same trial again, after undo
-  time TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS votes ({VOTES});    -- of one trial's votes at most one stands, the others were taken back
-CREATE TABLE IF NOT EXISTS revocations (
-  id INTEGER PRIMARY KEY, vote INTEGER NOT NULL UNIQUE REFERENCES votes, time TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS trials_of_judge ON trials (experiment, judge, place);
-CREATE INDEX IF NOT EXISTS trials_of_type ON trials (experiment, category, query, identical);
-CREATE INDEX IF NOT EXISTS votes_of_trial ON votes (trial);
-CREATE INDEX IF NOT EXISTS choices_of_session ON votes (session, choice);
-""" + "".join(
-    f"CREATE TRIGGER IF NOT EXISTS {table}_{verb.lower()} BEFORE {verb} ON {table} "
-    f"BEGIN SELECT RAISE(ABORT, '{table} are insert-only'); END;\n"
-    for table in ("trials", "votes", "revocations")
-    for verb in ("UPDATE", "DELETE")
-)
-# Older databases allow a trial one vote for ever; with this it can be voted on again when that was taken back.
-ONE_VOTE = "SELECT 1 FROM sqlite_master WHERE name = 'votes' AND sql LIKE '%trial INTEGER NOT NULL UNIQUE%'"
-REBUILD_VOTES = f"""
-PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; CREATE TABLE new_votes ({VOTES});
-INSERT INTO new_votes SELECT id, trial, session, choice, time FROM votes; DROP TABLE votes;
-ALTER TABLE new_votes RENAME TO votes; COMMIT; PRAGMA foreign_keys = ON;
-"""
-STANDS = "NOT EXISTS (SELECT 1 FROM revocations r WHERE r.vote = v.id)"  # the vote v was not taken back
-LAST = "NOT EXISTS (SELECT 1 FROM trials n WHERE n.reissue_of = t.id)"  # no later trial took the place of t
-VOTED = f"FROM votes v JOIN trials t ON t.id = v.trial WHERE {STANDS} AND t.experiment = ?"
 
 
 class Refused(Exception):
-    """A request that is not granted; `status` is the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
-def now() -> str:
-    """UTC, ISO 8601, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    """A request that is not granted: (HTTP status that says so, message)."""
 
 
 class Log:
     """The log of one database file. Threads share it; each has its own connection."""
 
     def __init__(self, path: str | Path, create: bool = True):
-        self.path = Path(path)
+        self.path, self._local = Path(path), threading.local()
+        self._writer = threading.Lock()  # waiting writers queue here fairly; SQLite's own waiting polls
         if not create and not self.path.is_file():
             raise Fail(f"{path}: no such database; run `5_arena.py serve` first, or check --database")
-        self._local = threading.local()
-        self._writer = threading.Lock()  # waiting writers queue here fairly; SQLite's own waiting polls
         try:
             if create:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                if self.one(ONE_VOTE):
-                    self.connection.executescript(REBUILD_VOTES)
-                self.connection.executescript(SCHEMA)
+                schema = (TEMPLATES / "schema.sql").read_text()
+                with self.connection as db:  # rolls back what fails
+                    db.executescript(REBUILD.format(schema=schema) if self._outdated(schema) else schema)
             self.one("SELECT COUNT(*) FROM experiments")
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise Fail(f"{path}: cannot be used as the arena's database ({error}); check --database") from None
 
+    def _outdated(self, schema: str) -> bool:
+        """Whether the table of votes was made by another text than the schema's."""
+        with contextlib.closing(sqlite3.connect(":memory:")) as new:
+            wanted = new.executescript(schema).execute(VOTES_TABLE).fetchone()
+        stored = self.one(VOTES_TABLE)
+        return stored is not None and tuple(stored) != wanted
+
     @property
     def connection(self) -> sqlite3.Connection:
-        """This thread's connection, in autocommit mode, with every PRAGMA set."""
+        """This thread's connection, in autocommit mode."""
         if not hasattr(self._local, "connection"):
             connection = sqlite3.connect(self.path, timeout=10, isolation_level=None)
             connection.row_factory = sqlite3.Row
-            for pragma in PRAGMAS:
-                connection.execute(f"PRAGMA {pragma}")
+            connection.executescript((TEMPLATES / "connection.sql").read_text())
             self._local.connection = connection
         return self._local.connection
 
@@ -225,234 +182,157 @@ class Log:
         return self.connection.execute(sql, values).fetchone()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that holds the write lock from its first statement on; leaving it commits."""
-        db = self.connection
-        with self._writer:
+    def writing(self) -> Iterator[None]:
+        """A transaction that holds the write lock from its first statement on; leaving it commits, or rolls back."""
+        with self._writer, self.connection as db:
             db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+            yield
 
-    # Experiments, judges, sessions
+    def insert(self, table: str, **columns: Any) -> int:
+        """Write a row down, within a transaction; lists and dicts become JSON. Returns its id.
 
-    def experiment(self, key: str, facts: dict[str, Any]) -> dict[str, Any]:
-        """The experiment with this key; a new one is written down with its facts."""
-        with self.writing() as db:
-            if not self.one("SELECT 1 FROM experiments WHERE key = ?", key):
-                values = (key, json.dumps(facts, ensure_ascii=False), now())
-                db.execute("INSERT INTO experiments (key, facts, time) VALUES (?, ?, ?)", values)
-        return next(row for row in self.experiments() if row["key"] == key)
+        Its time is UTC, ISO 8601, milliseconds. A judge who is known already stays as they are.
+        """
+        columns["time"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        values = [json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for v in columns.values()]
+        into = f"{'OR IGNORE' if table == 'judges' else ''} INTO {table} ({', '.join(columns)})"
+        return self.connection.execute(f"INSERT {into} VALUES ({', '.join('?' * len(columns))})", values).lastrowid
 
     def experiments(self) -> list[dict[str, Any]]:
         """Every experiment of the database, oldest first, facts decoded."""
         rows = self.all("SELECT * FROM experiments ORDER BY id")
         return [dict(row) | {"facts": json.loads(row["facts"])} for row in rows]
 
-    def judge(self, judge: str | None) -> sqlite3.Row | None:
-        """A judge by id."""
-        return self.one("SELECT * FROM judges WHERE id = ?", judge)
+    def experiment(self, key: str, facts: dict[str, Any]) -> dict[str, Any]:
+        """The experiment with this key; a new one is written down with its facts."""
+        with self.writing():
+            if not self.one("SELECT 1 FROM experiments WHERE key = ?", key):
+                self.insert("experiments", key=key, facts=facts)
+        return next(row for row in self.experiments() if row["key"] == key)
+
+    def session(self, experiment: int, judge: str | None) -> int | None:
+        """The judge's open session."""
+        return self.one("SELECT MAX(id) FROM open_sessions WHERE experiment = ? AND judge = ?", experiment, judge)[0]
 
     def start(self, experiment: int, judge: str | None, name: str = "") -> str:
         """Open a session, for a new judge where none is given; returns the judge's id. The first name stays."""
         judge = judge or secrets.token_hex(16)
-        with self.writing() as db:
-            db.execute("INSERT OR IGNORE INTO judges (id, name, time) VALUES (?, ?, ?)", (judge, name, now()))
+        with self.writing():
+            self.insert("judges", id=judge, name=name)
             if not self.session(experiment, judge):
-                values = (experiment, judge, now())
-                db.execute("INSERT INTO sessions (experiment, judge, time) VALUES (?, ?, ?)", values)
+                self.insert("sessions", experiment=experiment, judge=judge)
         return judge
-
-    def session(self, experiment: int, judge: str) -> int | None:
-        """The judge's open session."""
-        sql = "SELECT id FROM sessions WHERE experiment = ? AND judge = ? AND ended IS NULL"
-        row = self.one(sql, experiment, judge)
-        return row["id"] if row else None
 
     def quit(self, experiment: int, judge: str) -> None:
         """End the judge's session, if one is open."""
-        sql = "UPDATE sessions SET ended = ? WHERE experiment = ? AND judge = ? AND ended IS NULL"
-        with self.writing() as db:
-            db.execute(sql, (now(), experiment, judge))
-
-    # Trials
-
-    def open_trials(self, experiment: int, judge: str) -> list[sqlite3.Row]:
-        """The judge's trials that wait for a vote, in the order of their places."""
-        return self.all(
-            f"SELECT * FROM trials t WHERE experiment = ? AND judge = ? AND NOT identical AND {LAST} "
-            f"AND NOT EXISTS (SELECT 1 FROM votes v WHERE v.trial = t.id AND {STANDS}) ORDER BY place, id",
-            experiment, judge,
-        )  # fmt: skip
-
-    def trial(self, experiment: int, judge: str, after: str | None, draw: Callable) -> sqlite3.Row | None:
-        """The judge's current trial (the oldest without a vote), or with its token as `after` the one to come.
-
-        What is missing is drawn by `draw(history) -> list of columns` and committed before it is returned: first the
-        queries passed over because both rows are identical, then the trial to show; None where nothing is left to
-        show. Only one trial ahead is given.
-        """
-        waiting = self.open_trials(experiment, judge)
-        if after is None and waiting:
-            return waiting[0]
+        sql = "UPDATE sessions SET ended = strftime('%Y-%m-%dT%H:%M:%f+00:00') WHERE id = ?"
         with self.writing():
-            waiting = self.open_trials(experiment, judge)
-            if after is not None:
-                if not waiting or waiting[0]["token"] != after:
-                    raise Refused(409, "That is not the trial to be judged now; load the page again.")
-                waiting = waiting[1:]
-            if waiting:
-                return waiting[0]
-            sql = "SELECT place, query, category FROM trials WHERE experiment = ? AND judge = ? AND NOT identical"
-            history = self.all(sql, experiment, judge)
-            place = max((row["place"] for row in history), default=0) + 1
-            own = {"experiment": experiment, "judge": judge, "place": place}
-            rows = [self.insert_trial(columns | own) for columns in draw(history)]
-        return rows[-1] if rows and not rows[-1]["identical"] else None
-
-    def insert_trial(self, columns: dict[str, Any]) -> sqlite3.Row:
-        """Write a trial down, within a transaction; lists and dicts become JSON."""
-        columns = columns | {"token": secrets.token_hex(16), "time": now()}
-        marks = ", ".join("?" * len(columns))
-        values = [json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for v in columns.values()]
-        self.connection.execute(f"INSERT INTO trials ({', '.join(columns)}) VALUES ({marks})", values)
-        return self.one("SELECT * FROM trials WHERE token = ?", columns["token"])
+            self.connection.execute(sql, [self.session(experiment, judge)])
 
     def find(self, experiment: int, judge: str, token: str) -> sqlite3.Row:
         """The judge's own trial with this token and its standing vote. Raises Refused (404) for any other token."""
-        row = self.one(
-            f"SELECT t.*, v.id AS vote, v.choice FROM trials t LEFT JOIN votes v ON v.trial = t.id AND {STANDS} "
-            f"WHERE t.token = ? AND t.experiment = ? AND t.judge = ? AND {LAST}",
-            token, experiment, judge,
-        )  # fmt: skip
-        if row is None:
+        sql = "SELECT * FROM judged WHERE token = ? AND experiment = ? AND judge = ?"
+        if (row := self.one(sql, token, experiment, judge)) is None:
             raise Refused(404, "There is no such trial for you.")
         return row
-
-    # Votes
 
     def vote(self, experiment: int, judge: str, token: str, choice: str) -> dict[str, Any]:
         """Write a vote down, once. The same vote again gets the same answer; another choice is Refused (409)."""
         if choice not in CHOICES:
             raise Refused(400, f"A choice is one of {', '.join(CHOICES)}.")
-        with self.writing() as db:
-            trial = self.find(experiment, judge, token)
-            vote = trial["vote"]
-            if vote is None:
-                session = self.session(experiment, judge)
-                if session is None:
-                    raise Refused(403, "Your session has ended; start again to go on voting.")
-                sql = "INSERT INTO votes (trial, session, choice, time) VALUES (?, ?, ?, ?)"
-                vote = db.execute(sql, (trial["id"], session, choice, now())).lastrowid
-            elif trial["choice"] != choice:
+        with self.writing():
+            trial, session = self.find(experiment, judge, token), self.session(experiment, judge)
+            if trial["vote"] is None and session is None:
+                raise Refused(403, "Your session has ended; start again to go on voting.")
+            if trial["choice"] not in (choice, None):
                 raise Refused(409, "You have judged this pair already, with another choice.")
-            number = self.one(f"SELECT COUNT(*) {VOTED} AND t.judge = ? AND v.id <= ?", experiment, judge, vote)[0]
-        return {"trial": token, "choice": choice, "number": number}
+            vote = trial["vote"] or self.insert("votes", trial=trial["id"], session=session, choice=choice)
+            sql = "SELECT COUNT(*) FROM judged WHERE experiment = ? AND judge = ? AND vote <= ?"
+            return {"trial": token, "choice": choice, "number": self.one(sql, experiment, judge, vote)[0]}
 
     def last_vote(self, experiment: int, judge: str) -> sqlite3.Row | None:
-        """The newest standing vote of the judge's open session, with its trial's token: the one undo takes back."""
-        sql = f"SELECT v.*, t.token {VOTED} AND v.session = ? ORDER BY v.id DESC"
-        return self.one(sql, experiment, self.session(experiment, judge))
+        """The trial of the newest standing vote in the judge's open session: the one that undo takes back."""
+        sql = "SELECT * FROM judged WHERE experiment = ? AND judge = ? AND session = ? ORDER BY vote DESC"
+        return self.one(sql, experiment, judge, self.session(experiment, judge))
 
     def undo(self, experiment: int, judge: str, token: str) -> None:
         """Take the session's newest vote back, which opens its trial again; asked twice, it is done once."""
-        with self.writing() as db:
+        with self.writing():
             trial, last = self.find(experiment, judge, token), self.last_vote(experiment, judge)
             if trial["vote"] is None and self.one("SELECT 1 FROM votes WHERE trial = ?", trial["id"]):
                 return
-            if last is None or last["trial"] != trial["id"]:
+            if last is None or last["id"] != trial["id"]:
                 raise Refused(409, "Only the newest vote of this session can be taken back.")
-            db.execute("INSERT INTO revocations (vote, time) VALUES (?, ?)", (last["id"], now()))
+            self.insert("revocations", vote=last["vote"])
 
-    def own_counts(self, experiment: int, judge: str) -> dict[str, int]:
+    def own_counts(self, experiment: int, judge: str | None) -> dict[str, int]:
         """How often the judge chose what; for the judge only."""
-        rows = self.all(f"SELECT v.choice, COUNT(*) {VOTED} AND t.judge = ? GROUP BY v.choice", experiment, judge)
-        return dict.fromkeys(CHOICES, 0) | dict(map(tuple, rows))
+        sql = "SELECT choice, COUNT(*) FROM judged WHERE experiment = ? AND judge = ? AND vote NOTNULL GROUP BY choice"
+        return dict.fromkeys(CHOICES, 0) | dict(map(tuple, self.all(sql, experiment, judge)))
 
     def decided(self, experiment: int) -> int:
         """Standing votes for either row, by all judges: what the question is still short of."""
-        sql = "SELECT COUNT(*) FROM sessions s JOIN votes v ON v.session = s.id WHERE s.experiment = ? "
-        return self.one(f"{sql} AND v.choice IN ('A', 'B') AND {STANDS}", experiment)[0]
+        return self.one("SELECT COUNT(*) FROM decided WHERE experiment = ?", experiment)[0]
 
     def votes(self, experiment: int) -> list[dict[str, Any]]:
         """Every vote ever cast in an experiment, oldest first; `revoked` is the time it was taken back, or None.
 
         Queries passed over for identical rows come first, with neither vote nor choice.
         """
-        rows = self.all(
-            "SELECT t.*, t.id AS trial, t.time AS drawn, v.id AS vote, v.choice, v.time AS voted, j.name judge_name, "
-            "r.time AS revoked FROM trials t JOIN judges j ON j.id = t.judge LEFT JOIN votes v ON v.trial = t.id "
-            "LEFT JOIN revocations r ON r.vote = v.id WHERE t.experiment = ? AND (v.id OR t.identical) ORDER BY v.id",
-            experiment,
-        )
+        rows = map(dict, self.all("SELECT * FROM all_votes WHERE experiment = ?", experiment))
         lists = ("left_items", "right_items", "facts")
-        return [dict(row) | {"time": row["voted"]} | {name: json.loads(row[name]) for name in lists} for row in rows]
-
-    def state(self) -> tuple:
-        """Changes with every line of the log."""
-        newest = "SELECT (SELECT MAX(id) FROM trials), (SELECT MAX(id) FROM votes), (SELECT MAX(id) FROM revocations)"
-        return tuple(self.one(newest))
-
-    def shown_types(self, experiment: int) -> Counter[str]:
-        """How often queries of each object type have been shown."""
-        sql = "SELECT category, SUM(NOT identical) FROM trials WHERE experiment = ? GROUP BY category"
-        return Counter(dict(map(tuple, self.all(sql, experiment))))
-
-    def shown_queries(self, experiment: int, category: str) -> list[sqlite3.Row]:
-        """query, identical (whether it is passed over) and times drawn, of the queries of a type drawn so far."""
-        sql = (
-            "SELECT query, identical, COUNT(*) AS times FROM trials WHERE experiment = ? AND category = ? GROUP BY 1, 2"
-        )
-        return self.all(sql, experiment, category)
+        return [row | {"time": row["voted"]} | {name: json.loads(row[name]) for name in lists} for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is compared: items, two models, queries, and each model's answers
 
-COLUMNS = ("image_id", "split", "image_path", "title", "prompt", *ATTRIBUTES, "group", "image_digest")
+COLUMNS = ("image_id", "split", "image_path", "title", "prompt", "group", "image_digest")  # ATTRIBUTES may be missing
 CHUNK = 1_024  # vectors read at once: the row groups of 4_embed.py
-
-
-def unreadable(path: Path, error: Exception) -> Fail:
-    """One line for what pyarrow says in several."""
-    return Fail(f"{path}: not a readable Parquet file ({' '.join(str(error).split())}); run 4_embed.py again")
 
 
 class Items:
     """The rows of master.parquet: text in memory, vectors read from the file, block by block.
 
-    table: the columns of text (pyarrow: a DataFrame would take twice the bytes); row: image_id -> row number.
+    table: the columns of text, as pyarrow reads them (a DataFrame would take twice the bytes).
     """
 
     def __init__(self, path: str | Path):
-        import pyarrow as pa
         import pyarrow.parquet
 
         self.path = Path(path)
-        try:
-            self.file = pyarrow.parquet.ParquetFile(self.path)
-            missing = [name for name in (*COLUMNS, "base_embedding") if name not in self.file.schema_arrow.names]
-            if missing:
+        if not self.path.is_file():
+            raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE)
+        with self._readable():
+            # With pre_buffer pyarrow would keep each column of vectors that was read.
+            self.file = pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
+            self.types = {field.name: field.type for field in self.file.schema_arrow}
+            if missing := [name for name in (*COLUMNS, "base_embedding") if name not in self.types]:
                 raise Fail(f"{path}: no column {', '.join(missing)}; make it with 4_embed.py")
-            self.table = self.file.read(columns=list(COLUMNS)).combine_chunks()
+            texts = [*COLUMNS, *(name for name in ATTRIBUTES if name in self.types)]
+            self.table = self.file.read(columns=texts).combine_chunks()
             self.table.validate(full=True)  # that every text is UTF-8
             self.facts = {k.decode(): v.decode() for k, v in (self.file.schema_arrow.metadata or {}).items()}
-        except FileNotFoundError:
-            raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise unreadable(self.path, error) from None
-        self.row = {id: row for row, id in enumerate(self.table["image_id"].to_pylist())}
 
-    def __len__(self) -> int:
-        return self.table.num_rows
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """One line for what pyarrow says in several."""
+        import pyarrow as pa
+
+        try:
+            yield
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            why = " ".join(str(error).split())
+            raise Fail(f"{self.path}: not a readable Parquet file ({why}); run 4_embed.py again") from None
 
     def text(self, column: str, row: int) -> str:
-        """One value; "" where it is missing."""
-        return self.table[column][row].as_py() or ""
+        """One value; "" where it is missing, as in the column of an attribute that is newer than the file."""
+        return self.table[column][row].as_py() or "" if column in self.types else ""
+
+    @functools.cached_property
+    def row(self) -> dict[str, int]:
+        """image_id -> row number."""
+        return {id: row for row, id in enumerate(self.table["image_id"].to_pylist())}
 
     @functools.cached_property
     def digest(self) -> str:
@@ -468,19 +348,16 @@ class Items:
     def vectors(self, column: str) -> Iterator:
         """The column's vectors in blocks, float32 [n, D]."""
         import numpy as np
-        import pyarrow as pa
 
-        try:
-            width = self.file.schema_arrow.field(column).type.list_size
+        width = getattr(self.types.get(column), "list_size", 0)
+        if not width:
+            raise Fail(f"{self.path}: no column {column} of fixed-size lists; make it with 4_embed.py")
+        with self._readable():
             for batch in self.file.iter_batches(CHUNK, columns=[column]):
                 block = batch.column(0).flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
                 if block.size != batch.num_rows * width or not np.isfinite(block).all():
                     raise Fail(f"{self.path}: {column} has missing or not finite vectors; run 4_embed.py again")
                 yield block.reshape(-1, width)
-        except (KeyError, AttributeError):
-            raise Fail(f"{self.path}: no column {column} of fixed-size lists; make it with 4_embed.py") from None
-        except (pa.ArrowException, OSError) as error:
-            raise unreadable(self.path, error) from None
 
 
 @dataclass(frozen=True)
@@ -492,16 +369,26 @@ class Model:
     items: Items
     kind: str  # "base" or "finetuned": the columns' prefix
 
+    @property
+    def gallery(self) -> Iterator:
+        """Its vectors of all pictures, in blocks."""
+        return self.items.vectors(f"{self.kind}_embedding")
+
+    def load(self):
+        """Its CLIP. Raises Fail where the weights are not those that made the vectors."""
+        name = self.items.facts.get(f"{self.kind}_model", "")
+        clip = common.load_clip(*common.model_place(name, self.items.path))
+        if clip.fingerprint != self.fingerprint:
+            raise Fail(f"{name}: not the model that made the vectors any more; run 4_embed.py again")
+        return clip
+
 
 def read_models(files: list[Items]) -> list[Model]:
     """[base, challenger]: the two models of one file, or the fine-tuned ones of two files."""
-    sources = [(files[0], "base"), (files[0], "finetuned")]
-    if len(files) > 1:
-        sources = [(items, "finetuned") for items in files]
-    if len(sources) > 2:
+    if len(files) > 2:
         raise Fail("more than two --embeddings: one compares its two models, two compare their fine-tuned ones", USAGE)
     models = []
-    for items, kind in sources:
+    for items, kind in ((files[0], "base" if len(files) == 1 else "finetuned"), (files[-1], "finetuned")):
         if items.digest != files[0].digest:
             raise Fail(f"{items.path} and {files[0].path} hold different items; embed the same shards for both models")
         fingerprint = items.facts.get(f"{kind}_fingerprint")
@@ -509,9 +396,10 @@ def read_models(files: list[Items]) -> list[Model]:
             raise Fail(f"{items.path}: no {kind}_fingerprint in its metadata; make it with 4_embed.py")
         name = (items.facts.get("scenario") if kind == "finetuned" else "") or items.facts.get(f"{kind}_model") or kind
         models.append(Model(Path(name).name if name.startswith(common.LOCAL) else name, fingerprint, items, kind))
-    if models[0].fingerprint == models[1].fingerprint:
-        raise Fail(f"{files[-1].path}: both models are the same ({models[1].name}); nothing to compare")
-    if models[0].name == models[1].name:
+    base, challenger = models
+    if base.fingerprint == challenger.fingerprint:
+        raise Fail(f"{files[-1].path}: both models are the same ({base.name}); nothing to compare")
+    if base.name == challenger.name:
         models = [replace(model, name=f"{model.name} ({model.fingerprint[:8]})") for model in models]
     return models
 
@@ -520,25 +408,51 @@ def read_models(files: list[Items]) -> list[Model]:
 class Query:
     """What a judge is asked about: an item by its picture, or by words where there are any."""
 
-    id: str  # the item's image_id; the log knows a query by it
-    row: int
+    id: str  # as the log knows it: the item's image_id, or the words of a file of queries
+    rows: list[int]  # the item, or all right answers
     category: str
     words: str | None = None
 
 
-def choose_queries(items: Items, settings: ArenaConfig) -> list[Query]:
-    """One query a duplicate group of the test split; at most settings.queries, object types in turn; by row."""
-    table = items.table.select(["image_id", "split", "group", "object_type", "prompt"]).to_pandas(ignore_metadata=True)
-    test = table[table["split"] == "test"].drop_duplicates("group").fillna("")
-    if not len(test):
+def item_queries(items: Items, by_words: bool) -> list[Query]:
+    """One query a duplicate group of the test split: its first item. In the order of the rows."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    rows = np.flatnonzero(pc.equal(items.table["split"], "test").fill_null(False)).tolist()
+    if not rows:
         raise Fail(f"{items.path}: no row of the test split; there is nothing to ask about")
-    order = test.index.tolist()
+    first = {items.groups[row]: row for row in reversed(rows)}
+    names = ("image_id", "object_type", "prompt")
+    texts = ((row, *(items.text(name, row) for name in names)) for row in sorted(first.values()))
+    return [Query(id, [row], kind or "other", prompt if by_words else None) for row, id, kind, prompt in texts]
+
+
+def file_queries(items: Items, path: str) -> tuple[list[Query], dict[str, Any]]:
+    """(what people typed, in the file's order, each of its right answers' commonest object type; facts for the log).
+
+    "trained" counts queries with a right answer in the training split.
+    """
+    table, left_out = common.read_queries(path, items.row)
+    table["row"], queries = table["id"].map(items.row), []
+    for _, own in table.groupby(table["query"].str.lower(), sort=False):
+        words, rows = own["query"].iloc[0], own["row"].tolist()
+        kinds = Counter(items.text("object_type", row) for row in rows)
+        queries.append(Query(words, rows, kinds.most_common(1)[0][0] or "other", words))
+    note(f"{path}: {len(queries)} queries" + "".join(f"; left out: {n} rows ({why})" for why, n in left_out.items()))
+    trained = sum(any(items.text("split", row) == "train" for row in query.rows) for query in queries)
+    facts = {"name": Path(path).name, "sha256": common.file_digest(path), "queries": len(queries), "trained": trained}
+    return queries, facts | {"made_up": bool(table["made_up"].any())}
+
+
+def choose_queries(queries: list[Query], settings: ArenaConfig) -> dict[str, Query]:
+    """id -> query, of at most settings.limit, object types in turn, in the order given."""
+    order, turns, types = list(range(len(queries))), {}, Counter()
     random.Random(f"{settings.seed} queries").shuffle(order)
-    turn = test.loc[order].groupby("object_type").cumcount().to_dict()  # a type's first, second, ... query
-    chosen = test.loc[sorted(sorted(order, key=turn.get)[: settings.queries])]
-    words = chosen["prompt"] if settings.query == "text" else [None] * len(chosen)
-    kinds = chosen["object_type"].replace("", "other")
-    return [Query(*values) for values in zip(chosen["image_id"], chosen.index.tolist(), kinds, words, strict=True)]
+    for i in order:
+        types[queries[i].category] += 1
+        turns[i] = types[queries[i].category]  # a type's first, second, ... query
+    return {queries[i].id: queries[i] for i in sorted(sorted(order, key=turns.get)[: settings.limit])}
 
 
 class Experiment:
@@ -550,35 +464,47 @@ class Experiment:
 
     def __init__(self, embeddings: Sequence[str | Path], settings: ArenaConfig):
         files = [Items(path) for path in embeddings]
-        self.settings, self.items, self.models = settings, files[0], read_models(files)
-        self.queries = {query.id: query for query in choose_queries(self.items, settings)}
-        self.places = {id: number for number, id in enumerate(self.queries)}
-        self.rows = [query.row for query in self.queries.values()]
+        self.settings, self.items, self.models, self.file = settings, files[0], read_models(files), None
+        if settings.queries:
+            queries, self.file = file_queries(self.items, settings.queries)
+        else:
+            queries = item_queries(self.items, settings.query == "text")
+        self.queries = choose_queries(queries, settings)
+        self.rows = [query.rows[0] for query in self.queries.values()]
+        self.asked = [self.file["sha256"], list(self.queries)] if self.file else [self.rows]
         fingerprints = sorted(model.fingerprint for model in self.models)
-        self.key = digest([fingerprints, self.items.digest, self.rows, settings.query, settings.top_k])
+        self.key = digest([fingerprints, self.items.digest, *self.asked, settings.query, settings.top_k])
+        self.places = {id: number for number, id in enumerate(self.queries)}
         self.types: dict[str, list[str]] = {}
         for query in self.queries.values():
             self.types.setdefault(query.category, []).append(query.id)
-        names, count = list(self.queries), round(settings.shared * len(self.queries))
-        self.shared = {names[i] for i in random.Random(f"{settings.seed} shared").sample(range(len(names)), count)}
+        count = round(settings.shared * len(self.queries))
+        self.shared = {*random.Random(f"{settings.seed} shared").sample(list(self.queries), count)}
+        models = [{"name": model.name, "fingerprint": model.fingerprint} for model in self.models]
+        self.facts = {"models": models, "query": settings.query, "top_k": settings.top_k, "queries": len(self.queries)}
+        self.facts |= {"items": self.items.table.num_rows, "categories": len(self.types)}
+        self.facts |= {"file": self.file} if self.file else {}
 
     def find_answers(self, cache: Path) -> None:
-        """Set `lists`: the nearest items to each query, its own duplicates left out; computed once, kept in `cache`."""
+        """Set `lists`: the nearest items to each query, its own duplicates left out; computed once, kept in `cache`.
+
+        Right answers to words that people typed are answers like any other.
+        """
         import numpy as np
 
         lists, k, groups = [], self.settings.top_k, self.items.groups
         for model in self.models:
-            facts = [model.fingerprint, self.items.digest, self.rows, k, self.settings.query]
+            facts = [model.fingerprint, self.items.digest, *self.asked, k, self.settings.query]
             target = cache / common.file_digest(model.items.path)[:16] / f"answers-{digest(facts)[:16]}.npy"
             if not target.is_file():
-                gallery = model.items.vectors(f"{model.kind}_embedding")
-                _, found = common.top_k(self._query_vectors(model), gallery, k, (groups[self.rows], groups))
+                own = None if self.file else (groups[self.rows], groups)
+                _, found = common.top_k(self._query_vectors(model), model.gallery, k, own)
                 if (found < 0).any():
                     few = f"fewer than {k} items besides a query's own duplicates"
                     raise Fail(f"{few}; lower --top-k or give more rows")
                 with common.atomic_file(target) as temporary, open(temporary, "wb") as handle:
                     np.save(handle, found)
-                note(f"{model.name}: found the answers to {len(found)} queries among {len(self.items)} items")
+                note(f"{model.name}: found the answers to {len(found)} queries among {len(groups)} items")
             lists.append(np.load(target))
         self.lists = np.stack(lists)
 
@@ -586,119 +512,38 @@ class Experiment:
         """float32 [Q, D]: the queries as the model sees them, by their pictures or words."""
         import numpy as np
 
+        if self.file:
+            clip, words = model.load(), list(self.queries)
+            return np.concatenate([common.encode(clip, captions=words[i : i + 64]) for i in range(0, len(words), 64)])
         found, start, rows = [], 0, np.array(self.rows)  # ascending
         for block in model.items.vectors(f"{model.kind}_{'text_' if self.settings.query == 'text' else ''}embedding"):
             found.append(block[rows[(rows >= start) & (rows < start + len(block))] - start])
             start += len(block)
         return np.concatenate(found)
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What is written down of the experiment in the log."""
-        models = [{"name": model.name, "fingerprint": model.fingerprint} for model in self.models]
-        facts = {"models": models, "query": self.settings.query, "top_k": self.settings.top_k}
-        return facts | {"queries": len(self.queries), "items": len(self.items), "categories": len(self.types)}
-
     def trial(self, query: Query, left: int) -> dict[str, Any]:
         """The columns of a trial, with model `left` (0 the base, 1 the challenger) as row A."""
-        columns, facts = {"query": query.id, "category": query.category}, {}
+        columns, facts, text = {"query": query.id, "category": query.category}, {}, self.items.text
         for side, model in (("left", left), ("right", 1 - left)):
             rows = self.lists[model, self.places[query.id]].tolist()
             columns[f"{side}_model"] = self.models[model].fingerprint
-            columns[f"{side}_items"] = [self.items.text("image_id", row) for row in rows]
+            columns[f"{side}_items"] = [text("image_id", row) for row in rows]
             # By digest, since two items with the same picture look the same to a judge.
-            facts[f"{side}_pictures"] = [self.items.text("image_digest", row) for row in rows]
-            facts[f"{side}_attributes"] = {name: self._agreement(name, query, rows) for name in ATTRIBUTES}
+            facts[f"{side}_pictures"] = [text("image_digest", row) for row in rows]
+            facts[f"{side}_attributes"] = {}
+            for name in ATTRIBUTES:  # the share of answers that agree with the query, where that is of one kind
+                wanted, *others = {text(name, row) for row in query.rows}
+                share = sum(text(name, row) == wanted for row in rows) / len(rows)
+                facts[f"{side}_attributes"][name] = share if wanted and not others else None
         a, b = facts["left_pictures"], facts["right_pictures"]
         return columns | {"facts": facts | {"same_set": set(a) == set(b) and a != b}, "identical": int(a == b)}
-
-    def _agreement(self, attribute: str, query: Query, rows: list[int]) -> float | None:
-        """Share of the answers that agree with the query in an attribute; None where the query's is unknown."""
-        wanted = self.items.text(attribute, query.row)
-        return sum(self.items.text(attribute, row) == wanted for row in rows) / len(rows) if wanted else None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The draw: what a judge is shown next. No choice depends on how anybody voted.
-
-SHARED_JUDGES = 3  # a shared query is shown to so many
-
-
-def draw(experiment: Experiment, log: Log, number: int, judge: str, history: list) -> list[dict[str, Any]]:
-    """Columns of the trials to write down: identical rows passed over, then at most one to show.
-
-    Object types take turns: one with the fewest showings so far comes next. Within it: a shared query that other
-    judges have begun and that three are to see; else the query shown least often, in the order of the judge's own
-    seeded permutation. Which model stands as row A is a fair coin's choice.
-    history: the judge's trials so far. Called with the log's write lock held.
-    """
-    rank, by_type, drawn = judge_order(experiment, judge), log.shown_types(number), []
-    seen, own = {row["query"] for row in history}, Counter(row["category"] for row in history)
-
-    def urgency(query: str) -> tuple:
-        times = shown.get(query, 0)
-        return not (query in experiment.shared and 0 < times < SHARED_JUDGES), times, rank[query]
-
-    types = experiment.types
-    for kind in sorted(types, key=lambda kind: (by_type[kind], own[kind], rank[types[kind][0]])):
-        found = log.shown_queries(number, kind)
-        shown = {query: times for query, identical, times in found if not identical}
-        passed = {query for query, identical, _ in found if identical}
-        for query in sorted({*types[kind]} - seen - passed, key=urgency):
-            drawn.append(experiment.trial(experiment.queries[query], secrets.randbits(1)))
-            if not drawn[-1]["identical"]:
-                return drawn
-    return drawn
-
-
-@functools.lru_cache(256)
-def judge_order(experiment: Experiment, judge: str) -> dict[str, int]:
-    """The judge's own permutation of the queries: query -> rank."""
-    count, chance = len(experiment.queries), random.Random(f"{experiment.settings.seed} {judge}")
-    return dict(zip(experiment.queries, chance.sample(range(count), count), strict=True))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-class Pictures:
-    """Photos as the browser gets them: letterboxed to one size, encoded anew, so that no byte tells a file's origin."""
-
-    def __init__(self, items: Items, folder: Path, side: int):
-        self.items, self.folder, self.side = items, folder, side
-        self.turns = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # votes must not wait behind pictures
-        self.jpeg = functools.lru_cache(2_000)(self._jpeg)  # about 60 MB at 480 px
-
-    def _jpeg(self, row: int) -> bytes:
-        try:
-            path = common.resolve_image(self.folder, self.items.text("image_path", row))
-            with self.turns:
-                return self.encode(load_image(path, self.side))
-        except BadImage as error:
-            note(f"missing picture: item {self.items.text('image_id', row)!r}: {error}; a grey one is shown")
-            return self.placeholder
-
-    def encode(self, image) -> bytes:
-        """An RGB picture of any size as a square JPEG on white, without metadata."""
-        buffer = io.BytesIO()
-        letterbox(image, self.side).save(buffer, "JPEG", quality=85)
-        return buffer.getvalue()
-
-    @functools.cached_property
-    def placeholder(self) -> bytes:
-        from PIL import Image
-
-        return self.encode(Image.new("RGB", (self.side, self.side), (216, 216, 213)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Statistics. A win is the challenger's. Randomness is seeded: the same votes give the same page.
 
-ALPHA = 0.05  # two-sided level of every test; intervals are 95%
 Z = 1.959963984540054  # the normal distribution's quantile at 1 - ALPHA / 2
 PRIOR = 10  # a of Beta(a, a): the mixture of the e-value, fixed before any vote; bets mostly on win rates of 0.35-0.65
-DRAWS = 10_000  # resamples of a bootstrap
 TYPE_VOTES = 20  # an object type with fewer votes gets no test
 LOOKS = 200  # points of a plotted course
 # Decided votes with which the exact binomial test finds a win rate in 4 of 5 studies: the smallest number from which on
@@ -711,32 +556,18 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def wilson(wins: float, n: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927, without continuity correction); (0, 1) without votes."""
-    if n == 0:
-        return 0.0, 1.0
-    center = (wins + Z * Z / 2) / (n + Z * Z)
-    half = Z * math.sqrt(wins * (n - wins) / n + Z * Z / 4) / (n + Z * Z)
-    # At 0 and n the bound is exact; rounding must not leave it at 1e-17.
-    return (0.0 if wins == 0 else center - half), (1.0 if wins == n else center + half)
-
-
 def vote_rate(hits: int, votes: int, queries: int) -> dict[str, Any]:
-    """Share of votes with Wilson's interval for as many votes as there are queries.
+    """Share of votes with Wilson's score interval (Wilson 1927, without continuity correction); 0 to 1 without votes.
 
-    Judges of one query may simply agree, so together they count as one.
+    For as many votes as there are queries: judges of one query may simply agree, so together they count as one.
     """
-    value = ratio(hits, votes)
-    low, high = wilson((value or 0) * queries, queries)
+    value, low, high = ratio(hits, votes), 0.0, 1.0
+    if value is not None:
+        center = (value * queries + Z * Z / 2) / (queries + Z * Z)
+        half = Z * math.sqrt(value * (1 - value) * queries + Z * Z / 4) / (queries + Z * Z)
+        # At 0 and 1 the bound is exact; rounding must not leave it at 1e-17.
+        low, high = (center - half if hits else 0.0), (center + half if hits < votes else 1.0)
     return {"value": value, "low": low, "high": high, "n": votes}
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values in the order given (Holm 1979); valid under any dependence."""
-    adjusted, most = [0.0] * len(p), 0.0
-    for step, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        most = adjusted[i] = max(most, min(1.0, (len(p) - step) * p[i]))
-    return adjusted
 
 
 def binomial_test(wins: int, n: int) -> float:
@@ -747,40 +578,6 @@ def binomial_test(wins: int, n: int) -> float:
     from scipy.stats import binomtest
 
     return float(binomtest(wins, n).pvalue) if n else 1.0
-
-
-def bootstrap_mean(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float | None, float | None, float]:
-    """(mean of values in [-1, 1], low, high: its 95% interval, two-sided p-value of "the mean is 0").
-
-    groups: [N] labels; values of one label are drawn together, so only groups need be independent of each other.
-    Symmetric studentised bootstrap: mean -+ q * s, where s is the standard error over groups, and q the 95% quantile of
-    |mean* - mean| / s* over resamples (Hall 1988, "On symmetric bootstrap confidence intervals"). The spread of one
-    more group is added to every variance, s and s* alike, so that a resample without any spread stays finite.
-    p <= 0.05 exactly when the interval leaves out 0; where too few groups leave it unknown it is (None, None).
-    """
-    import numpy as np
-
-    codes = np.unique(np.asarray(groups), return_inverse=True)[1]
-    sums, sizes = np.bincount(codes, weights=values), np.bincount(codes).astype(float)
-    count, mean = len(sums), float(sums.sum() / sizes.sum())
-    residuals = sums - mean * sizes
-    if count < 2 or abs(residuals).max() <= 1e-12 * abs(sums).max():  # no spread: the sign test is what is left
-        p = 2.0 ** max(1 - count, -1000) if mean else 1.0
-        return (mean, mean, mean, p) if count > 1 and (p <= ALPHA or not mean) else (mean, None, None, p)
-    scale, more = count / (count - 1), (residuals**2).mean() / sizes.sum() ** 2
-    error = math.sqrt(scale * (residuals**2).sum() / sizes.sum() ** 2 + more)
-    # Groups of equal residual and size are interchangeable: how often each kind is drawn is multinomial.
-    kinds, repeats = np.unique(np.stack([residuals, sizes], axis=1), axis=0, return_counts=True)  # [K, 2], [K]
-    e, n = kinds.T
-    times = np.random.default_rng(0).multinomial(count, repeats / count, size=DRAWS)  # [DRAWS, K]
-    total, shift = times @ n, times @ e / (times @ n)  # shift: mean* - mean
-    square = times @ (e * e) - 2 * shift * (times @ (e * n)) + shift**2 * (times @ (n * n))
-    far = np.sort(abs(shift) / np.sqrt(scale * np.maximum(square, 0) / total**2 + more))
-    half = error * float(far[-math.floor(ALPHA * (DRAWS + 1))])
-    p = (1 + int((far >= abs(mean) / error * (1 - 1e-12)).sum())) / (DRAWS + 1)
-    if p > ALPHA:  # rounding must not let the two disagree
-        half = max(half, abs(mean))
-    return mean, max(-1.0, mean - half), min(1.0, mean + half), p
 
 
 def log_e_value(wins: Any, losses: Any, theta: Any = 0.5) -> Any:
@@ -845,8 +642,8 @@ def krippendorff_alpha(units: Sequence[Sequence[str]]) -> dict[str, Any]:
     alpha = 1 - np.divide(times @ apart, expected, out=np.full(len(total), np.nan), where=expected > 0)
     found["agreement"] = float(1 - apart.sum() / size.sum())
     if not np.isnan(alpha[0]):
-        low, high = np.nanquantile(alpha[1:], [ALPHA / 2, 1 - ALPHA / 2])
-        found |= {"alpha": float(alpha[0]), "low": float(low), "high": float(high)}
+        found["alpha"] = float(alpha[0])
+        found["low"], found["high"] = map(float, np.nanquantile(alpha[1:], [ALPHA / 2, 1 - ALPHA / 2]))
     return found
 
 
@@ -856,6 +653,8 @@ def krippendorff_alpha(units: Sequence[Sequence[str]]) -> dict[str, Any]:
 
 REASONS = ("undone", "identical", "abstained", "repeat")  # why a row of the log does not count
 OUTCOMES = {"wins": 1, "losses": -1, "ties": 0}  # of the challenger
+EXPORTED = "experiment vote trial judge judge_name place query category choice preferred left_model right_model "
+EXPORTED += "left_items right_items same_set identical repeat_of reissue_of drawn time revoked"
 
 
 def mark_votes(votes: list[dict[str, Any]], base: str, challenger: str) -> None:
@@ -889,45 +688,53 @@ def tally(votes: list[dict]) -> dict[str, int]:
     return {name: sum(vote["outcome"] == value for vote in votes) for name, value in OUTCOMES.items()}
 
 
+def query_scores(by_query: dict[str, list[dict]]) -> list[float]:
+    """Wins minus losses of each query's votes, from -1 to 1."""
+    return [sum(vote["outcome"] for vote in votes) / len(votes) for votes in by_query.values()]
+
+
 def arena_statistics(votes: list[dict[str, Any]], base: dict[str, str], challenger: dict[str, str]) -> dict[str, Any]:
     """Everything the results page shows, as JSON-ready values (absent numbers are None), from `Log.votes`.
 
     base, challenger: {"name", "fingerprint"}. Rates have "value", "low", "high" (see `vote_rate`), like the net
-    preference: wins minus losses, query by query (see `bootstrap_mean`). planned: "p" of the binomial test,
+    preference: wins minus losses, query by query (see `common.bootstrap_mean`). planned: "p" of the binomial test,
     "p_binomial" over all votes, and whether these are "independent". For the other parts see the functions below.
     """
     mark_votes(votes, base["fingerprint"], challenger["fingerprint"])
     counted = [vote for vote in votes if vote["reason"] is None]
     decided = [vote for vote in counted if vote["outcome"]]
-    by_query, counts = group(counted, "query"), tally(counted)
+    by_query, counts, n = group(counted, "query"), tally(counted), len(decided)
     first = {query: own[0]["outcome"] for query, own in group(decided, "query").items()}
-    first_wins, wins, n = list(first.values()).count(1), counts["wins"], len(decided)
-    scores = [sum(vote["outcome"] for vote in own) / len(own) for own in by_query.values()]
-    net = bootstrap_mean(scores, list(by_query))[:3] if scores else (None,) * 3
+    net = common.bootstrap_mean(query_scores(by_query), limit=1)[:3] if by_query else (None,) * 3
     same = group((vote for vote in votes if vote["identical"]), "query").keys() - by_query
     excluded = {reason: sum(vote["reason"] == reason for vote in votes) for reason in REASONS}
+    judges, (types, heterogeneity) = _judges(votes), _object_types(counted, first)
+    more = (n + counts["ties"]) / n if n else 1  # votes it takes to have a decided one
+    missing = {rate: max(0, needed - n) for rate, needed in NEEDED.items()}
     counts |= {"votes": len(counted), "abstained": excluded["abstained"], "queries": len(by_query)}
-    judges, types = _judges(votes), _object_types(counted, first)
-    agreement = krippendorff_alpha([[str(vote["outcome"]) for vote in own] for own in by_query.values()])
-    found = {"challenger": challenger["name"], "base": base["name"], "judges": judges, "agreement": agreement}
-    found |= {
+    found = {
+        "challenger": challenger["name"],
+        "base": base["name"],
         "votes": {"rows": len(votes), "counted": len(counted), "excluded": excluded, "judges": len(judges)},
         "counts": counts | {"judges": len(group(counted, "judge"))},
-        "win_rate": vote_rate(wins, n, len(first)),
+        "win_rate": vote_rate(counts["wins"], n, len(first)),
         "tie_rate": vote_rate(counts["ties"], len(counted), len(by_query)),
         "net": dict(zip(("value", "low", "high"), net, strict=True)),
         "identical": {"queries": len(same), "share": ratio(len(same), len(same) + len(by_query))},
-        "planned": {"p": binomial_test(first_wins, len(first)), "p_binomial": binomial_test(wins, n)}
-        | {"independent": len(by_query) == len(counted)},
+        "planned": {"p": binomial_test([*first.values()].count(1), len(first)),
+                    "p_binomial": binomial_test(counts["wins"], n), "independent": len(by_query) == len(counted)},
         "anytime": _anytime(list(first.values())),
         "position": _position(decided),
+        "agreement": krippendorff_alpha([[str(vote["outcome"]) for vote in own] for own in by_query.values()]),
+        "judges": judges,
         "categories": types,
-        "heterogeneity": _heterogeneity(types),
-        "needed": _needed(n, counts["ties"]),
+        "heterogeneity": heterogeneity,
+        "needed": [{"rate": rate, "needed": NEEDED[rate], "missing": n, "missing_with_ties": math.ceil(n * more)}
+                   for rate, n in missing.items()],
         "results": _results_distribution([_rows(own[0], "pictures", challenger) for own in by_query.values()]),
         "attributes": _attributes(decided, challenger),
         "course": _course(counted),
-    }
+    }  # fmt: skip
     return found | {"verdict": _verdict(found)}
 
 
@@ -940,77 +747,62 @@ def _looks(count: int) -> list[int]:
 def _anytime(first: list[int]) -> dict[str, Any]:
     """The e-value after each query's first decided vote, and the confidence sequence of the win rate.
 
-    {"log10_e": now; "max_e", "direction": so far, and who led then; "p": 1 / max E; "win_low", "win_high": now;
-    "course": lists for a plot}.
+    "max_log10_e", "direction": so far, and who led then; "p": 1 / max E; "win_low", "win_high": None where no rate
+    explains the whole course; "course": lists for a plot.
     """
     import numpy as np
 
     wins, losses = (np.cumsum([0, *(outcome == value for outcome in first)]) for value in (1, -1))
     log_e, (low, high) = log_e_value(wins, losses), confidence_sequence(wins, losses)
-    peak, at = int(np.argmax(log_e)), _looks(len(first))
-    found = {"log10_e": float(log_e[-1]) / math.log(10), "max_e": math.exp(min(float(log_e[peak]), 690.0))}
-    found |= {"p": math.exp(-float(log_e[peak])), "direction": int(np.sign(wins[peak] - losses[peak]))}
-    found |= {"threshold": 1 / ALPHA, "queries": len(first), "win_low": float(low[-1]), "win_high": float(high[-1])}
-    course = {"n": at, "log10_e": (log_e[at] / math.log(10)).tolist(), "low": low[at].tolist()}
-    return found | {"course": course | {"high": high[at].tolist(), "win_rate": [ratio(int(wins[n]), n) for n in at]}}
+    log10_e, peak, at = log_e / math.log(10), int(np.argmax(log_e)), _looks(len(first))
+    course = {"n": at, "log10_e": log10_e[at].tolist(), "win_rate": [ratio(int(wins[n]), n) for n in at]}
+    course |= {"low": np.minimum(low, high)[at].tolist(), "high": high[at].tolist()}
+    found = {"log10_e": float(log10_e[-1]), "max_log10_e": float(log10_e[peak]), "p": math.exp(-float(log_e[peak]))}
+    found |= {"direction": int(np.sign(wins[peak] - losses[peak])), "threshold": 1 / ALPHA, "queries": len(first)}
+    ends = (float(low[-1]), float(high[-1])) if low[-1] <= high[-1] else (None, None)
+    return found | {"win_low": ends[0], "win_high": ends[1], "course": course}
 
 
 def _course(counted: list[dict]) -> dict[str, list]:
     """How wins, losses and ties came, vote by vote: lists for a plot."""
     at = _looks(len(counted))
     course = [tally(counted[:n]) for n in at]
-    times = [counted[n - 1]["time"] if n else None for n in at]
-    return {"n": at, "time": times} | {name: [counts[name] for counts in course] for name in OUTCOMES}
+    return {"n": at, "time": [counted[n - 1]["time"] if n else None for n in at]} | {
+        name: [counts[name] for counts in course] for name in OUTCOMES
+    }
 
 
 def _position(decided: list[dict]) -> dict[str, Any]:
-    """How often row A was chosen: does the top row win because it is the top row?
-
-    Sides come from a fair coin, so without such a habit these are fair coins whatever models and judges are like.
-    """
+    """How often row A was chosen, which is a fair coin's matter unless the top row wins because it is the top row."""
     chosen, n = sum(vote["choice"] == "A" for vote in decided), len(decided)
-    low, high = wilson(chosen, n)
-    found = {"n": n, "chose_a": chosen, "share_a": ratio(chosen, n), "share_a_low": low, "share_a_high": high}
-    return found | {"p": binomial_test(chosen, n)}
+    rate = vote_rate(chosen, n, n)
+    found = {"share_a": rate["value"], "share_a_low": rate["low"], "share_a_high": rate["high"]}
+    return found | {"n": n, "chose_a": chosen, "p": binomial_test(chosen, n)}
 
 
-def _object_types(counted: list[dict], first: dict[str, int]) -> list[dict]:
-    """Each type's rates; p, and p_holm over all types, of those with at least TYPE_VOTES votes."""
+def _object_types(counted: list[dict], first: dict[str, int]) -> tuple[list[dict], dict[str, Any]]:
+    """(each type's rates; p, and p_holm over all types, of those with at least TYPE_VOTES votes; heterogeneity).
+
+    Do the tested types differ? Pearson's chi-square of first decided votes; p None where nothing could differ.
+    """
+    from scipy.stats import chi2_contingency
+
     rows = []
     for name, own in sorted(group(counted, "category").items()):
         queries, counts = group(own, "query"), tally(own)
         decided = [first[query] for query in queries if query in first]
-        row = {"category": name, "queries": len(queries), "votes": len(own)} | counts | {"p": None, "p_holm": None}
-        rate = vote_rate(counts["wins"], counts["wins"] + counts["losses"], len(decided))
+        wins, rate = decided.count(1), vote_rate(counts["wins"], counts["wins"] + counts["losses"], len(decided))
+        row = {"category": name, "queries": len(queries), "votes": len(own), "p_holm": None} | counts
         row |= {"win_rate": rate["value"], "win_low": rate["low"], "win_high": rate["high"]}
-        row["net"] = sum(sum(vote["outcome"] for vote in votes) / len(votes) for votes in queries.values()) / len(
-            queries
-        )
-        row |= {"first_wins": decided.count(1), "first_losses": decided.count(-1)}
-        if len(own) >= TYPE_VOTES:
-            row["p"] = binomial_test(row["first_wins"], len(decided))
-        rows.append(row)
+        row |= {"net": sum(query_scores(queries)) / len(queries), "first_wins": wins, "first_losses": decided.count(-1)}
+        rows.append(row | {"p": binomial_test(wins, len(decided)) if len(own) >= TYPE_VOTES else None})
     tested = [row for row in rows if row["p"] is not None]
-    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+    for row, p in zip(tested, common.holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = p
-    return rows
-
-
-def _heterogeneity(types: list[dict]) -> dict[str, Any]:
-    """Do the tested types differ? Pearson's chi-square of first decided votes; p None where nothing could differ."""
-    from scipy.stats import chi2_contingency
-
-    table = [(row["first_wins"], row["first_losses"]) for row in types if row["p"] is not None]
-    table = [pair for pair in table if any(pair)]
+    table = [(row["first_wins"], row["first_losses"]) for row in tested if row["first_wins"] + row["first_losses"]]
     known = len(table) > 1 and all(map(any, zip(*table, strict=True)))
-    return {"p": float(chi2_contingency(table, correction=False).pvalue) if known else None, "categories": len(table)}
-
-
-def _needed(have: int, ties: int) -> list[dict]:
-    """For each win rate the decided votes that find it, those still missing, and all votes that takes with ties."""
-    rows = [{"rate": rate, "needed": needed, "missing": max(0, needed - have)} for rate, needed in NEEDED.items()]
-    more = (have + ties) / have if have else 1
-    return [row | {"missing_with_ties": math.ceil(row["missing"] * more)} for row in rows]
+    p = float(chi2_contingency(table, correction=False).pvalue) if known else None
+    return rows, {"p": p, "categories": len(table)}
 
 
 def _rows(vote: dict, fact: str, challenger: dict[str, str]) -> tuple:
@@ -1040,7 +832,7 @@ def _attributes(decided: list[dict], challenger: dict[str, str]) -> list[dict]:
         known = [(*pair, vote["query"]) for pair, vote in zip(pairs, decided, strict=True) if None not in pair]
         if known:
             won, lost, queries = zip(*known, strict=True)
-            test = bootstrap_mean([one - other for one, other in zip(won, lost, strict=True)], queries)
+            test = common.bootstrap_mean([a - b for a, b in zip(won, lost, strict=True)], queries, limit=1)
             row = {"attribute": name, "votes": len(known), "won": sum(won) / len(won), "lost": sum(lost) / len(lost)}
             rows.append(row | dict(zip(("difference", "low", "high", "p"), test, strict=True)))
     return rows
@@ -1060,7 +852,7 @@ def _judges(votes: list[dict]) -> list[dict]:
 def _verdict(found: dict[str, Any]) -> dict[str, str]:
     """{"answer": a model's name, "not yet", "no difference shown" or "no votes"; "sentence" for people}."""
     planned, anytime = found["planned"]["p"], found["anytime"]
-    best, p = f"{anytime['max_e']:.4g}", p_value(planned)
+    best, p = e_value(anytime["max_log10_e"]), p_value(planned)
     better, worse = (found["challenger"], found["base"])[:: anytime["direction"] or 1]
     early = f"the test that stays valid when people look early has reached E {best} of the {1 / ALPHA:.0f} it needs."
     if not found["counts"]["votes"]:
@@ -1077,12 +869,6 @@ def _verdict(found: dict[str, Any]) -> dict[str, str]:
     return {"answer": answer, "sentence": sentence}
 
 
-def results(log: Log, experiment: dict[str, Any]) -> dict[str, Any]:
-    """Everything about one experiment, computed from the log."""
-    facts = {"id": experiment["id"], "key": experiment["key"], "started": experiment["time"]} | experiment["facts"]
-    return {"experiment": facts} | arena_statistics(log.votes(experiment["id"]), *experiment["facts"]["models"])
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     """0.534 -> 53.4%; a dash for what is not known."""
     return "–" if value is None else f"{100 * value:.{digits}f}%"
@@ -1093,14 +879,27 @@ def p_value(p: float | None) -> str:
     return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
+def e_value(log10_e: float) -> str:
+    """Three significant digits, or a power of ten where those would be too many."""
+    return f"{10**log10_e:.3g}" if log10_e < 300 else f"10^{log10_e:.0f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Both ends in percent."""
+    return "unknown" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+
+
 def add_formats(environment) -> None:
     """How templates write numbers, and that their blocks leave no blank lines."""
-    environment.filters |= {"percent": percent, "p_value": p_value, "log10": math.log10}
-    environment.filters["e_value"] = lambda log10_e: f"{10**log10_e:.3g}" if log10_e < 300 else f"10^{log10_e:.0f}"
-    environment.globals["interval"] = lambda low, high: (
-        "unknown" if low is None or high is None else f"{percent(low)} to {percent(high)}"
-    )
+    environment.filters |= {"percent": percent, "p_value": p_value, "e_value": e_value, "log10": math.log10}
+    environment.globals["interval"] = interval
     environment.trim_blocks = environment.lstrip_blocks = True
+
+
+def results(log: Log, experiment: dict[str, Any]) -> dict[str, Any]:
+    """Everything about one experiment, computed from the log."""
+    facts = {"id": experiment["id"], "key": experiment["key"], "started": experiment["time"]} | experiment["facts"]
+    return {"experiment": facts} | arena_statistics(log.votes(experiment["id"]), *experiment["facts"]["models"])
 
 
 def report(found: dict[str, Any]) -> str:
@@ -1112,10 +911,6 @@ def report(found: dict[str, Any]) -> str:
     return environment.get_template("stats.txt").render(found=found)
 
 
-EXPORTED = "experiment vote trial judge judge_name place query category choice preferred left_model right_model "
-EXPORTED += "left_items right_items same_set identical repeat_of reissue_of drawn time revoked"
-
-
 def export(log: Log, experiments: Iterable[dict[str, Any]], form: str) -> str:
     """Every vote ever cast, those taken back included, as CSV or JSON; `preferred` is the name of the chosen model."""
     rows = []
@@ -1124,7 +919,11 @@ def export(log: Log, experiments: Iterable[dict[str, Any]], form: str) -> str:
         for vote in log.votes(experiment["id"]):
             left, right = names[vote["left_model"]], names[vote["right_model"]]
             vote |= {"left_model": left, "right_model": right, "same_set": int(vote["facts"]["same_set"])}
-            vote["preferred"] = {"A": left, "B": right, "T": "tie"}.get(vote["choice"])
+            preferred = CHOICES | {"A": left, "B": right, "T": "tie", "N": None}
+            vote["preferred"] = preferred.get(vote["choice"], vote["choice"])
+            for name in ("judge_name", "query") if "file" in experiment["facts"] else ("judge_name",):
+                if form == "csv" and vote[name].startswith(("=", "+", "-", "@")):  # a stranger's text is no formula
+                    vote[name] = "'" + vote[name]
             rows.append({name: vote[name] for name in EXPORTED.split()})
     if form == "json":
         return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
@@ -1132,96 +931,108 @@ def export(log: Log, experiments: Iterable[dict[str, Any]], form: str) -> str:
     writer = common.csv_writer(buffer)
     writer.writerow(EXPORTED.split())
     for row in rows:
-        row |= {name: " ".join(row[name]) for name in ("left_items", "right_items")}
-        if row["judge_name"].startswith(("=", "+", "-", "@")):  # a stranger's text is no formula for a spreadsheet
-            row["judge_name"] = "'" + row["judge_name"]
-        writer.writerow(row.values())
+        writer.writerow(" ".join(value) if isinstance(value, list) else value for value in row.values())
     return buffer.getvalue()
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Search, for --reveal
+# The draw, and what a browser learns of it. Nothing that is drawn depends on how anybody voted.
 
-
-class Finder:
-    """Searches all items with both models, which are loaded by the first search."""
-
-    def __init__(self, models: list[Model]):
-        self.models, self.lock, self.clips = models, threading.Lock(), []
-
-    def load(self, model: Model):
-        """The model's CLIP. Raises Fail where the weights are not those that made the vectors."""
-        name = model.items.facts.get(f"{model.kind}_model", "")
-        clip = common.load_clip(*common.model_place(name, model.items.path))
-        if clip.fingerprint != model.fingerprint:
-            raise Fail(f"{name}: not the model that made the vectors any more; run 4_embed.py again")
-        return clip
-
-    def __call__(self, words: str = "", picture=None, k: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
-        """(model's name, its k hits, best first) for words, or for an RGB picture."""
-        import numpy as np
-        import torch
-
-        found = []
-        with self.lock:
-            self.clips = self.clips or [self.load(model) for model in self.models]
-            for model, clip in zip(self.models, self.clips, strict=True):
-                if picture is None:
-                    asked = common.encode(clip, captions=[words])
-                else:
-                    pixels = np.array(letterbox(picture, clip.size))
-                    asked = common.encode(clip, torch.from_numpy(pixels).permute(2, 0, 1)[None])
-                scores, rows = common.top_k(asked.numpy(), model.items.vectors(f"{model.kind}_embedding"), k)
-                hits = [
-                    (row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True) if row >= 0
-                ]
-                names, text = ("title", "object_type"), model.items.text
-                shown = [
-                    {"row": row, "score": score} | {name: text(name, row) for name in names} for row, score in hits
-                ]
-                found.append((model.name, shown))
-        return found
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The application
+SHARED_JUDGES = 3  # a shared query is shown to so many
 
 
 class Arena:
     """An experiment with its log, its draw and its pictures: what the pages work on."""
 
     def __init__(self, setup: Setup):
-        self.setup, self.settings = setup, setup.settings
-        self.keys = setup.keys or read_keys(setup.database)
-        folder = common.images_folder(setup.images, [setup.embeddings[0]])
+        from PIL import Image
+
+        self.settings, self.keys = setup.settings, setup.keys or read_keys(setup.database)
         self.experiment = Experiment(setup.embeddings, self.settings)
         self.experiment.find_answers(Path(f"{setup.database}.cache"))
         self.log = Log(setup.database)
         self.row = self.log.experiment(self.experiment.key, self.experiment.facts)
         self.number = self.row["id"]
-        self.pictures = Pictures(self.experiment.items, folder, self.settings.picture_size)
+        self.folder = common.images_folder(setup.images, [setup.embeddings[0]])
+        self.jpeg = functools.lru_cache(2_000)(self._jpeg)  # about 60 MB at 480 px
+        self.turns = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # votes must not wait behind pictures
+        self.placeholder = self.encode(Image.new("RGB", (1, 1), (216, 216, 213)))
         self.computed = functools.lru_cache(1)(lambda state: results(self.log, self.row))
+        self.order = functools.lru_cache(256)(self._order)
+        self.drawing, self.passed = threading.Lock(), set()
+        self.shown = Counter(dict.fromkeys(self.experiment.queries, 0))
+        self._count(self.log.all("SELECT query, identical FROM trials WHERE experiment = ?", self.number))
 
-    def results(self, named: bool) -> dict[str, Any]:
-        """The results of all votes so far, computed again when there is another; `named` with the judges' names."""
-        found = self.computed(self.log.state())
-        if named:
-            return found
-        judges = [row | {"name": f"judge {number}"} for number, row in enumerate(found["judges"], start=1)]
-        return found | {"judges": [{k: v for k, v in row.items() if k != "judge"} for row in judges]}
+    def _order(self, judge: str) -> dict[str, int]:
+        """The judge's own permutation of the queries: query -> rank."""
+        count, chance = len(self.experiment.queries), random.Random(f"{self.settings.seed} {judge}")
+        return dict(zip(self.experiment.queries, chance.sample(range(count), count), strict=True))
+
+    def _count(self, trials: Iterable) -> None:
+        """Note which queries were shown how often, and which are passed over because both rows are identical."""
+        self.passed |= {trial["query"] for trial in trials if trial["identical"]}
+        self.shown.update(trial["query"] for trial in trials if not trial["identical"])
+
+    def draw(self, judge: str) -> Iterator[dict[str, Any]]:
+        """Columns of the trials to write down: identical rows passed over, then at most one to show.
+
+        Object types take turns: one with the fewest showings so far comes next. Within it: a shared query that other
+        judges have begun and that three are to see; else the query shown least often, in the order of the judge's own
+        seeded permutation. Which model stands as row A is a fair coin's choice.
+        """
+        queries, types, rank, shown = self.experiment.queries, self.experiment.types, self.order(judge), self.shown
+        sql = "SELECT query, place FROM trials WHERE experiment = ? AND judge = ? AND NOT identical"
+        history = dict(map(tuple, self.log.all(sql, self.number, judge)))
+        own = Counter(queries[query].category for query in history)
+        fixed = {"experiment": self.number, "judge": judge, "place": max(history.values(), default=0) + 1}
+
+        def type_turn(kind: str) -> tuple:
+            return sum(shown[query] for query in types[kind]), own[kind], rank[types[kind][0]]
+
+        def query_turn(query: str) -> tuple:
+            return not (query in self.experiment.shared and 0 < shown[query] < SHARED_JUDGES), shown[query], rank[query]
+
+        for kind in sorted(types, key=type_turn):
+            for query in sorted({*types[kind]} - history.keys() - self.passed, key=query_turn):
+                columns = self.experiment.trial(queries[query], secrets.randbits(1))
+                yield columns | fixed | {"token": secrets.token_hex(16)}
+                if not columns["identical"]:
+                    return
+
+    def current(self, judge: str, after: str | None) -> sqlite3.Row | dict | None:
+        """The judge's current trial (the oldest without a vote), or with its token as `after` the one to come.
+
+        What is missing is drawn and committed before it is returned; None where nothing is left to show. Only one trial
+        ahead is given.
+        """
+        sql = "SELECT * FROM judged WHERE experiment = ? AND judge = ? AND NOT identical AND vote IS NULL "
+
+        def waiting() -> list:
+            rows = self.log.all(f"{sql} ORDER BY place, id", self.number, judge)
+            if after is not None and (not rows or rows[0]["token"] != after):
+                raise Refused(409, "That is not the trial to be judged now; load the page again.")
+            return rows if after is None else rows[1:]
+
+        if rows := waiting():
+            return rows[0]
+        with self.drawing:
+            if rows := waiting():
+                return rows[0]
+            rows = list(self.draw(judge))  # before the transaction: votes wait for that
+            with self.log.writing():
+                for columns in rows:
+                    self.log.insert("trials", **columns)
+            self._count(rows)
+        return rows[-1] if rows and not rows[-1]["identical"] else None
 
     def trial(self, judge: str, after: str | None = None) -> dict[str, Any]:
         """What the browser learns of the current trial, or of the one after it."""
-        row = self.log.trial(
-            self.number, judge, after, functools.partial(draw, self.experiment, self.log, self.number, judge)
-        )
-        last = self.log.last_vote(self.number, judge)
-        answer = {"trial": row["token"] if row else None, "undo": last["token"] if last else None}
+        row, last = self.current(judge, after), self.log.last_vote(self.number, judge)
+        answer = {"trial": row and row["token"], "undo": last and last["token"]}
         answer["votes"] = sum(self.log.own_counts(self.number, judge).values())
         answer["decided"] = self.log.decided(self.number)
-        if row and (words := self.experiment.queries[row["query"]].words) is not None:
-            answer["words"] = words
-        return answer
+        words = row and self.experiment.queries[row["query"]].words
+        return answer if words is None else answer | {"words": words}
 
     def picture(self, judge: str, token: str, place: int) -> bytes:
         """JPEG: place 0 is the query, then row A, then row B. Raises Refused for a token that is not the judge's."""
@@ -1230,35 +1041,74 @@ class Arena:
         hidden = place == 0 and self.experiment.queries[row["query"]].words is not None  # they are the query then
         if row["vote"] is not None or row["identical"] or hidden or place >= len(shown):
             raise Refused(404, "There is no such picture for you.")
-        return self.pictures.jpeg(self.experiment.items.row[shown[place]])
+        return self.jpeg(self.experiment.items.row[shown[place]])
+
+    def encode(self, image) -> bytes:
+        """An RGB picture of any size as a square JPEG on white, so that no byte tells its origin."""
+        buffer = io.BytesIO()
+        letterbox(image, self.settings.picture_size).save(buffer, "JPEG", quality=85)
+        return buffer.getvalue()
+
+    def _jpeg(self, row: int) -> bytes:
+        """An item's photo as the browser gets it; grey where there is none."""
+        try:
+            path = common.resolve_image(self.folder, self.experiment.items.text("image_path", row))
+            with self.turns:
+                return self.encode(load_image(path, self.settings.picture_size))
+        except BadImage as error:
+            note(f"missing picture: item {self.experiment.items.text('image_id', row)!r}: {error}; a grey one is shown")
+            return self.placeholder
+
+    def results(self, named: bool) -> dict[str, Any]:
+        """The results of all votes so far, computed again when there is another; `named` with the judges' names."""
+        found = self.computed(tuple(self.log.one("SELECT * FROM state")))
+        judges = [row | {"name": f"judge {number}"} for number, row in enumerate(found["judges"], start=1)]
+        judges = [{name: value for name, value in row.items() if name != "judge"} for row in judges]
+        return found if named else found | {"judges": judges}
+
+
+def search(models: list[Model], clips: list, words: str = "", picture=None, k: int = 8) -> list[tuple[str, list[dict]]]:
+    """(model's name, its k hits, best first) for words, or for an RGB picture. clips: of the models."""
+    import numpy as np
+    import torch
+
+    found = []
+    for model, clip in zip(models, clips, strict=True):
+        pixels = picture and torch.from_numpy(np.array(letterbox(picture, clip.size))).permute(2, 0, 1)[None]
+        asked = common.encode(clip, pixels, [words] if picture is None else None).numpy()
+        (scores,), (rows,) = common.top_k(asked, model.gallery, k)
+        hits = []
+        for row, score in zip(rows[rows >= 0].tolist(), scores, strict=False):
+            hits.append({"row": row, "score": score, **{n: model.items.text(n, row) for n in ("title", "object_type")}})
+        found.append((model.name, hits))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The application
 
 
 def create_app(setup: Setup):
     """The Flask application: pages for judges, the results page, and the search page where --reveal allows it."""
     from flask import Flask
 
-    app = Flask(
-        "arena", root_path=str(TEMPLATES), template_folder=str(TEMPLATES), static_folder=str(TEMPLATES / "static")
-    )
+    folders = {"template_folder": str(TEMPLATES), "static_folder": str(TEMPLATES / "static")}
+    app = Flask("arena", root_path=str(TEMPLATES), **folders)
     arena = app.extensions["arena"] = Arena(setup)
     app.config.update(
         SECRET_KEY=arena.keys["cookie_key"],
         SESSION_COOKIE_NAME="judge",
-        SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_REFRESH_EACH_REQUEST=False,
+        PERMANENT_SESSION_LIFETIME=90 * 86_400,
         MAX_CONTENT_LENGTH=BODY_LIMIT,
         MAX_FORM_MEMORY_SIZE=BODY_LIMIT,
-        TRUSTED_HOSTS=trusted_hosts(setup.settings),
-        SEND_FILE_MAX_AGE_DEFAULT=0,
-        PERMANENT_SESSION_LIFETIME=90 * 86_400,
+        TRUSTED_HOSTS=trusted_hosts(arena.settings),
     )
     app.url_map.merge_slashes = False
     add_formats(app.jinja_env)
-    protect(app)
-    explain_errors(app)
-    add_judge_pages(app, arena)
-    add_result_pages(app, arena)
+    for add in (protect, explain_errors, add_start_pages, add_voting, add_result_pages):
+        add(app, arena)
     if arena.settings.reveal:
         add_search_page(app, arena)
     return app
@@ -1272,10 +1122,8 @@ def trusted_hosts(settings: ArenaConfig) -> list[str]:
     if settings.host not in LOOPBACK:
         names |= {socket.gethostname(), socket.getfqdn(), settings.host} - {"0.0.0.0", "::"}
     if settings.host in ("0.0.0.0", "::"):
-        try:
+        with contextlib.suppress(OSError):  # a machine that does not know its own name
             names |= {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
-        except OSError:
-            note("this machine's addresses are unknown; name them with --trusted-host")
     return sorted(names)
 
 
@@ -1289,9 +1137,14 @@ def same(given: str, secret: str) -> bool:
     return hmac.compare_digest(given.encode(), secret.encode())
 
 
-def protect(app) -> None:
+def protect(app, arena: Arena) -> None:
     """For every request: posts from the own pages only, and the headers."""
     from flask import request, session
+
+    @app.template_global()
+    def root() -> str:
+        """From this page to the first one; relative, since a proxy may serve the arena below any path."""
+        return "../" * (request.path.count("/") - 1) or "./"
 
     @app.template_global()
     def csrf() -> str:
@@ -1314,57 +1167,94 @@ def protect(app) -> None:
         if "judge" not in session or not same(given, csrf()):
             raise Refused(403, "This did not come from the arena's own page. Open that anew, with cookies allowed.")
 
-    @app.after_request
-    def add_headers(response):
-        response.headers.update(HEADERS)
-        return response
+    app.after_request(lambda response: response.headers.update(HEADERS) or response)
 
 
-def explain_errors(app) -> None:
+def explain_errors(app, arena: Arena) -> None:
     """Errors in a person's words: JSON for the voting page's script, else a page."""
     from flask import jsonify, render_template, request
     from werkzeug.exceptions import HTTPException, SecurityError
 
-    def answer(status: int, message: str, headers: dict | None = None):
+    def explain(error: Exception):
+        status, message, headers = 500, str(error), {}
+        if isinstance(error, SecurityError):  # of the Host header; no page can be made then
+            return "The server is not known by that name; --trusted-host would make it known.\n", 400
+        if isinstance(error, HTTPException):
+            status, message = error.code, "There is no such page." if error.code == 404 else error.description
+        elif isinstance(error, Refused):
+            status, message = error.args
+        elif isinstance(error, sqlite3.Error):  # nothing was committed; the page keeps the vote and tries again
+            note(f"database: {error}; requests are answered with 503 until this is mended")
+            status, headers = 503, {"Retry-After": "2"}
+            message = "The vote could not be saved just now. Nothing is lost; it is tried again."
+        else:
+            note(message)
         if request.path.startswith(("/trial", "/vote", "/undo", "/picture")):
             return jsonify(error=message), status, headers
         return render_template("message.html", status=status, message=message), status, headers
 
-    def http_error(error: HTTPException):
-        if isinstance(error, SecurityError):  # of the Host header; no page can be made then
-            return "The server is not known by that name; --trusted-host would make it known.\n", 400
-        return answer(error.code, "There is no such page." if error.code == 404 else error.description)
-
-    def failed(error: Fail):
-        note(str(error))
-        return answer(500, str(error))
-
-    def not_saved(error: sqlite3.Error):
-        """Nothing was committed, so nothing is acknowledged; the page keeps the vote and tries again."""
-        note(f"database: {error}; requests are answered with 503 until this is mended")
-        sorry = "The vote could not be saved just now. Nothing is lost; it is tried again."
-        return answer(503, sorry, {"Retry-After": "2"})
-
-    app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(Refused, lambda error: answer(error.status, str(error)))
-    app.register_error_handler(Fail, failed)
-    app.register_error_handler(sqlite3.Error, not_saved)
+    for kind in (HTTPException, Refused, Fail, sqlite3.Error):
+        app.register_error_handler(kind, explain)
 
 
-def add_judge_pages(app, arena: Arena) -> None:
-    """Start, vote, thanks: nothing here knows more of a model than a trial's token."""
-    from flask import Response, redirect, render_template, request, session
+def add_start_pages(app, arena: Arena) -> None:
+    """Before and after voting."""
+    from flask import redirect, render_template, request, session
+
+    log, number, settings = arena.log, arena.number, arena.settings
+
+    def known() -> sqlite3.Row | None:
+        """The judge of the browser's cookie."""
+        return log.one("SELECT * FROM judges WHERE id = ?", session.get("judge"))
+
+    def needs_token() -> bool:
+        """Whether a browser has to bring the judges' token: for its first session, unless it is on this machine.
+
+        A proxy on this machine shows by its headers, or by HTTP/1.0, which nginx sends and no browser does.
+        """
+        forwarded = any(name.startswith(FORWARDED) for name, _ in request.headers)
+        forwarded |= request.environ["SERVER_PROTOCOL"] == "HTTP/1.0"
+        return not known() and (settings.host not in LOOPBACK or bool(settings.trusted_host) or forwarded)
+
+    @app.get("/")
+    def index():
+        """The voting page; before it, once, the page that asks for a name."""
+        if log.session(number, session.get("judge")):
+            return render_template("arena.html", settings=settings, choices=CHOICES)
+        asked = {"known": known(), "asked": needs_token(), "token": request.args.get("token", "")}
+        return render_template("start.html", settings=settings, **asked)
+
+    @app.post("/start")
+    def start():
+        if needs_token() and not same(request.form.get("token", "").strip(), arena.keys["judge_token"]):
+            raise Refused(403, "That is not the judges' token. Ask for the link with the token in it.")
+        log.start(number, session["judge"], " ".join(request.form.get("name", "").split())[:60])
+        session.modified = True  # the cookie's 90 days begin anew
+        return redirect("./", 303)
+
+    @app.post("/quit")
+    def quit_session():
+        log.quit(number, session["judge"])
+        return redirect("thanks", 303)
+
+    @app.get("/thanks")
+    def thanks():
+        judge = session.get("judge")
+        shown = {"counts": log.own_counts(number, judge), "finished": not log.session(number, judge)}
+        return render_template("thanks.html", settings=settings, choices=CHOICES, **shown)
+
+
+def add_voting(app, arena: Arena) -> None:
+    """What the voting page's script asks for: nothing here knows more of a model than a trial's token."""
+    from flask import Response, request, session
 
     log, number = arena.log, arena.number
 
-    def judge(must: bool = True) -> str | None:
-        """The judge of this request's cookie who has an open session."""
-        found = session.get("judge")
-        if found and log.session(number, found):
-            return found
-        if must:
+    def judge() -> str:
+        """The judge of this browser's cookie, whose session is open."""
+        if not log.session(number, session.get("judge")):
             raise Refused(403, "Your session has ended, or this browser has none yet; open the first page to start.")
-        return None
+        return session["judge"]
 
     def read_fields(*names: str) -> list:
         """Fields of the JSON object in the request's body."""
@@ -1375,25 +1265,6 @@ def add_judge_pages(app, arena: Arena) -> None:
         if not isinstance(body, dict) or not all(isinstance(body.get(name), str | None) for name in names):
             raise Refused(400, "A JSON object is expected.")
         return [body.get(name) for name in names]
-
-    @app.get("/")
-    def index():
-        """The voting page; before it, once, the page that asks for a name."""
-        if judge(must=False):
-            return render_template("arena.html", settings=arena.settings)
-        known, token = log.judge(session.get("judge")), request.args.get("token", "")
-        asked = arena.settings.host not in LOOPBACK and not known
-        return render_template("start.html", known=known, asked=asked, token=token, settings=arena.settings)
-
-    @app.post("/start")
-    def start():
-        """Open a session; who comes from another machine for the first time needs the judges' token."""
-        free = arena.settings.host in LOOPBACK or log.judge(session.get("judge"))
-        if not free and not same(request.form.get("token", "").strip(), arena.keys["judge_token"]):
-            raise Refused(403, "That is not the judges' token. Ask for the link with the token in it.")
-        log.start(number, session["judge"], " ".join(request.form.get("name", "").split())[:60])
-        session.modified = True  # the cookie's 90 days begin anew
-        return redirect("/", 303)
 
     @app.post("/trial")
     def trial():
@@ -1412,17 +1283,6 @@ def add_judge_pages(app, arena: Arena) -> None:
     def undo():
         log.undo(number, judge(), *read_fields("trial"))
         return arena.trial(judge())
-
-    @app.post("/quit")
-    def quit_session():
-        if who := judge(must=False):
-            log.quit(number, who)
-        return redirect("/thanks", 303)
-
-    @app.get("/thanks")
-    def thanks():
-        counts, finished = log.own_counts(number, session.get("judge")), judge(must=False) is None
-        return render_template("thanks.html", counts=counts, settings=arena.settings, finished=finished)
 
 
 def require_results_access(app, arena: Arena) -> bool:
@@ -1451,7 +1311,7 @@ def add_result_pages(app, arena: Arena) -> None:
             return render_template("results.html", **shown)
         if not same(token, arena.keys["admin_token"]):
             raise Refused(403, "That is not the admin's token.")
-        response = redirect("/results", 303)  # the token does not stay in the address bar
+        response = redirect("results", 303)  # the token does not stay in the address bar
         # Another admin token makes the old cookies worthless.
         response.set_cookie("admin", sign(app, "admin", token), httponly=True, samesite="Lax")
         return response
@@ -1472,34 +1332,36 @@ def add_search_page(app, arena: Arena) -> None:
     """Type words or give a picture, and see both models' answers with their names on them."""
     from flask import Response, render_template, request
 
-    finder, items = Finder(arena.experiment.models), arena.experiment.items
+    models, count, lock = arena.experiment.models, arena.experiment.facts["items"], threading.Lock()
+    clips = functools.lru_cache(1)(lambda: [model.load() for model in models])  # by the first search
 
-    def page(found: list, words: str = "", asked: bytes = b""):
-        shown = {"words": words, "asked": base64.b64encode(asked).decode(), "size": arena.settings.picture_size}
-        return render_template("search.html", found=found, items=f"{len(items):,}", **shown)
+    def page(words: str = "", picture=None):
+        with lock:
+            found = search(models, clips(), words, picture) if words or picture else []
+        asked = base64.b64encode(arena.encode(picture)).decode() if picture else ""
+        shown = {"found": found, "words": words, "asked": asked, "size": arena.settings.picture_size}
+        return render_template("search.html", items=f"{count:,}", **shown)
 
     @app.get("/search")
-    def search():
+    def search_words():
         require_results_access(app, arena)
-        words = " ".join(request.args.get("q", "").split())[:200]
-        return page(finder(words) if words else [], words)
+        return page(" ".join(request.args.get("q", "").split())[:200])
 
     @app.post("/search")
     def search_picture():
         require_results_access(app, arena)
         given = request.files.get("picture")
         try:
-            picture = load_image(given.read() if given else b"", arena.settings.picture_size)
+            return page(picture=load_image(given.read() if given else b"", arena.settings.picture_size))
         except BadImage as error:
             raise Refused(400, f"That picture cannot be used: {error}.") from None
-        return page(finder(picture=picture), asked=arena.pictures.encode(picture))
 
     @app.get("/item/<int:row>")
     def item(row: int):
         require_results_access(app, arena)
-        if row >= len(items):
+        if row >= count:
             raise Refused(404, "There is no such item.")
-        return Response(arena.pictures.jpeg(row), mimetype="image/jpeg")
+        return Response(arena.jpeg(row), mimetype="image/jpeg")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1522,17 +1384,20 @@ def serve(setup: Setup) -> int:
             server = waitress.create_server(
                 app, host=settings.host, port=settings.port, threads=THREADS, ident=None,
                 max_request_body_size=UPLOAD_LIMIT + 65_536, channel_timeout=60, connection_limit=CONNECTIONS,
-                asyncore_use_poll=True,
+                asyncore_use_poll=True, clear_untrusted_proxy_headers=False,  # they tell that a request was forwarded
             )  # fmt: skip
         except OSError as error:
             raise Fail(f"{settings.host}:{settings.port}: {error.strerror}; choose another --host or --port") from None
         name = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
         home = f"http://{f'[{name}]' if ':' in name else name}:{getattr(server, 'effective_port', settings.port)}/"
-        token = "" if settings.host in LOOPBACK else f"?token={quote(arena.keys['judge_token'])}"
-        facts = arena.experiment.facts
-        print(f"{facts['queries']} queries among {facts['items']} items; votes go to {setup.database}")
-        print(f"Vote at      {home}{token}")
-        print(f"Results at   {home}results?token={quote(arena.keys['admin_token'])}", flush=True)
+        app.jinja_env.get_template("arena.html")  # compiling it, and Pillow's first picture, take long
+        arena.jpeg(arena.experiment.rows[0])
+        local, token = settings.host in LOOPBACK and not settings.trusted_host, quote(arena.keys["judge_token"])
+        print(f"{len(arena.experiment.queries)} queries among {arena.experiment.facts['items']} items; "
+              f"votes go to {setup.database}")  # fmt: skip
+        print(f"Vote at      {home}" if local else f"Vote at      {home}?token={token}")
+        print(f"Results at   {home}results?token={quote(arena.keys['admin_token'])}")
+        print(f"Judges who come through a proxy need ?token={token}", flush=True)
         server.run()  # returns on Ctrl-C and SIGTERM
         note(f"stopped; {arena.log.decided(arena.number)} decided votes so far")
     return DONE
@@ -1543,15 +1408,12 @@ def print_log(args: argparse.Namespace, settings: ArenaConfig) -> str:
     log = Log(args.database, create=False)
     try:
         experiments = log.experiments()
-        if not experiments:
-            raise Fail(f"{log.path}: holds no experiment yet; vote first")
         if args.embeddings:
             key = Experiment(args.embeddings, settings).key
             experiments = [experiment for experiment in experiments if experiment["key"] == key]
         if not experiments:
-            raise Fail(
-                f"{log.path}: no votes on these embeddings with this --query and --top-k; leave out --embeddings"
-            )
+            none = "no votes on these embeddings with this --query and --top-k; leave out --embeddings"
+            raise Fail(f"{log.path}: {none if args.embeddings else 'holds no experiment yet; vote first'}")
         if args.command == "votes":
             return export(log, experiments, args.format or "csv")
         for experiment in [one for one in experiments if len(one["facts"]["models"]) > 2]:
@@ -1569,9 +1431,8 @@ def print_log(args: argparse.Namespace, settings: ArenaConfig) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("serve", "stats", "votes"), help="what to do")
-    parser.add_argument(
-        "--embeddings", action="append", help="master.parquet of stage 4; twice to compare the fine-tuned models of two"
-    )
+    two = "master.parquet of stage 4; twice to compare the fine-tuned models of two"
+    parser.add_argument("--embeddings", action="append", help=two)
     parser.add_argument("--images", help="folder that image_path is relative to")
     parser.add_argument("--database", required=True, help="SQLite file of trials and votes; made if it is not there")
     parser.add_argument("--format", choices=("text", "csv", "json"), help="of stats (text, json) and votes (csv, json)")
@@ -1584,6 +1445,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = common.from_flags(ArenaConfig, args)
+    if settings.queries and settings.query != "text":
+        raise Fail(f"--queries {settings.queries} needs --query text; the number of queries is --limit", USAGE)
     if args.command == "serve":
         if not args.embeddings or not args.images:
             raise Fail("serve needs --embeddings and --images", USAGE)

@@ -6,11 +6,14 @@
 -include .env
 DATA ?= data#                            folder of everything that is made
 CATALOGUE ?= $(DATA)/sample/catalogue.csv#  CSV with id,name,image_path; the default is drawn by tests/sample.py
+COLUMNS ?=#                              which of its columns are ours: id=SKU,name=Title,image_path=Image Src
 IMAGES ?= $(patsubst %/,%,$(dir $(firstword $(CATALOGUE))))#  folder that image_path is relative to
+QUERIES ?= $(filter $(DATA)/sample/%,$(dir $(CATALOGUE))queries.csv)#  CSV of what shoppers type: query,id
 SHARDS ?= $(DATA)/shards#                folder or s3://bucket/prefix
 SCENARIO ?= dual_lora#                   linear_probe, dual_lora, vision_lora, text_lora (zero_shot only evaluates)
 SAMPLE_COUNT ?= 1200#                    products in the drawn sample catalogue
 SEED ?= 42#                              of sample, split and training
+EPOCHS ?= auto#                          passes over the train split
 MAX_COST ?=#                             US dollars that stage 1 may spend; empty: no limit
 POLL_INTERVAL ?= 600#                    seconds between two looks at a running batch
 HOST ?= 127.0.0.1#                       where the arena listens
@@ -19,6 +22,7 @@ FOLDS ?= 5#                              parts of the catalogue that `make proof
 STAGE ?=#                                `make bench STAGE=3` measures one stage only
 CLEAN_FLAGS ?=#                          further flags of the five scripts
 PREPARE_FLAGS ?=
+TRAIN_FLAGS ?=
 EMBED_FLAGS ?=
 ARENA_FLAGS ?=
 
@@ -27,7 +31,7 @@ ARENA_FLAGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 strip_all = $(foreach name,$(1),$(eval override $(name) := $(strip $($(name)))))
-$(call strip_all,DATA CATALOGUE IMAGES SHARDS SCENARIO SAMPLE_COUNT SEED MAX_COST POLL_INTERVAL HOST PORT STAGE FOLDS)
+$(call strip_all,DATA CATALOGUE IMAGES QUERIES SHARDS SCENARIO SAMPLE_COUNT SEED EPOCHS MAX_COST POLL_INTERVAL HOST PORT STAGE FOLDS)
 export OPENAI_API_KEY OPENAI_BASE_URL
 
 # With a key (or a server of one's own) and a catalogue: the real job. Else the small CLIP and the stand-in for the API;
@@ -37,11 +41,8 @@ SMALL := local-dir:tests/small_clip
 API := $(and $(strip $(OPENAI_API_KEY)$(OPENAI_BASE_URL)),$(filter-out $(SAMPLE),$(CATALOGUE)))
 STANDIN = $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standin -- )
 MODEL ?= $(if $(API),ViT-B-32,$(SMALL))
-IMAGE_SIZE ?= 224
-EPOCHS ?= $(if $(filter $(SMALL),$(MODEL)),40,5)
-TRAIN_FLAGS ?= $(if $(filter $(SMALL),$(MODEL)),--augment advanced --lora-lr 0.003 --micro-batch-size 128)
-PRETRAINED ?= $(if $(filter local-dir:%,$(MODEL)),$(MODEL),openai)
-judged = --model $(MODEL) --pretrained $(PRETRAINED)
+PRETRAINED ?=#                           tag or weights file; empty: the usual weights of MODEL
+judged = --model $(MODEL) $(if $(strip $(PRETRAINED)),--pretrained $(PRETRAINED))
 
 VENV := .venv/.installed
 PYTHON ?= .venv/bin/python
@@ -62,14 +63,14 @@ write_settings = $(shell mkdir -p $(SETTINGS); printf '%s\n' '$(2)' > $(SETTINGS
 settings = $(if $(call changed,$(1),$(2)),$(if $(LOOKING),$(eval .PHONY: $(SETTINGS)/$(1)),$(call write_settings,$(1),$(2))))
 # Photos are too many to be prerequisites; one line stands for names, sizes and times of them all.
 photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(IMAGES) $(foreach made,shards sample standin runs report embeddings folds proof,-path '$(DATA)/$(made)' -prune -o) -type f \
-  -printf '%P %s %T@\n' 2>/dev/null | grep -iE '\.(jpe?g|png|webp|gif|bmp|tiff?) ' | LC_ALL=C sort | sha256sum | cut -c1-64))
+  -printf '%P %s %T@\n' 2>/dev/null | grep -iE '\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]) ' | LC_ALL=C sort | sha256sum | cut -c1-64))
 GOALS := $(or $(MAKECMDGOALS),help)
 ifneq ($(filter all clean-data poll prepare train embed arena ablation report proof pictures sweep $(DATA)/%,$(GOALS)),)
   $(call settings,sample,$(SAMPLE_COUNT) $(SEED))
-  $(call settings,clean,$(CATALOGUE) $(IMAGES) $(photos) $(OPENAI_BASE_URL) $(CLEAN_FLAGS))
-  $(call settings,prepare,$(IMAGES) $(SHARDS) $(IMAGE_SIZE) $(SEED) $(PREPARE_FLAGS))
+  $(call settings,clean,$(CATALOGUE) $(IMAGES) $(photos) $(OPENAI_BASE_URL) $(CLEAN_FLAGS) $(if $(findstring =,$(COLUMNS)),$(subst ',,$(COLUMNS))))
+  $(call settings,prepare,$(IMAGES) $(SHARDS) $(MODEL) $(SEED) $(PREPARE_FLAGS))
   $(call settings,train,$(MODEL) $(PRETRAINED) $(EPOCHS) $(SEED) $(TRAIN_FLAGS))
-  $(call settings,embed,$(SCENARIO) $(EMBED_FLAGS))
+  $(call settings,embed,$(SCENARIO) $(QUERIES) $(EMBED_FLAGS))
 endif
 
 .PHONY: help all clean-data poll prepare train embed arena ablation report proof sweep bench bench-gpu pictures growth memory fuzz verify test lint clean
@@ -94,8 +95,13 @@ $(SAMPLE): $(SETTINGS)/sample | $(VENV)
 	@echo 'No CATALOGUE is set: drawing a sample catalogue of $(SAMPLE_COUNT) products.'
 	$(PYTHON) tests/sample.py --output $(dir $@) --count $(SAMPLE_COUNT) --seed $(SEED)
 	@touch -c $@
+$(DATA)/sample/queries.csv: | $(SAMPLE)
+	@test -e $@ || $(PYTHON) tests/sample.py --output $(@D) --count $(SAMPLE_COUNT) --seed $(SEED) --queries
 
-clean_flags = --input $(CATALOGUE) --images $(IMAGES) --workspace $(DATA)/batch --output $(CLEANED) \
+asked = $(if $(QUERIES),--queries $(QUERIES))
+# Shells call the width of a terminal COLUMNS: without "=" it is not ours.
+columns = $(if $(findstring =,$(COLUMNS)),--columns '$(subst ','\'',$(COLUMNS))')
+clean_flags = --input $(CATALOGUE) --images $(IMAGES) --workspace $(DATA)/batch --output $(CLEANED) $(columns) \
   --poll-interval $(if $(API),$(POLL_INTERVAL),0) $(if $(MAX_COST),--max-cost $(MAX_COST)) $(CLEAN_FLAGS)
 $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
 	@$(if $(API),true,echo 'No OPENAI_API_KEY and CATALOGUE of your own: a local stand-in answers from title keywords and colours, at no cost.')
@@ -105,7 +111,7 @@ $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
 poll: $(CATALOGUE) | $(VENV) ## stage 1, one step for cron: collect, send what fits, finalize when all is in
 	@$(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || test $$? = 75
 
-prepare_flags = --input $(CLEANED) --images $(IMAGES) --image-size $(IMAGE_SIZE) --seed $(SEED) $(PREPARE_FLAGS)
+prepare_flags = --input $(CLEANED) --images $(IMAGES) --model $(MODEL) --seed $(SEED) $(PREPARE_FLAGS)
 $(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
 	$(PYTHON) 2_prepare.py --output $(SHARDS) $(prepare_flags)
 	@touch $(if $(filter %.uploaded,$@),,-c) $@
@@ -123,8 +129,8 @@ endef
 $(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
 	$(call train,$(SHARDS),$*,$(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation))
 
-$(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(SETTINGS)/embed | $(VENV)
-	$(PYTHON) 4_embed.py --shards $(SHARDS) $(judged) --finetuned $(RUNS)/$(SCENARIO)/model --output $@ $(EMBED_FLAGS)
+$(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(QUERIES) $(SETTINGS)/embed | $(VENV)
+	$(PYTHON) 4_embed.py --shards $(SHARDS) $(judged) --finetuned $(RUNS)/$(SCENARIO)/model $(asked) --output $@ $(EMBED_FLAGS)
 	@touch -c $@
 	@echo 'Vote in the browser, blind, on which model searches better: make arena'
 
@@ -136,8 +142,8 @@ ablation: $(SCENARIOS:%=$(RUNS)/%/train.json) ## train all five scenarios, then 
 	@$(MAKE) --no-print-directory report
 
 finished = $(foreach name,$(SCENARIOS),$(if $(wildcard $(RUNS)/$(name)/train.json),--run $(RUNS)/$(name)))
-report: | $(VENV) ## compare every finished run on the test split
-	$(PYTHON) 4_embed.py report --shards $(SHARDS) $(judged) $(finished) --output $(DATA)/report
+report: $(QUERIES) | $(VENV) ## compare every finished run on the test split
+	$(PYTHON) 4_embed.py report --shards $(SHARDS) $(judged) $(finished) $(asked) --output $(DATA)/report
 
 # Each fold is a catalogue of its own: tested on one part, trained on the others. Static patterns, so that make keeps all.
 FOLD := $(DATA)/folds/$(FOLDS)
@@ -154,8 +160,8 @@ $(REPORTS): $(FOLD)/%/report-$(SCENARIO)/report.json: $(FOLD)/%/$(SCENARIO)/trai
 
 proof: $(REPORTS) ## test SCENARIO on every product, FOLDS trainings long: for catalogues whose test split is too small
 	$(PYTHON) 4_embed.py pool $(REPORTS:%/report.json=--report %) --output $(DATA)/proof
-sweep: $(MANIFEST) | $(VENV) ## learning rates tried on the validation split: what the small CLIP's rests on
-	$(PYTHON) tests/sweep.py --shards $(SHARDS) $(judged) --output $(DATA)/sweep --epochs $(EPOCHS) $(TRAIN_FLAGS)
+sweep: $(MANIFEST) | $(VENV) ## learning rates and batches for SCENARIO, tried on the validation split against what auto chooses
+	$(PYTHON) tests/sweep.py --shards $(SHARDS) $(judged) --scenario $(SCENARIO) --output $(DATA)/sweep --epochs $(EPOCHS) $(TRAIN_FLAGS)
 bench: | $(VENV) ## speed against the plain way, side by side (STAGE=3 for one stage); appends to bench.jsonl
 	$(PYTHON) tests/bench.py $(if $(STAGE),--stage $(STAGE))
 bench-gpu: | $(VENV) ## stages 3 and 4 on a GPU, checked and then timed; appends to bench_gpu.jsonl

@@ -128,7 +128,9 @@ def our_run(scenario: str, precision: str, micro: int = BATCH, **settings):
     world = common.World("cuda")
     clip = tiny.vit_b32()
     clip.model.to(world.device)
+    settings = {"lr": 1e-4} | settings
     config = stage.TrainingConfig(scenario=scenario, precision=precision, device="cuda", **settings)
+    config = stage.settle(config, BATCH, BATCH)
     return stage.Run(config, Path(), world, clip, stage.Towers(clip, config), None, None, None, BATCH, micro)
 
 

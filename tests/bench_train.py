@@ -40,7 +40,8 @@ def our_run(scenario: str, precision: str, **settings):
     common.keep_freed_memory()  # as 3_train.py does
     stage = importlib.import_module("3_train")
     clip = tiny.vit_b32()
-    config = stage.TrainingConfig(scenario=scenario, precision=precision, **settings)
+    config = stage.TrainingConfig(scenario=scenario, precision=precision, **({"lr": 1e-4} | settings))
+    config = stage.settle(config, BATCH, BATCH)
     towers = stage.Towers(clip, config)
     return stage.Run(config, Path(), common.World("cpu"), clip, towers, None, None, None, BATCH, BATCH)
 

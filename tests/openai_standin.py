@@ -36,7 +36,14 @@ FAULTS = {
     "echo": "errors repeat the key and the request's first bytes, as careless servers do",
     "no_route": "files|batches those calls get 404, as from servers without a Batch API",
     "no_model": "the models endpoint gets 404",
-    "shutdown": "DATE the model's shutdown_date",
+    "shutdown": "DATE[:MODEL...] the shutdown_date of these models, or of all",
+    "unlisted": "MODEL... the account does not have them",
+    "gone": "MODEL[:POLLS] from that number of polls on the model is not there",
+    "no_batches_of": "MODEL[:lines] its batches, or their lines, fail with model_not_found",
+    "efforts": "VALUE... the only values of reasoning_effort, which a refusal lists; without one the first is needed",
+    "reasons": "TOKENS that an answer takes first, unless the effort is none or minimal",
+    "usage": "FACTOR tokens in and out are so many times as many",
+    "upload_limit": "BYTES a larger upload gets 413",
     "rate_limit": "TIMES[:SECONDS] 429 with Retry-After",
     "server_error": "TIMES 500 on any call",
     "upload_fails": "TIMES 500 on upload",
@@ -66,8 +73,12 @@ FAULTS = {
     "empty_ids": "file ids that are not there are empty strings",
 }
 ANSWER_FAULTS = ("length", "empty", "refusal", "content_filter", "broken_json", "missing_field", "wrong_type",
-                 "http_400", "http_500", "absent", "no_choices", "broken_line", "bad_line")  # fmt: skip
-MODELS = {"gpt-5-nano": "2026-12-11", "gpt-5-mini": None, "gpt-5.4-nano": None, "qwen2.5-vl": None}
+                 "http_400", "http_429", "http_500", "absent", "no_choices", "broken_line", "bad_line", "fence",
+                 "think", "reasoning", "parts", "control")  # fmt: skip
+MODELS = {"gpt-5-nano": "2026-12-11", "gpt-5-mini": "2026-12-11", "gpt-5.4-nano": "2027-04-01", "gpt-6-luna": None,
+          "gpt-5.6-luna": None, "qwen2.5-vl": None}  # fmt: skip
+OFF = ("none", "minimal")
+OLD_EFFORTS, EFFORTS = ("minimal", "low", "medium", "high"), ("none", "low", "medium", "high", "xhigh", "max")
 LIVE = ("validating", "in_progress", "finalizing", "cancelling")
 
 
@@ -247,7 +258,7 @@ def picture_color(data: bytes, title: str) -> str:
 
 
 def answer(title: str, picture: bytes | None) -> dict[str, str]:
-    """The five fields for one product."""
+    """The fields that this server knows of, for one product."""
     material, style = find(MATERIALS, title), find(STYLES, title)
     color = picture_color(picture, title) if picture else (find(COLORS, title) or "unknown")
     return {
@@ -315,6 +326,8 @@ class StandIn:
         for fault in faults:
             self.set_fault(fault)
         self.calls: list[str] = []  # "METHOD path" of everything asked, for tests
+        self.models_of_account = dict(MODELS)  # name -> shutdown_date
+        self.clock, self.polls = time.time, 0
         self.watch: Callable[[str, str], None] | None = None  # called when a call is done but not answered yet
         self.server: ThreadingHTTPServer | None = None
 
@@ -395,7 +408,7 @@ class StandIn:
             raise HttpError(429, "You exceeded your current quota" + echo, "insufficient_quota")
         if self.spend("web_page"):
             return 200, b"<html>Back soon</html>"
-        parts = path.strip("/").split("/")[1:]
+        parts = path.strip("/").split("/")[1:] if path.startswith("/v1/") else [""]
         if parts[0] in self.faults.get("no_route", ()):
             raise HttpError(404, f"Invalid URL ({method} {path})")
         match (method, parts):
@@ -427,16 +440,26 @@ class StandIn:
 
     def models(self, rest: list[str]) -> dict:
         def model(id: str) -> dict:
-            date = self.faults.get("shutdown", [MODELS[id]])[0]
+            date = self.shutdown(id)
             return {"id": id, "object": "model", "created": 1754000000, "owned_by": "stand-in", "shutdown_date": date}
 
         if not rest:
-            return {"object": "list", "data": [model(id) for id in MODELS if "no_model" not in self.faults]}
-        if "no_model" in self.faults or rest[0] not in MODELS:
+            return {"object": "list", "data": [model(id) for id in self.models_of_account if self.has_model(id)]}
+        if not self.has_model(rest[0]):
             raise HttpError(
                 404, f"The model '{rest[0]}' does not exist or you do not have access to it.", "model_not_found"
             )
         return model(rest[0])
+
+    def shutdown(self, model: str) -> str | None:
+        date, *named = self.faults.get("shutdown", [None])
+        return date if date and (not named or model in named) else self.models_of_account[model]
+
+    def has_model(self, model: str) -> bool:
+        gone, *polls = self.faults.get("gone", [""])
+        left = gone == model and self.polls >= int(polls[0] if polls else 0)
+        unlisted = left or "no_model" in self.faults or model in self.faults.get("unlisted", ())
+        return model in self.models_of_account and not unlisted
 
     def upload(self, headers: Any, body: bytes) -> dict:
         boundary = b"--" + headers["Content-Type"].partition("boundary=")[2].strip('"').encode()
@@ -451,7 +474,7 @@ class StandIn:
         name, data = fields["file"]
         if fields["purpose"][1] != b"batch" or not name.endswith(".jsonl"):
             raise HttpError(400, "Invalid file format for Batch API. Must be .jsonl", "invalid_file_format")
-        if len(data) > 200 * 1024 * 1024:
+        if len(data) > int(self.faults.get("upload_limit", [200 * 1024 * 1024])[0]):
             raise HttpError(413, "File too large", "file_too_large")
         made = self.store(name, "batch", data)
         self.note("upload", "", [(made["id"], hashlib.sha256(data).hexdigest())])
@@ -460,7 +483,7 @@ class StandIn:
         return made
 
     def store(self, name: str, purpose: str, data: bytes) -> dict:
-        now = int(time.time())
+        now = int(self.clock())
         value = {
             "id": self.new_id("file-"), "object": "file", "bytes": len(data), "created_at": now,
             "expires_at": now + 30 * 86400, "filename": name, "purpose": purpose, "status": "processed",
@@ -507,7 +530,7 @@ class StandIn:
         if len(metadata) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in metadata.items()):
             raise HttpError(400, "Invalid metadata", "invalid_metadata")
         self.get("file", body["input_file_id"])
-        now = int(time.time())
+        now = int(self.clock())
         with self.lock:
             unlisted = int(self.faults["list_late"][0]) if "list_late" in self.faults else 0
             batch = {
@@ -531,13 +554,14 @@ class StandIn:
         with self.lock:
             batch = self.get("batch", id)
             if batch["status"] in ("validating", "in_progress", "finalizing"):
-                batch |= {"status": "cancelling", "cancelling_at": int(time.time()), "_steps": 1}
+                batch |= {"status": "cancelling", "cancelling_at": int(self.clock()), "_steps": 1}
                 self.put("batch", batch)
         return self.public(batch)
 
     def poll(self, id: str) -> dict:
         """The batch, one step further."""
         with self.lock:
+            self.polls += 1
             batch = self.get("batch", id)
             if batch["_vanished"]:
                 raise HttpError(404, f"No batch found with id '{id}'.", "not_found")
@@ -551,7 +575,7 @@ class StandIn:
         return self.public(batch)
 
     def step(self, batch: dict) -> None:
-        now = int(time.time())
+        now = int(self.clock())
         if batch["status"] == "validating":
             lines = (self.folder / "files" / batch["input_file_id"]).read_bytes().splitlines()
             if self.refuse(batch, lines):
@@ -585,6 +609,8 @@ class StandIn:
             if "unstated" not in self.faults["token_limit"]:
                 message += f" Limit: {limit:,} enqueued tokens."
             errors.append(("token_limit_exceeded", message, None))
+        elif self.faults.get("no_batches_of") == [json.loads(lines[0])["body"]["model"]]:
+            errors.append(("model_not_found", "The model does not exist or you do not have access to it.", None))
         elif self.spend("quota_batch"):
             errors.append(("billing_hard_limit_reached", "Billing hard limit has been reached.", None))
         elif self.spend("fail_batch", 1):
@@ -622,6 +648,8 @@ class StandIn:
                 continue
             if quota and number % 2:
                 status, answered = 429, error_body("You exceeded your current quota", "insufficient_quota")
+            elif self.faults.get("no_batches_of") == [body["model"], "lines"]:
+                status, answered = 404, error_body("The model does not exist.", "model_not_found")
             else:
                 status, answered = self.complete(body, fault := self.fault_for(body, id))
             if answered == "absent":
@@ -673,17 +701,24 @@ class StandIn:
         """(HTTP status, body) of one chat completion."""
         if fault == "absent":
             return 200, "absent"
-        if fault in ("http_400", "http_500"):
+        if fault and fault.startswith("http_"):
             status = int(fault[5:])
             return status, error_body("The request failed.", "invalid_value" if status == 400 else "server_error")
-        effort = body.get("reasoning_effort")
-        if effort == "minimal" and not re.fullmatch(r"gpt-5(-mini|-nano)?(-\d.*)?", body["model"]):
-            return 400, error_body(
-                f"Unsupported value: reasoning_effort does not support '{effort}'.", "unsupported_value"
-            )
+        effort, model = body.get("reasoning_effort"), body["model"]
+        if not self.has_model(model) or (self.shutdown(model) or "9") <= time.strftime(
+            "%Y-%m-%d", time.gmtime(self.clock())
+        ):
+            return 404, error_body(f"The model '{model}' does not exist", "model_not_found")
+        known = OLD_EFFORTS if re.fullmatch(r"gpt-5(-mini|-nano)?(-\d.*)?", model) else EFFORTS
+        accepted = self.faults.get("efforts", known if model.startswith("gpt-") else [effort])
+        if effort not in accepted and (effort or "efforts" in self.faults):
+            listed = ", ".join(f"'{value}'" for value in accepted)
+            said = f"'reasoning_effort' does not support '{effort}' with this model. Supported values are: {listed}."
+            return 400, error_body(f"Unsupported value: {said}", "unsupported_value")
         try:
             title, picture = read_request(body)
-            fields = answer(title, picture)
+            schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
+            fields = dict.fromkeys(schema.get("properties", {}), "unknown") | answer(title, picture)
         except (ValueError, KeyError, TypeError):
             return 400, error_body("You uploaded an unsupported image.", "invalid_image_format")
         content, finish, refusal = json.dumps(fields), "stop", None
@@ -701,23 +736,35 @@ class StandIn:
             content = json.dumps({name: value for name, value in fields.items() if name != "color"})
         elif fault == "wrong_type":
             content = json.dumps(fields | {"material": ["wood", 3]})
+        elif fault == "control":
+            content = json.dumps(fields | {"clean_title": "Caf\0e9 chair"})
+        elif fault == "fence":
+            content = f"Here is the JSON:\n```json\n{json.dumps(fields, indent=1)}\n```\n"
+        elif fault == "think":
+            content = f'<think>A {{title}}? Or {{"style": "x"}}.</think>\n\n{content}'
         prompt, output = tokens_of(json.dumps(body)), len(content or "") // 4 + 10
-        choice = {"index": 0, "finish_reason": finish, "logprobs": None,
-                  "message": {"role": "assistant", "content": content, "refusal": refusal}}  # fmt: skip
+        thought = int(self.faults["reasons"][0]) if "reasons" in self.faults and effort not in OFF else 0
+        if thought and thought + output > (limit := body.get("max_completion_tokens") or body["max_tokens"]):
+            content, finish, thought, output = "", "length", limit, 0
+        prompt, output = (int(n * float(self.faults.get("usage", [1])[0])) for n in (prompt, output + thought))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": refusal}
+        if fault == "reasoning":
+            message |= {"content": None, "reasoning_content": content}
+        elif fault == "parts":
+            message["content"] = [{"type": "text", "text": content}]
+        choice = {"index": 0, "finish_reason": finish, "logprobs": None, "message": message}
         usage = {
             "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": thought},
         }  # fmt: skip
         return 200, {
             "id": "chatcmpl-" + hashlib.sha256(json.dumps(body).encode()).hexdigest()[:24], "object": "chat.completion",
-            "created": int(time.time()), "model": body["model"], "usage": usage,
+            "created": int(self.clock()), "model": model, "usage": usage,
             "choices": [] if fault == "no_choices" else [choice],
         }  # fmt: skip
 
     def chat(self, data: bytes) -> tuple[int, Any]:
         body = json.loads(data)
-        if body["model"] not in MODELS:
-            raise HttpError(404, f"The model '{body['model']}' does not exist", "model_not_found")
         id = hashlib.sha256(data).hexdigest()
         status, answered = self.complete(body, self.fault_for(body, id))
         if answered == "absent":

@@ -2,6 +2,7 @@
 
     python tests/sample.py --output data/sample                      1,200 products, seed 42
     python tests/sample.py --output data/few --count 24 --sheet      a handful, and sheet.png to look at them
+    python tests/sample.py --output data/sample --queries            queries.csv alone, for what an earlier version drew
 
 Every product is a function of (seed, index): the same bytes whatever --count and --workers, and an interrupted run
 goes on. A piece of furniture is a list of parts (sheared boxes, cones) in metres; parts are drawn far to near in an
@@ -654,7 +655,7 @@ def write_image(job: tuple[int, int, str]) -> None:
 
 
 def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2) -> Path:
-    """Write images/ and then catalogue.csv; returns its path. A line in images/.made says whose pictures they are."""
+    """Write images/, queries.csv and then catalogue.csv; returns its path. images/.seed says whose they are."""
     made = folder / "images" / ".seed"
     if made.exists() and made.read_text() != str(seed):
         for path in (folder / "images").iterdir():
@@ -679,8 +680,43 @@ def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2) -
         writer.writerow(row)
         if item.index % 500 == 83:
             writer.writerow(row)  # a line that the export wrote twice
+    write_queries(folder, count, seed)
     common.atomic_write(folder / "catalogue.csv", text.getvalue())
     return folder / "catalogue.csv"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What shoppers type: in other words than titles and prompts, as a search log with clicks has it
+
+
+def queries(count: int, seed: int = 42) -> Iterator[tuple[str, str, int]]:
+    """(query, id, clicks): two or three attributes and the type of each product, and all products that show those."""
+    sound = [item for item in products(count, seed) if not item.damage]
+    sets = (("color", "material"), ("style", "color"), *[("style", "color", "material")] * 4)
+    shown: dict[tuple, list[Product]] = {}
+    for item in sound:
+        for names in set(sets):
+            shown.setdefault((*(getattr(item, name) for name in names), item.object_type), []).append(item)
+    asked = set()
+    for item in sound:
+        rng = np.random.default_rng([seed, item.index, 8])
+        key = (*(getattr(item, name) for name in sets[rng.integers(len(sets))]), item.object_type)
+        words = [SYNONYMS.get(word, word) for word in key]
+        rng.shuffle(words)
+        if key not in asked:
+            asked.add(key)
+            for other in shown[key]:
+                yield " ".join(words), other.id, int(rng.integers(5, 30) if other is item else rng.integers(1, 9))
+
+
+def write_queries(folder: Path, count: int, seed: int = 42) -> Path:
+    """Write queries.csv, with what a real log holds too: a product that is gone, and a search for nothing."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["query", "id", "weight"])
+    writer.writerows([*queries(count, seed), ("blue couch", "SKU-SOLD-OUT", 3), ("", product(0, seed).id, 1)])
+    common.atomic_write(folder / "queries.csv", text.getvalue())
+    return folder / "queries.csv"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -780,6 +816,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
     parser.add_argument("--workers", type=int, default=2, help="drawing processes (default 2)")
     parser.add_argument("--probe", type=int, default=0, help="pictures away from furniture, for 3_train.py --probe")
+    parser.add_argument("--queries", action="store_true", help="write queries.csv and nothing else")
     parser.add_argument("--sheet", action="store_true", help="write sheet.png of the first 48 products too")
     return parser
 
@@ -787,6 +824,9 @@ def build_parser() -> argparse.ArgumentParser:
 @common.entry_point
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.queries:
+        print(write_queries(Path(args.output), args.count, args.seed))
+        return common.DONE
     path = make_catalogue(Path(args.output), args.count, args.seed, args.workers)
     if args.probe:
         make_probe(path.with_name("probe"), args.probe)

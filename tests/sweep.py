@@ -1,4 +1,4 @@
-"""Learning rates and batch tried on the validation split: what the Makefile's flags for the small CLIP rest on.
+"""Learning rates and batch tried on the validation split: to see whether what `auto` chooses can be bettered.
 
     python tests/sweep.py --shards data/shards --model local-dir:tests/small_clip --output data/sweep
 
@@ -19,8 +19,8 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 import common
 
 AXES = {
-    "lora_lr": (5e-6, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    "lr": (1e-5, 1e-4, 1e-3),
+    "lora_lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "lr": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "effective_batch_size": (32, 64, 128),
 }
 
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pretrained", help="as for 3_train.py")
     parser.add_argument("--output", required=True, type=Path, help="folder of the runs and of sweep.json")
     parser.add_argument("--scenario", default="dual_lora")
-    parser.add_argument("--epochs", type=int, default=8, help="of every try (default 8)")
+    parser.add_argument("--epochs", default="auto", help="of every try (default auto)")
     return parser
 
 
@@ -42,7 +42,7 @@ def attempt(args: argparse.Namespace, others: list[str], chosen: dict[str, float
     name = "-".join(f"{key}={value:g}" for key, value in sorted(chosen.items())) or "defaults"
     output = args.output / args.scenario / name
     flags = {"--shards": args.shards, "--model": args.model, "--output": output, "--scenario": args.scenario}
-    flags |= {"--epochs": args.epochs} | ({"--pretrained": args.pretrained} if args.pretrained else {})
+    flags |= {"--epochs": args.epochs, "--wise": "off"} | ({"--pretrained": args.pretrained} if args.pretrained else {})
     flags |= {f"--{key.replace('_', '-')}": value for key, value in chosen.items()}
     code = importlib.import_module("3_train").main([*others, *(str(part) for pair in flags.items() for part in pair)])
     if code:
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen: dict[str, float] = {}
     tries = []
     for axis, values in AXES.items():
+        if axis == "lora_lr" and args.scenario == "linear_probe":
+            continue
         row = [attempt(args, others, chosen | {axis: value}) for value in values]
         best = max(row, key=lambda facts: facts["mrr"])
         chosen[axis] = best[axis]

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ import common
 from arena_world import KEYS, KINDS, Judge, arena, csrf_of, make_world, shown, write_master
 
 ROOT = Path(__file__).parents[1]
+CHOICES = [*arena.CHOICES]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +173,7 @@ def test_undo_ends_with_the_session_and_quitting_thanks_with_the_own_count(app):
     judge.vote("A"), judge.vote("T"), judge.vote("N")
     waiting = judge.trial()["trial"]
     response = judge.client.post("/quit", headers=judge.headers)
-    assert response.status_code == 303 and response.location == "/thanks"
+    assert response.status_code == 303 and response.location == "thanks"
     page = judge.get("/thanks").text
     assert re.search(r'id="own-count">3<', page) and "Thank you" in page
     assert judge.post("/trial", after=None).status_code == 403
@@ -193,7 +195,19 @@ def test_the_log_refuses_changes(app, place):
         with pytest.raises(sqlite3.IntegrityError, match="insert-only"):
             place.log.connection.execute(verb.format(table))
     with pytest.raises(sqlite3.IntegrityError):
-        place.log.connection.execute("INSERT INTO votes (trial, session, choice, time) VALUES (2, 1, 'X', '')")
+        place.log.connection.execute("INSERT INTO votes (trial, session, choice, time) VALUES (2, 1, '?', '')")
+
+
+def test_every_choice_has_its_button_and_its_words_and_is_counted_for_the_judge(app, place):
+    judge = Judge(app)
+    page = judge.get("/").text
+    assert json.loads(re.search("data-choices='([^']+)'", page)[1]) == arena.CHOICES  # of the page's script
+    assert set(re.findall('data-choice="(.)"', page)) == arena.CHOICES.keys()
+    for choice in CHOICES:
+        judge.vote(choice)
+    words = ["one row better", *list(arena.CHOICES.values())[2:]]
+    counted = re.findall("<dt>(.+)</dt><dd>(.+)</dd>", judge.get("/thanks").text)
+    assert counted == [(each, "2" if each == words[0] else "1") for each in words]
 
 
 def test_nothing_left_to_judge_says_so(tmp_path):
@@ -216,7 +230,7 @@ def simulate(place, judges: int, draws: int, seed: int = 1) -> list[dict]:
     for _ in range(draws):
         who = chance.choice(people)
         token = place.trial(who)["trial"]
-        place.log.vote(place.number, who, token, chance.choice("ABTN"))
+        place.log.vote(place.number, who, token, chance.choice(CHOICES))
         drawn.append(shown(place.log, token))
     return drawn
 
@@ -418,7 +432,7 @@ def test_the_cookie_holds_the_judge_and_nothing_else(app):
     forged = cookie.split(";")[0].replace(value, base64.urlsafe_b64encode(b'{"judge":"x"}').decode().rstrip("="))
     stranger = app.test_client(use_cookies=False)
     assert stranger.post("/trial", json={"after": None}, headers=headers | {"Cookie": forged}).status_code == 403
-    assert '"/start"' in stranger.get("/", headers={"Cookie": forged}).text  # nobody is known by it
+    assert '"start"' in stranger.get("/", headers={"Cookie": forged}).text  # nobody is known by it
 
 
 def exchanged(place, token: str, judge: str) -> str:
@@ -427,8 +441,10 @@ def exchanged(place, token: str, judge: str) -> str:
     del row["id"], row["token"], row["time"]
     for one, two in (("left_model", "right_model"), ("left_items", "right_items")):
         row[one], row[two] = row[two], row[one]
+    row |= {"judge": judge, "token": arena.secrets.token_hex(16)}
     with place.log.writing():
-        return place.log.insert_trial(row | {"judge": judge})["token"]
+        place.log.insert("trials", **row)
+    return row["token"]
 
 
 def test_two_hundred_trials_exchanged_differ_only_in_the_order_of_their_rows(app, place):
@@ -458,13 +474,13 @@ def test_a_classifier_on_everything_sent_is_no_better_than_a_coin(tmp_path):
     """Random disjoint lists, so that only a leak could tell the models apart; 600 showings to learn, 2,000 held out."""
     showings = 2600
     master, images = make_world(tmp_path, count=4 * showings, pictures=False)
-    settings = {"picture_size": 32, "queries": showings, "shared": 0.0}
+    settings = {"picture_size": 32, "limit": showings, "shared": 0.0}
     app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite", **settings))
     place, rng = unlogged(app.extensions["arena"]), np.random.default_rng(3)
     for number in range(showings):  # each query is shown once, so nothing that was learned of its rows is of use
         place.experiment.lists[:, number] = rng.choice(4 * showings, 8, replace=False).reshape(2, 4)
-    ready = [place.pictures.encode(Image.new("RGB", (40 + n, 50), (4 * n, 90, 250 - 4 * n))) for n in range(60)]
-    place.pictures.jpeg = lambda row: ready[row % 60]  # what is left to measure is the code's own path
+    ready = [place.encode(Image.new("RGB", (40 + n, 50), (4 * n, 90, 250 - 4 * n))) for n in range(60)]
+    place.jpeg = lambda row: ready[row % 60]  # what is left to measure is the code's own path
     sent, left = all_sent(app, showings)
     right = told_apart(sent, left)
     if not 0.471 <= right <= 0.529:  # 2.6 standard errors: a coin leaves this band once in a hundred runs
@@ -489,7 +505,7 @@ def all_sent(app, showings: int) -> tuple[np.ndarray, np.ndarray]:
             clock.append(time.perf_counter())
             bodies.append(b"".join(body))
             headers.append(repr(list(own)).encode())
-        vote = judge.post("/vote", trial=token, choice="ABTN"[number % 4])
+        vote = judge.post("/vote", trial=token, choice=CHOICES[number % len(CHOICES)])
         clock.append(time.perf_counter())
         bodies.append(vote.data)
         headers.append(repr(list(vote.headers)).encode())
@@ -531,10 +547,10 @@ def test_missing_pictures_look_the_same_everywhere_and_are_named_in_the_log(tmp_
     (images / "p/1.jpg").write_bytes(b"<html>")
     app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite"))
     place, judge = app.extensions["arena"], Judge(app)
-    blank = place.pictures.placeholder
+    blank = place.placeholder
     for row in (0, 1, 2, 8, 9, 10, 11):
-        assert place.pictures.jpeg(row) == blank
-    assert place.pictures.jpeg(3) != blank
+        assert place.jpeg(row) == blank
+    assert place.jpeg(3) != blank
     said = capsys.readouterr().err
     for name in (
         "'id-0': missing file",
@@ -611,7 +627,7 @@ def test_forged_old_and_other_judges_tokens_are_refused(app):
 def test_wrong_bodies_methods_and_sizes_are_refused(app, place):
     judge = Judge(app)
     token = judge.trial()["trial"]
-    choices = ("X", "a", None, ["A"], 5, "")
+    choices = ("?", "a", None, ["A"], 5, "")
     for body in (*({"trial": token, "choice": c} for c in choices), {"trial": 5, "choice": "A"}, {}, [], "A", None, 7):
         status = judge.client.post("/vote", json=body, headers=judge.headers).status_code
         assert status in (400, 404, 415), (body, status)
@@ -697,7 +713,7 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     assert judge.get("/search").status_code == 404
     admin = app.test_client()
     response = admin.get(f"/results?token={KEYS['admin_token']}")
-    assert response.status_code == 303 and response.location == "/results"
+    assert response.status_code == 303 and response.location == "results"
     assert "HttpOnly" in response.headers["Set-Cookie"] and KEYS["admin_token"] not in response.headers["Set-Cookie"]
     page = admin.get("/results").text
     assert "dual_lora" in page and "Wilson" in page and "<svg" in page
@@ -712,9 +728,9 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     judge.vote("B")
     for path in ("/results", "/search", "/item/3"):
         assert judge.get(path).status_code == 403  # in the middle of voting
-    assert "/results" not in judge.get("/thanks").text
+    assert "results" not in judge.get("/thanks").text
     judge.client.post("/quit", headers=judge.headers)
-    assert 'href="/results"' in judge.get("/thanks").text
+    assert 'href="results"' in judge.get("/thanks").text
     assert (
         judge.get("/results").status_code == judge.get("/search").status_code == judge.get("/item/3").status_code == 200
     )
@@ -746,14 +762,69 @@ def test_another_host_asks_for_the_judges_token(catalogue, tmp_path, monkeypatch
     assert file.stat().st_mode & 0o077 == 0 and "environment" not in file.read_text()
 
 
-def test_the_search_page_answers_with_both_models(tmp_path):
+@pytest.mark.parametrize("header", "X-Forwarded-For X-Forwarded-Proto X-Real-IP Forwarded Via HTTP/1.0".split())
+def test_a_request_through_a_proxy_brings_the_judges_token(app, header):
+    plain = {"SERVER_PROTOCOL": header} if header == "HTTP/1.0" else {}  # nginx, as it is without further settings
+    client, host = app.test_client(), {"Host": "127.0.0.1:8000"} | ({} if plain else {header: "1"})
+    page = client.get("/", headers=host, environ_overrides=plain).text
+    assert 'name="token"' in page
+    headers = host | {"X-CSRF-Token": csrf_of(page)}
+    for token in ("", "wrong"):
+        answer = client.post("/start", data={"token": token}, headers=headers, environ_overrides=plain)
+        assert answer.status_code == 403 and "judges' token" in html.unescape(answer.text)
+    form = {"token": KEYS["judge_token"]}
+    assert client.post("/start", data=form, headers=headers, environ_overrides=plain).status_code == 303
+    client.post("/quit", headers=headers)
+    page = client.get("/", headers=host, environ_overrides=plain).text
+    assert "Welcome back" in page and 'name="token"' not in page  # who is known is not asked again
+    assert client.post("/start", headers=headers, environ_overrides=plain).status_code == 303
+    assert 'name="token"' not in app.test_client().get("/", headers={"Host": "127.0.0.1:8000"}).text  # this machine
+
+
+def test_with_a_trusted_host_everybody_brings_the_judges_token(catalogue, tmp_path):
+    """A proxy that leaves no trace looks like a browser on this machine."""
+    app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", trusted_host="shop.example,other.example"))
+    for host in ("127.0.0.1:8000", "shop.example", "other.example"):
+        client = app.test_client()
+        page = client.get("/", headers={"Host": host}).text
+        assert 'name="token"' in page
+        headers = {"Host": host, "X-CSRF-Token": csrf_of(page)}
+        assert client.post("/start", data={"token": "x"}, headers=headers).status_code == 403
+        Judge(app, host=host).vote("A")
+
+
+def test_every_link_works_below_a_path(catalogue, tmp_path):
+    """A proxy that serves the arena at /arena/ strips that off; what the pages name must lead back below it."""
+    app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
+    judge = Judge(app)
+    judge.vote("A")
+    admin = app.test_client()
+    assert admin.get(f"/results?token={KEYS['admin_token']}").location == "results"
+    pages = {path: judge.get(path).text for path in ("/", "/thanks", "/nowhere", "/no/where/deep", "/picture/x/y")}
+    pages |= {path: admin.get(path).text for path in ("/", "/results", "/search")}
+    for path, page in pages.items():
+        links = re.findall(r'(?:href|src|action)="([^"#]+)', page)
+        assert len(links) >= 3 or path.startswith("/picture"), path
+        for link in links:
+            target = urllib.parse.urljoin(f"http://shop.example/arena{path}", link)
+            assert target.startswith("http://shop.example/arena/"), (path, link)
+            found = admin.get(target.removeprefix("http://shop.example/arena"))
+            assert found.status_code in (200, 405), (path, link)  # 405: what a form posts to
+    script = judge.get("/static/arena.js").text
+    assert not re.search(r"""["'`]/[a-z]""", script)
+    assert judge.client.post("/quit", headers=judge.headers).location == "thanks"
+    assert judge.client.post("/start", headers=judge.headers).location == "./"
+
+
+def tiny_models(folder: Path, **columns) -> tuple[Path, Path, list]:
+    """(master.parquet of 24 drawn pictures as two small CLIPs see them, images folder, the two models)."""
     import torch
 
     from tiny import make_clip
 
-    folders = [make_clip(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
-    loaded = [common.load_clip(f"local-dir:{folder}") for folder in folders]
-    images = tmp_path / "images"
+    folders = [make_clip(folder / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    loaded = [common.load_clip(f"local-dir:{one}") for one in folders]
+    images = folder / "images"
     pictures = [arena.load_image(world.draw_picture(images / f"p/{i}.jpg", i)) for i in range(24)]
     vectors = {}
     for kind, model in zip(("base", "finetuned"), loaded, strict=True):
@@ -763,29 +834,89 @@ def test_the_search_page_answers_with_both_models(tmp_path):
         vectors[f"{kind}_embedding"] = common.encode(model, pixels).numpy()
     facts = {"base_model": f"local-dir:{folders[0]}", "finetuned_model": "local-dir:two"}  # beside master.parquet
     facts |= {"base_fingerprint": loaded[0].fingerprint, "finetuned_fingerprint": loaded[1].fingerprint}
-    master = write_master(tmp_path / "m.parquet", vectors, facts=facts)
+    return write_master(folder / "m.parquet", vectors, facts=facts, **columns), images, loaded
+
+
+def read_vectors(master: Path) -> dict[str, np.ndarray]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(master)
+    return {name: np.stack(table[name].to_pylist()) for name in table.column_names if name.endswith("embedding")}
+
+
+def test_words_that_people_typed_are_asked_and_the_log_names_their_file(tmp_path, capsys):
+    master, images, models = tiny_models(tmp_path, color=["red", "blue"] * 12)
+    file, database = tmp_path / "shop queries.csv", tmp_path / "a.sqlite"
+    file.write_text("query,id,weight\ngrey couch,id-1,3\nGrey  Couch,id-2,1\nnight lamp,id-8,1\n=tall shelf,id-9,2\n"
+                    "lost,id-99,1\n,id-3,1\nnight lamp,id-8,1\n")  # fmt: skip
+    settings = {"query": "text", "queries": str(file), "shared": 0.0}
+    app = arena.create_app(world.setup(master, images, database, **settings))
+    said, place, vectors = capsys.readouterr().err, app.extensions["arena"], read_vectors(master)
+    assert "3 queries" in said and all(f"left out: 1 rows ({why}" in said for why in ("product", "empty", "duplicate"))
+    judge = Judge(app)
+    for number in range(3):
+        trial = judge.trial()
+        row = shown(place.log, trial["trial"])
+        assert trial["words"] == row["query"] in ("grey couch", "night lamp", "=tall shelf")
+        for kind, model in zip(("base", "finetuned"), models, strict=True):
+            scores = vectors[f"{kind}_embedding"] @ common.encode(model, captions=[row["query"]]).numpy()[0]
+            side = "left" if row["left_model"] == model.fingerprint else "right"
+            assert row[f"{side}_items"] == [f"id-{i}" for i in np.argsort(-scores)[:4]]  # right answers among them
+        assert row["category"] == {"=tall shelf": "lamp", "night lamp": "lamp"}.get(row["query"], "chair")
+        attributes = row["facts"]["left_attributes"]
+        assert (attributes["color"] is None) == (row["query"] == "grey couch")  # one is red, the other blue
+        for response in everything(judge, trial["trial"])[:2]:
+            text = response.text.lower().replace("the right kind", "")
+            assert "queries" not in text and not SECRETS.search(text)
+        assert judge.get(f"/picture/{trial['trial']}/0").status_code == 404
+        judge.vote("AB"[number % 2])
+    assert judge.trial()["trial"] is None
+    digest = common.file_digest(file)
+    facts = place.log.experiments()[0]["facts"]
+    assert facts["file"] == {"name": "shop queries.csv", "sha256": digest, "queries": 3, "trained": 2, "made_up": False}
+    assert arena.main(["stats", "--database", str(database)]) == 0
+    assert f"words from shop queries.csv (sha256 {digest[:12]}); 2 of its 3" in capsys.readouterr().out
+    admin = app.test_client()
+    admin.get(f"/results?token={KEYS['admin_token']}")
+    assert "shop queries.csv" in admin.get("/results").text
+    assert "'=tall shelf," in admin.get("/votes.csv").text  # a stranger's text is no formula
+    again = arena.Arena(world.setup(master, images, database, **settings))
+    assert again.number == 1 and "found the answers" not in capsys.readouterr().err
+    file.write_text(file.read_text() + "new,id-3,1\n")  # another file is another experiment
+    assert arena.Arena(world.setup(master, images, database, **settings)).number == 2
+    flags = ["--database", str(database), "--embeddings", str(master)]
+    assert arena.main(["stats", *flags, "--query", "text", "--queries", str(file), "--format", "json"]) == 0
+    assert [one["experiment"]["id"] for one in json.loads(capsys.readouterr().out)] == [2]
+    for wrong, message in ((["--queries", "20"], "--limit"), (["--query", "text", "--queries", "none.csv"], "no such")):
+        assert arena.main(["serve", *flags, "--images", str(images), *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_search_page_answers_with_both_models(tmp_path):
+    master, images, loaded = tiny_models(tmp_path)
+    vectors = read_vectors(master)
     app = arena.create_app(world.setup(master, images, tmp_path / "a.sqlite", reveal=True))
     client = app.test_client()
     assert client.get("/search").status_code == 200
     page = client.get("/search?q=red+chair").text
     asked = common.encode(loaded[0], captions=["red chair"]).numpy()
     best = int(np.argmax(vectors["base_embedding"] @ asked[0]))
-    hits = re.findall(r'src="/item/(\d+)"', page)
+    hits = re.findall(r'src="item/(\d+)"', page)
     assert len(hits) == 16 and int(hits[0]) == best and "dual_lora" in page
-    assert client.get(f"/item/{best}").data == app.extensions["arena"].pictures.jpeg(best)
+    assert client.get(f"/item/{best}").data == app.extensions["arena"].jpeg(best)
     upload = {"picture": ((images / "p/7.jpg").open("rb"), "x.jpg")}
     assert client.post("/search", data=upload).status_code == 403
     csrf = {"csrf": csrf_of(page)}  # as the page's form sends it, before the picture
     upload = csrf | {"picture": ((images / "p/7.jpg").open("rb"), "x.jpg")}
     page = client.post("/search", data=upload).text
-    hits = re.findall(r'src="/item/(\d+)"', page)
+    hits = re.findall(r'src="item/(\d+)"', page)
     assert hits[0] == hits[8] == "7" and "data:image/jpeg;base64," in page
     for body in (b"", b"no picture", b"\xff\xd8\xff broken"):
         upload = csrf | {"picture": (io.BytesIO(body), "x.jpg")}
         assert client.post("/search", data=upload).status_code == 400
     upload = csrf | {"picture": (io.BytesIO(b"x" * (arena.UPLOAD_LIMIT + 1)), "x.jpg")}
     assert client.post("/search", data=upload).status_code == 413
-    changed = write_master(tmp_path / "n.parquet", vectors, facts=facts | {"base_fingerprint": "0" * 64})
+    changed = write_master(tmp_path / "n.parquet", vectors, facts={"base_model": f"local-dir:{tmp_path / 'one'}"})
     app = arena.create_app(world.setup(changed, images, tmp_path / "b.sqlite", reveal=True))
     response = app.test_client().get("/search?q=chair")
     assert response.status_code == 500 and "run 4_embed.py again" in response.text
@@ -804,7 +935,7 @@ def test_stats_and_votes_are_recomputed_from_the_log(app, place, tmp_path, capsy
         for _ in range(30):
             token = judge.trial()["trial"]
             row = shown(place.log, token)
-            choice = chance.choice("AABTN")
+            choice = chance.choice(["A", *CHOICES])
             judge.vote(choice, token)
             if choice in "AB" and row["query"] not in seen:
                 won = row["left_model"] if choice == "A" else row["right_model"]
@@ -829,7 +960,8 @@ def test_stats_and_votes_are_recomputed_from_the_log(app, place, tmp_path, capsy
     assert len(rows) == 90 and {row["judge_name"] for row in rows} == {"J0", "J1", "J2"}
     assert Counter(row["choice"] for row in rows) == Counter(v["choice"] for v in place.log.votes(place.number))
     for row in rows:
-        assert row["preferred"] == {"A": row["left_model"], "B": row["right_model"], "T": "tie", "N": ""}[row["choice"]]
+        preferred = arena.CHOICES | {"A": row["left_model"], "B": row["right_model"], "T": "tie", "N": ""}
+        assert row["preferred"] == preferred[row["choice"]]
     assert arena.main(["votes", "--database", database, "--format", "json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 90
     assert arena.main(["stats", "--database", database, "--format", "csv"]) == 2
@@ -840,9 +972,10 @@ def test_unknown_labels_are_not_counted_silently(app, place):
     db = place.log.connection
     db.execute("PRAGMA ignore_check_constraints = ON")
     db.execute("DROP TRIGGER votes_update")
-    db.execute("UPDATE votes SET choice = 'Z'")
-    with pytest.raises(common.Fail, match="unknown choice Z"):
+    db.execute("UPDATE votes SET choice = '?'")
+    with pytest.raises(common.Fail, match=r"unknown choice \?"):
         arena.results(place.log, place.log.experiments()[0])
+    assert [row["preferred"] for row in json.loads(arena.export(place.log, [place.row], "json"))] == ["?"]
 
 
 @pytest.mark.parametrize("votes", [0, 1, 5])
@@ -861,7 +994,7 @@ def test_plots_keep_to_their_box(app):
     judge, admin = Judge(app), app.test_client()
     admin.get(f"/results?token={KEYS['admin_token']}")
     for number in range(40):
-        judge.vote("AABTN"[number % 5])
+        judge.vote(["A", *CHOICES][number % (1 + len(CHOICES))])
         lines = re.findall(r' points="([^"]+)"', admin.get("/results").text)
         points = [tuple(map(float, point.split(","))) for line in lines for point in line.split()]
         assert len(lines) >= 5 and all(0 <= x <= 540 and 0 <= y <= 180 for x, y in points)
@@ -1026,7 +1159,7 @@ def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_
                 token = None
                 try:
                     token = caller.post("/trial", after=None)["trial"]
-                    choice = own.choice("ABTN")
+                    choice = own.choice(CHOICES)
                     doubtful[token] = (choice, headers)
                     caller.post("/vote", trial=token, choice=choice)
                 except (OSError, http.client.HTTPException):  # killed: nothing came, or half an answer
@@ -1056,7 +1189,10 @@ def test_serve_speaks_plainly(catalogue, tmp_path, capsys):
     process, home = serve(master, images, tmp_path / "a.sqlite")
     try:
         answer = urllib.request.urlopen(home + "/", timeout=10)
-        assert answer.headers.get("Server") in (None, "") and "Blind search test" in answer.read().decode()
+        page = answer.read().decode()
+        assert answer.headers.get("Server") in (None, "") and "Blind search test" in page and "token" not in page
+        forwarded = urllib.request.Request(home + "/", headers={"X-Forwarded-For": "203.0.113.9"})
+        assert 'name="token"' in urllib.request.urlopen(forwarded, timeout=10).read().decode()
         port = home.rpartition(":")[2]
         common_flags = ["--embeddings", str(master), "--images", str(images)]
         assert arena.main(["serve", *common_flags, "--database", str(tmp_path / "a.sqlite")]) == 1
@@ -1136,6 +1272,13 @@ def test_vectors_stay_on_disk_and_answers_are_kept(tmp_path, monkeypatch):
     place = arena.Arena(world.setup(master, images, tmp_path / "a.sqlite"))
     blocks = place.experiment.models[0].items.vectors("base_embedding")
     assert max(map(len, blocks)) <= arena.CHUNK
+    import pyarrow as pa
+
+    items = arena.Items(write_master(tmp_path / "large.parquet", world.random_vectors(4000, 128)))
+    before = pa.total_allocated_bytes()
+    for name in ("base_embedding", "finetuned_embedding"):  # 2 MB each
+        assert sum(map(len, items.vectors(name))) == 4000
+    assert pa.total_allocated_bytes() - before < 1e6
     monkeypatch.setattr(common, "top_k", lambda *_: pytest.fail("searched again"))
     again = arena.Arena(world.setup(master, images, tmp_path / "a.sqlite"))
     assert (again.experiment.lists == place.experiment.lists).all()
@@ -1159,6 +1302,26 @@ def test_trials_of_answers_that_have_changed_can_still_be_shown(tmp_path):
     assert judge.trial()["trial"] == trial
     assert [judge.get(f"/picture/{trial}/{place}").data for place in range(9)] == before
     judge.vote("A")
+
+
+def test_a_file_that_is_older_than_an_attribute_is_read_without_it(catalogue, tmp_path, capsys):
+    import pyarrow.parquet
+
+    master, images = catalogue
+    table = pyarrow.parquet.read_table(master)
+    assert {"style", "object_type"} < {*common.ATTRIBUTES}
+    pyarrow.parquet.write_table(table.drop(["style", "object_type"]), tmp_path / "older.parquet")
+    app = arena.create_app(world.setup(tmp_path / "older.parquet", images, tmp_path / "a.sqlite"))
+    judge, place = Judge(app), app.extensions["arena"]
+    row = shown(place.log, judge.trial()["trial"])
+    rates = row["facts"]["left_attributes"]
+    assert row["category"] == "other" and rates["style"] is rates["object_type"] is None and rates["color"] == 1
+    judge.vote("A")
+    assert [each["attribute"] for each in place.results(named=True)["attributes"]] in (["color"], ["color", "material"])
+    pyarrow.parquet.write_table(table.drop(["title"]), tmp_path / "less.parquet")
+    flags = ["--images", str(images), "--database", str(tmp_path / "b.sqlite")]
+    assert arena.main(["serve", "--embeddings", str(tmp_path / "less.parquet"), *flags]) == 1
+    assert "no column title" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1220,6 +1383,73 @@ def test_a_database_of_the_first_edition_goes_on_being_used(catalogue, tmp_path,
     assert place.log.connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
+def stored(database: Path) -> tuple[dict, list]:
+    """(what the database holds: name -> its CREATE; the votes)."""
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        made = dict(db.execute("SELECT name, sql FROM sqlite_master"))
+        return made, db.execute("SELECT * FROM votes ORDER BY id").fetchall()
+
+
+def recreate_votes(database: Path, old: str, new: str) -> None:
+    """Make the table of votes, with its rows, from another text than the schema's."""
+    schema = (arena.TEMPLATES / "schema.sql").read_text()
+    assert schema.count(old) == 1
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        db.executescript(arena.REBUILD.format(schema=schema.replace(old, new)))
+
+
+def test_votes_whose_check_lacks_a_choice_move_to_a_table_that_has_it(catalogue, tmp_path):
+    database = tmp_path / "a.sqlite"
+    judge = Judge(arena.create_app(world.setup(*catalogue, database)))
+    for choice in "ABN":
+        judge.vote(choice)
+    judge.post("/undo", trial=judge.trial()["undo"])
+    before = stored(database)
+    recreate_votes(database, "'T', ", "")
+    made, votes = stored(database)
+    assert "'T'" not in made["votes"] and votes == before[1]
+    cookie = judge.client.get_cookie("judge", domain="127.0.0.1")
+    app = arena.create_app(world.setup(*catalogue, database))
+    assert stored(database) == before  # with triggers and indexes
+    judge.client = app.test_client()
+    judge.client.set_cookie("judge", cookie.value, domain="127.0.0.1")
+    assert judge.vote("T")["number"] == 3
+    log = app.extensions["arena"].log
+    assert [(vote["choice"], bool(vote["revoked"])) for vote in log.votes(1)] == [
+        ("A", False), ("B", False), ("N", True), ("T", False),
+    ]  # fmt: skip
+    with pytest.raises(sqlite3.IntegrityError, match="insert-only"):
+        log.connection.execute("DELETE FROM votes")
+    assert log.one("PRAGMA foreign_keys")[0] == 1 and log.all("PRAGMA foreign_key_check") == []
+    made = log.one("PRAGMA schema_version")[0]
+    arena.Log(database)
+    assert log.one("PRAGMA schema_version")[0] == made  # once is enough
+
+
+def test_votes_that_the_schema_refuses_stay_as_they_are(catalogue, tmp_path):
+    database = tmp_path / "a.sqlite"
+    judge = Judge(arena.create_app(world.setup(*catalogue, database)))
+    judge.vote("A")
+    recreate_votes(database, "'T', ", "'T', '?', ")
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+        db.execute("INSERT INTO votes (trial, session, choice, time) VALUES (1, 1, '?', '')")
+    before = stored(database)
+    with pytest.raises(common.Fail, match=r"cannot be used as the arena's database \(CHECK"):
+        arena.Log(database)
+    assert stored(database) == before and len(before[1]) == 2 and "votes_update" in before[0]
+
+
+def test_a_column_of_votes_that_the_schema_lacks_is_not_lost(catalogue, tmp_path):
+    database = tmp_path / "a.sqlite"
+    Judge(arena.create_app(world.setup(*catalogue, database))).vote("A")
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+        db.execute("ALTER TABLE votes ADD COLUMN remark TEXT NOT NULL DEFAULT 'why'")
+    before = stored(database)
+    with pytest.raises(common.Fail, match="cannot be used"):
+        arena.Log(database)
+    assert stored(database) == before and before[1][0][-1] == "why"
+
+
 def test_an_experiment_of_several_models_is_named_and_its_votes_are_exported(tmp_path, capsys):
     log = arena.Log(tmp_path / "a.sqlite")
     models = [{"name": name, "fingerprint": name} for name in "abc"]
@@ -1234,66 +1464,26 @@ def test_an_experiment_of_several_models_is_named_and_its_votes_are_exported(tmp
 # Statistics, against fixtures worked out elsewhere, scipy, and naive calculations written out here
 
 
+def wilson(wins: int, n: int) -> tuple[float, float]:
+    rate = arena.vote_rate(wins, n, n)
+    return rate["low"], rate["high"]
+
+
 def test_wilson_fixture_and_edges():
-    low, high = arena.wilson(120, 200)
+    low, high = wilson(120, 200)
     assert (round(low, 3), round(high, 3)) == (0.531, 0.665)
     for wins, n in [(0, 1), (1, 1), (3, 7), (0, 50), (50, 50), (99_999, 100_000)]:
         theirs = binomtest(wins, n).proportion_ci(method="wilson")
-        assert arena.wilson(wins, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
-    assert arena.wilson(0, 0) == (0.0, 1.0)
-
-
-def test_holm_against_the_definition():
-    assert arena.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    rng = np.random.default_rng(0)
-    for count in range(8):
-        p = list(rng.random(count) ** 2)
-        ordered = sorted(p)
-        naive = [max(min(1, (count - j) * ordered[j]) for j in range(ordered.index(x) + 1)) for x in p]
-        assert arena.holm(p) == pytest.approx(naive)
+        assert wilson(wins, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert wilson(0, 0) == (0.0, 1.0)
+    for judges in (2, 5):  # who agree: as one
+        assert arena.vote_rate(3 * judges, 7 * judges, 7) == pytest.approx(arena.vote_rate(3, 7, 7) | {"n": 7 * judges})
 
 
 def test_binomial_fixtures_and_edges():
     assert arena.binomial_test(120, 200) == pytest.approx(0.0057, abs=5e-5)
     assert arena.binomial_test(65, 100) == pytest.approx(0.0035, abs=5e-5)
     assert arena.binomial_test(0, 0) == 1.0 and 0 <= arena.binomial_test(100_000, 100_000) < 1e-300
-
-
-@pytest.mark.parametrize("kind", ["normal", "outcomes", "clusters"])
-def test_the_bootstrap_interval_covers_the_truth(kind, monkeypatch):
-    monkeypatch.setattr(arena, "DRAWS", 499)
-    rng, hits, seen = np.random.default_rng(100), 0, set()
-    for _ in range(1000):
-        groups, truth = np.arange(60), 0.1
-        if kind == "normal":
-            values = rng.normal(0.1, 0.2, size=60)
-        elif kind == "outcomes":
-            values = rng.choice([-1.0, 0, 1], size=60, p=[0.25, 0.4, 0.35])
-        else:
-            groups = np.repeat(groups, rng.integers(1, 4, size=60))
-            values = 0.1 + 0.2 * rng.normal(size=60)[groups] + 0.06 * rng.normal(size=len(groups))
-        mean, low, high, p = arena.bootstrap_mean(values, groups)
-        assert mean == pytest.approx(values.mean()) and (p <= 0.05) == (low > 0 or high < 0)
-        seen.add(p <= 0.05)
-        hits += low <= truth <= high
-    assert 0.93 <= hits / 1000 <= 0.97 and seen == {True, False}
-
-
-def test_bootstrap_mirrors_counts_groups_once_and_keeps_to_its_bounds():
-    rng = np.random.default_rng(6)
-    values = rng.choice([-1.0, -0.5, 0, 0.5, 1], size=50)
-    names = [f"q{i}" for i in range(50)]
-    once = arena.bootstrap_mean(values, names)
-    assert arena.bootstrap_mean(-values, names) == pytest.approx((-once[0], -once[2], -once[1], once[3]), abs=0.01)
-    assert arena.bootstrap_mean(np.repeat(values, 10), np.repeat(names, 10)) == pytest.approx(once)
-    for wins in (5, 8, 11):  # of twelve queries
-        _, low, high, _ = arena.bootstrap_mean([1.0] * wins + [-1.0] * (12 - wins), range(12))
-        assert -1 <= low < high <= 1
-    assert arena.bootstrap_mean([1.0], ["a"]) == (1.0, None, None, 1.0)
-    assert arena.bootstrap_mean([0.0] * 5, names[:5]) == (0.0, 0.0, 0.0, 1.0)
-    assert arena.bootstrap_mean([1.0] * 10, names[:10]) == (1.0, 1.0, 1.0, 2.0**-9)
-    assert arena.bootstrap_mean([1.0] * 3, names[:3]) == (1.0, None, None, 0.25)
-    assert arena.bootstrap_mean([1.0] * 4, ["x"] * 4)[3] == 1.0
 
 
 def test_e_value_fixtures_and_the_integral():
@@ -1430,7 +1620,7 @@ def test_the_fixture_reads_not_yet():
     assert found["planned"]["independent"]
     assert (round(found["win_rate"]["low"], 3), round(found["win_rate"]["high"], 3)) == (0.531, 0.665)
     assert 10 ** found["anytime"]["log10_e"] == pytest.approx(11.74, abs=0.005)
-    assert found["anytime"]["p"] == pytest.approx(1 / found["anytime"]["max_e"])
+    assert found["anytime"]["p"] == pytest.approx(10 ** -found["anytime"]["max_log10_e"])
     assert found["anytime"]["win_low"] >= 0.493 and found["anytime"]["win_high"] <= 0.701
     assert found["verdict"]["answer"] == "not yet" and found["verdict"]["sentence"].startswith("Not yet")
     assert found["tie_rate"]["value"] == pytest.approx(25 / 225)
@@ -1557,6 +1747,37 @@ def test_courses_for_the_plots():
     low, high = np.array(queries["low"]), np.array(queries["high"])
     assert (np.diff(low) >= 0).all() and (np.diff(high) <= 0).all() and (low <= high).all()
     assert len(low) == len(high) == len(queries["n"]) == arena.LOOKS
+
+
+def test_figures_end_where_their_quantities_end():
+    """Every share, rate and preference with its interval, of small and one-sided logs."""
+    chance = random.Random(3)
+    for count in range(1, 40):
+        weights = chance.choice([(9, 1, 0, 0), (1, 9, 0, 1), (1, 1, 8, 0), (4, 4, 1, 1)])
+        weights += (1,) * (len(CHOICES) - len(weights))
+        log = [a_vote(n, choice, query=f"q{n // 2}", judge=f"j{n % 2}", top=chance.choice("tb"))
+               for n, choice in enumerate(chance.choices(CHOICES, weights, k=count))]  # fmt: skip
+        found = found_in(log)
+        rows = [(-1, found["net"]), *((-1, dict(row, value=row["difference"])) for row in found["attributes"])]
+        rows += [(0, found["win_rate"]), (0, found["tie_rate"]), (-1, dict(found["agreement"], value=None))]
+        rows += [(0, {end: row[f"win_{end}"] for end in ("low", "high")} | {"value": row["win_rate"]})
+                 for row in found["categories"]]  # fmt: skip
+        rows += [(0, {"low": found["anytime"]["win_low"], "high": found["anytime"]["win_high"], "value": None})]
+        for least, row in rows:
+            numbers = [row[name] for name in ("low", "value", "high") if row[name] is not None]
+            assert numbers == sorted(numbers) and all(least <= number <= 1 for number in numbers), (count, row)
+        assert 0 < found["anytime"]["p"] <= 1 and found["anytime"]["max_log10_e"] >= found["anytime"]["log10_e"]
+
+
+def test_a_course_that_no_rate_explains_has_no_interval():
+    turned = [a_vote(n, "A" if n < 120 else "B") for n in range(400)]
+    found = found_in(turned)
+    assert found["anytime"]["win_low"] is None and found["anytime"]["win_high"] is None
+    course = found["anytime"]["course"]
+    assert all(low <= high for low, high in zip(course["low"], course["high"], strict=True))
+    facts = {"id": 1, "query": "image", "top_k": 4}
+    assert "no one rate fits the whole course" in arena.report(found | {"experiment": facts})
+    assert found_in([a_vote(n, "A") for n in range(3000)])["verdict"]["sentence"].count("E reached 10^") == 1
 
 
 def test_the_same_log_gives_the_same_page():

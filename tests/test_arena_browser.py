@@ -79,7 +79,7 @@ class Browser:
     def token(self) -> str:
         """Of the trial on the page, once its pictures are there and may be judged or only skipped."""
         self.until("document.querySelector('[data-choice=N]')?.ariaDisabled === 'false'")
-        return self.run("return document.querySelector('#row-a img').src.split('/')[4]")
+        return self.run("return document.querySelector('#row-a img').src.split('/').at(-2)")
 
     def ready(self) -> str:
         """As `token`, and open for A, B and T."""
@@ -137,6 +137,7 @@ class Served:
         threading.Thread(target=server.run, daemon=True).start()
 
     def door(self, environ, start_response):
+        environ["PATH_INFO"] = environ["PATH_INFO"].removeprefix("/arena") or "/"  # as a proxy would
         self.seen.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         if self.failing and environ["REQUEST_METHOD"] == "POST":
             start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
@@ -232,6 +233,27 @@ def test_votes_with_clicks(browser, served):
     assert browser.find("#undo").get_attribute("aria-disabled") == "true"  # another session
     browser.key("u")
     assert "nothing to undo" in browser.status()
+
+
+def test_votes_below_a_path(browser, served):
+    """As behind a proxy that serves the arena at /arena/."""
+    browser.home += "/arena"
+    token = browser.start("Ada")
+    assert browser.ready() == token and browser.run("return document.styleSheets.length") == 1
+    browser.key("a")
+    token = browser.next_after(token)
+    browser.ready()
+    browser.find("#undo").click()
+    browser.next_after(token)
+    assert served.choices() == ["A"] and not served.standing()
+    browser.ready()
+    browser.key("q")
+    browser.until("location.pathname === '/arena/thanks'")
+    browser.find("form button").click()
+    browser.until("location.pathname === '/arena/'")
+    browser.driver.get(f"{browser.home}/results?token={KEYS['admin_token']}")
+    browser.until("location.pathname === '/arena/results' && document.styleSheets.length === 1")
+    assert not browser.driver.get_log("browser")
 
 
 def test_repeats_modifiers_fields_and_switched_off_keys_do_nothing(browser, served):
@@ -407,7 +429,8 @@ def test_axe_finds_nothing_serious_and_targets_are_large(browser, served, catalo
 def test_the_search_page_is_as_accessible(browser, catalogue, tmp_path, monkeypatch):
     """With answers that need no models: what is under test is the page."""
     hits = [{"row": row, "score": 0.5, "title": "<i>Sofa</i>", "object_type": "sofa"} for row in range(8)]
-    monkeypatch.setattr(arena.Finder, "__call__", lambda *_, **__: [("one", hits), ("two", hits)])
+    monkeypatch.setattr(arena.Model, "load", lambda _: None)
+    monkeypatch.setattr(arena, "search", lambda *_: [("one", hits), ("two", hits)])
     one = Served(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
     for width, dark in ((1280, False), (320, True)):
         browser.look(width, 800, dark)

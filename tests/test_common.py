@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy import stats as scipy_stats
 from torch import nn
 
 import common
@@ -280,13 +282,155 @@ def test_several_files_are_one_catalogue(tmp_path):
     "text, said",
     [
         ("", "c.csv: is empty"),
-        ("id,title,image_path\n", "no column name; the header has id, title, image_path"),
+        ("id,words,image_path\n", "no column name; the header has id, words, image_path; say which is which with --c"),
         ("just words\n", "no column id, name, image_path"),
     ],
 )
 def test_a_wrong_csv_says_what_is_wrong(tmp_path, text, said):
     with pytest.raises(common.Fail, match=said):
         records(write_csv(tmp_path / "c.csv", text))
+
+
+def test_two_stray_quotes_swallow_no_row(tmp_path):
+    head, rows = ("id\tname\timage_path\n", [f"{i}\tItem {i}\timg/{i}.jpg\n" for i in range(5)])
+    stray = [row.replace("Item", '"Item') if place in (1, 3) else row for place, row in enumerate(rows)]
+    closed = [rows[0], '1\t"Item\timg/1.jpg\n', '2\tItem 72"\timg/2.jpg\n', *rows[3:]]  # an end that looks right
+    bare = [row.replace(".jpg", "") for row in stray]
+    for lines in (stray, closed, bare):
+        with pytest.raises(common.Fail, match=r"c.csv, line 3: the quotes opened there swallow [23] lines"):
+            records(write_csv(tmp_path / "c.csv", head + "".join(lines)))
+    real = 'id,name,image_path,text\n1,"Item\none",1.jpg,"a, b, c\nd, e.jpg, f, g" \n2,Item,2.jpg,\n'
+    assert [row["id"] for row in records(write_csv(tmp_path / "c.csv", real))] == ["1", "2"]
+
+
+def test_single_lines_that_are_not_utf8_leave_the_others_alone(tmp_path, capsys):
+    names = ["Küchenstuhl – weiß", "Bänk", "Tür € “Oslo”", "plain"]
+    lines = ["id,name,image_path\n", *(f"{i},{name},ß{i}.jpg\n" for i, name in enumerate(names))]
+    path = tmp_path / "c.csv"
+    path.write_bytes(b"".join(line.encode("cp1252" if n in (2, 3) else "utf-8") for n, line in enumerate(lines)))
+    read = [(row["name"], row["image_path"]) for row in records(path)]
+    assert read == [(name, f"ß{i}.jpg") for i, name in enumerate(names)]
+    assert "warning: " in (said := capsys.readouterr().out) and "2 lines are not UTF-8" in said and "1252: 3, 4" in said
+    path.write_bytes(lines[0].encode() + "0,Küche ".encode() + "süß".encode("cp1252") + b",a.jpg\n")  # both in one line
+    assert records(path)[0]["name"] == "Küche süß"
+    path.write_bytes("".join(lines).encode("cp1252"))
+    capsys.readouterr()
+    assert [row["name"] for row in records(path)] == names and "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "head, said",
+    [
+        (b"PK\3\4\x14\0\6\0", "is a spreadsheet or zip archive, not a table of text; export it as CSV"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "is an old Excel file"),
+        (b"\x1f\x8b\x08\0", "is gzip"),
+        ("id,name,image_path\n".encode("utf-16-le"), "its first line is UTF-16 without its mark; export it as CSV"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><rss>", "is XML or HTML"),
+        (b'[{"id": 1}]', "is JSON"),
+        (b"id,\x07name,image_path\n", "its first line is no text"),
+    ],
+)
+def test_what_is_no_table_is_named_and_not_printed(tmp_path, head, said):
+    (tmp_path / "c.csv").write_bytes(head + b"\0\x81\xff" * 50)
+    with pytest.raises(common.Fail, match=said) as failure:
+        records(tmp_path / "c.csv")
+    assert str(failure.value).isprintable() and failure.value.code == common.USAGE
+
+
+@pytest.mark.parametrize(
+    "header, columns, said",
+    [
+        ("Handle,Title,Vendor,Image Src,Image Position", "", "Shopify; id = Handle, name = Title, image_path = "),
+        ("Title,URL handle,SKU,Product image URL", "", "Shopify; id = URL handle, name = Title"),
+        ("ID,Type,SKU,Name,Images,Parent", "", "WooCommerce; id = SKU, name = Name, image_path = Images"),
+        ("ID,Type,Name,Images", "", "WooCommerce; id = ID"),
+        ("id\ttitle\timage_link\tadditional_image_link", "", "Google Merchant; id = id, name = title"),
+        ("id\ttitle\timage link", "", "Google Merchant"),
+        ("sku;product_name;image_url", "", "by their names; id = sku, name = product_name, image_path = image_url"),
+        ("No;Words;File;id", 'id=No,name="Words",image_path=File', "by --columns; id = No, name = Words"),
+        ("id;name;Bild 1", "image_path=Bild 1", "by --columns; id = id, name = name, image_path = Bild 1"),
+        ("ID;Name;Image_Path;title;sku", "", ""),
+    ],
+)
+def test_columns_are_found_and_told(tmp_path, header, columns, said, capsys):
+    rows, _ = common.read_catalogue([write_csv(tmp_path / "c.csv", f"{header}\n")], columns)
+    assert set(common.REQUIRED_COLUMNS) <= set(rows.columns)
+    printed = capsys.readouterr().out
+    assert said in printed if said else not printed
+
+
+@pytest.mark.parametrize(
+    "header, columns, said",
+    [
+        ("sku,product_id,title,image", "", "id may be sku, product_id; say which is which with --columns"),
+        ("id,name,photo,picture", "", "image_path may be photo, picture"),
+        ("id,name,image_path", "id=SKU", "no column id; the header has id, name, image_path"),
+        ("id,name,image_path", "price=x", "--columns price=x: write id=COLUMN"),
+    ],
+)
+def test_no_column_is_guessed(tmp_path, header, columns, said):
+    with pytest.raises(common.Fail, match=said) as failure:
+        common.read_catalogue([write_csv(tmp_path / "c.csv", f"{header}\n")], columns)
+    assert failure.value.code == common.USAGE
+
+
+def test_the_rows_of_an_exports_product_become_one_with_all_its_photos(tmp_path, capsys):
+    text = """Handle,Title,Image Src,Image Position,Variant SKU,Variant Image
+    oslo,Oslo sofa,https://x/2.jpg,2,S1,
+    oslo,,https://x/1.jpg,1,S2,https://x/red.jpg
+    oslo,,,,S3,
+    lamp,Lamp,https://x/3.jpg,1,L,
+    oslo,Another sofa,https://x/9.jpg,1,S9,
+    """
+    rows, reasons = common.read_catalogue([write_csv(tmp_path / "c.csv", text.replace("    ", ""))])
+    assert rows["id"].tolist() == ["oslo", "lamp", "oslo"] and reasons.tolist() == ["", "", "duplicate id"]
+    assert rows["image_path"].tolist() == ["https://x/1.jpg", "https://x/3.jpg", "https://x/9.jpg"]
+    assert json.loads(rows.at[1, common.FURTHER]) == ["https://x/red.jpg", "https://x/2.jpg"]
+    assert rows.at[1, "Variant SKU"] == "S1" and rows.at[4, common.FURTHER] == ""
+    assert "5 rows are 3 products" in capsys.readouterr().out
+    text = "Handle,Title,Image Src\noslo,Oslo sofa,1.jpg,surplus\noslo,,2.jpg\noslo,,3.jpg\n,,4.jpg\nlamp,,5.jpg\n"
+    rows, reasons = common.read_catalogue([write_csv(tmp_path / "c.csv", text)])
+    assert [(n, rows.at[n, "image_path"], rows.at[n, common.FURTHER], reasons[n]) for n in rows.index] == [
+        (1, "1.jpg", "", "too many fields"), (2, "2.jpg", '["3.jpg"]', ""), (4, "4.jpg", "", "missing id"),
+        (5, "5.jpg", "", ""),
+    ]  # fmt: skip
+
+
+def test_variations_of_woocommerce_belong_to_their_parent(tmp_path):
+    text = """ID,Type,SKU,Name,Images,Parent
+    1,variable,OSLO,Oslo sofa,"https://x/a.jpg, https://x/b.jpg",
+    2,variation,OSLO-R,Oslo sofa - red,https://x/c.jpg,OSLO
+    3,variable,,Lamp,https://x/d.jpg,
+    4,variation,L-1,Lamp - big,https://x/e.jpg,id:3
+    5,simple,3,Stool,https://x/f.jpg,
+    6,variation,,Lost,https://x/g.jpg,GONE
+    """
+    rows, reasons = common.read_catalogue([write_csv(tmp_path / "c.csv", text.replace("    ", ""))])
+    assert rows["id"].tolist() == ["OSLO", "id:3", "3", "6"] and not reasons.any()  # 3 is another product's SKU
+    (_, [(_, _, cells)]), *_ = common.products(rows, reasons)
+    assert common.photo_names(tmp_path, cells) == ["https://x/a.jpg", "https://x/b.jpg", "https://x/c.jpg"]
+
+
+def test_a_cell_may_hold_several_photos(tmp_path):
+    for name in ("a.jpg", "b, c.jpg", "d.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert common.photo_names(tmp_path, ["a.jpg; d.jpg", "a.jpg|e.jpg"]) == ["a.jpg", "d.jpg", "e.jpg"]
+    assert common.photo_names(tmp_path, ["b, c.jpg", ""]) == ["b, c.jpg"]
+    urls = "https://x/a,b.jpg?w=1,2, https://x/c.jpg,HTTP://y/d.jpg"
+    assert common.photo_names(tmp_path, [urls]) == ["https://x/a,b.jpg?w=1,2", "https://x/c.jpg", "HTTP://y/d.jpg"]
+    path = write_csv(tmp_path / "c.csv", 'id,name,image_path,additional_image_link\n1,a,a.jpg,"d.jpg,a.jpg"\n')
+    rows, reasons = common.read_catalogue([path])
+    ((_, [(_, _, cells)]),) = common.products(rows, reasons)
+    assert common.photo_names(tmp_path, cells) == ["a.jpg", "d.jpg"]
+
+
+def test_of_rows_with_one_id_the_first_usable_is_first(tmp_path):
+    text = "id,name,image_path\nA,a,\nA,a,1.jpg\nA,b,2.jpg\nB,b,3.jpg,surplus\nB,b,4.jpg\n"
+    rows, reasons = common.read_catalogue([write_csv(tmp_path / "c.csv", text)])
+    assert reasons.tolist() == ["missing image_path", "", "duplicate id", "too many fields", ""]
+    assert [(id, [number for number, *_ in some]) for id, some in common.products(rows, reasons)] == [
+        ("A", [2, 3]), ("B", [5]),
+    ]  # fmt: skip
 
 
 def test_a_missing_csv_or_folder_is_wrong_use(tmp_path):
@@ -316,6 +460,32 @@ def test_only_files_inside_the_images_folder_are_named(tmp_path):
             common.resolve_image(folder, name)
 
 
+def test_paths_are_found_as_feeds_write_them(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "Stühle").mkdir(parents=True)
+    decomposed = unicodedata.normalize("NFD", "Schränkchen weiß.jpg")
+    for name in ("Stühle/a b.JPG", decomposed, "photo.jpg", "50%25.jpg", "IMG.jpg", "img.JPG"):
+        (folder / name).write_bytes(b"x")
+    for written, found in {
+        "Schränkchen weiß.jpg": decomposed,
+        "/photo.jpg": "photo.jpg",
+        "photo.jpg?width=800#top": "photo.jpg",
+        unicodedata.normalize("NFD", "/stühle/a%20b.jpg?v=1"): "Stühle/a b.JPG",
+        "50%25.jpg": "50%25.jpg",
+        "PHOTO.JPG": "photo.jpg",
+        "img.JPG": "img.JPG",
+    }.items():
+        assert common.resolve_image(folder, written) == folder / found
+    with pytest.raises(common.BadImage, match=r"missing file .*2 files differ in case or accents only"):
+        common.resolve_image(folder, "Img.jpg")
+    with pytest.raises(common.BadImage, match=r"/gone.jpg\?w=1; tried too: gone.jpg\?w=1, /gone.jpg, gone.jpg"):
+        common.resolve_image(folder, "/gone.jpg?w=1")
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    for written in ("/%2e%2e/secret.jpg", "..%2Fsecret.jpg", "/../secret.jpg"):
+        with pytest.raises(common.BadImage):
+            common.resolve_image(folder, written)
+
+
 # Prompts -------------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +495,19 @@ def test_metadata_is_made_uniform():
     )
     assert meta == {"title": "grey sofa", "style": "mid-century", "material": "", "color": "grey", "object_type": ""}
     assert common.clean_metadata({"clean_title": "", "name": "Stool X"})["title"] == "Stool X"
+
+
+def test_titles_are_plain_text():
+    for written, plain in {
+        "Sofa &amp; Chair &#8211; &quot;Oslo&quot;": 'Sofa & Chair – "Oslo"',
+        "<b>Sofa</b><br/>Oslo &amp;amp; Co": "Sofa Oslo & Co",
+        "&lt;p class='x'&gt;Sofa&lt;/p&gt;": "Sofa",
+        "AT&T sofa&parade <3 5 < 6 > 4": "AT&T sofa&parade <3 5 < 6 > 4",
+        "So\0fa\x1b[31m \u200bred\ttable": "So fa [31m red table",
+        "<script>alert(1)</script>Lamp": "Lamp",
+    }.items():
+        assert common.plain_text(written) == plain
+    assert common.clean_metadata({"name": "Sofa &amp; <i>Co</i>"})["title"] == "Sofa & Co"
 
 
 def test_prompts_add_only_what_the_title_does_not_hold():
@@ -379,6 +562,27 @@ def test_a_letterbox_holds_the_whole_photo_in_the_middle_of_white(source):
     assert (len(columns), len(rows)) == inner.size
     assert abs(rows[0] - (223 - rows[-1])) <= 1 and abs(columns[0] - (223 - columns[-1])) <= 1
     assert np.array_equal(np.asarray(common.letterbox(inner, 224)), boxed)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_todays_formats_are_read_whatever_their_suffix(tmp_path, kind):
+    if kind == "HEIF":
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    image = Image.new("RGB", (64, 48), (200, 30, 30))
+    image.save(tmp_path / "a.jpg", kind, quality=95)
+    read = common.load_image(tmp_path / "a.jpg")
+    assert read.mode == "RGB" and read.size == (64, 48)
+    assert all(abs(a - b) < 8 for a, b in zip(read.getpixel((30, 20)), (200, 30, 30), strict=True))
+
+
+def test_a_tracking_pixel_is_no_photo():
+    for size in ((1, 1), (600, 2)):
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "GIF")
+        with pytest.raises(common.BadImage, match=f"image too small .{size[0]} x {size[1]} px"):
+            common.load_image(buffer.getvalue())
 
 
 def test_the_pool_gives_everything_in_order_and_names_a_death():
@@ -635,7 +839,9 @@ def test_fingerprint_sees_weights_and_the_quickgelu_flag(folder, tmp_path):
     [
         ("ViT-B-23", "openai", "ViT-B-32"),
         ("ViT-B-32", "opnai", "openai"),
-        ("ViT-B-32", None, "--pretrained"),
+        ("ViT-B-16", None, "--pretrained: a tag .openai"),
+        ("timm/ViT-B-16-SigLIP2", None, "on the hub: hf-hub:timm/ViT-B-16-SigLIP2"),
+        ("hf-hub:timm/ViT-B-16-SigLIP2", "openai", "brings its own weights"),
         ("ViT-B-32", "/nowhere/weights.pt", "no such file"),
         ("local-dir:/nowhere", None, "no such model folder"),
     ],
@@ -679,20 +885,80 @@ def test_a_coca_is_refused_in_one_line(monkeypatch, folder):
         common.load_clip(str(folder))
 
 
-def test_an_openai_tag_turns_quickgelu_on(monkeypatch):
+def test_a_tag_is_found_where_none_is_given_and_openais_turns_quickgelu_on(monkeypatch):
     asked = {}
 
     def create(name, pretrained=None, **more):
-        asked.update(more)
+        asked.update(more, pretrained=pretrained)
         raise RuntimeError("Failed to download weights")
 
     monkeypatch.setattr(open_clip, "create_model", create)
     with pytest.raises(common.Fail, match="local file"):
         common.load_clip("ViT-B-32", "openai")
     assert asked["quick_gelu"] is True
-    with pytest.raises(common.Fail):
-        common.load_clip("ViT-B-32", "laion2b_s34b_b79k")
-    assert asked["quick_gelu"] is False
+    for model, tag in (
+        ("ViT-B-32", "laion2b_s34b_b79k"),
+        ("ViT-B-32-SigLIP2-256", "webli"),
+        ("ViT-B-16-SigLIP2", "webli"),
+        ("PE-Core-B-16", "meta"),
+    ):
+        with pytest.raises(common.Fail, match=f"^{model}/{tag}: it could not be downloaded"):
+            common.load_clip(model)
+        assert asked["pretrained"] == tag and asked["quick_gelu"] is False
+
+
+def test_the_side_of_pictures_is_the_models_and_rectangles_are_refused(tmp_path):
+    sides = {"ViT-B-32": 224, "ViT-B-32-SigLIP2-256": 256, "ViT-L-14-336": 336, f"local-dir:{tmp_path / 'small'}": 48}
+    tiny.make_clip(tmp_path / "small", vision_cfg={"image_size": 48})
+    for model, side in sides.items():
+        assert common.image_side(model, common.model_config(model)) == side
+    tiny.make_clip(tmp_path / "wide", vision_cfg={"image_size": [32, 64]})
+    with pytest.raises(common.Fail, match="takes pictures of 32 x 64 px; only square ones"):
+        common.load_clip(str(tmp_path / "wide"))
+
+
+def test_a_name_on_the_hub_is_loaded_through_its_cache_offline(tmp_path):
+    """The real way, with huggingface_hub's cache in place of the hub; it reads its environment when it is imported."""
+    repository = tmp_path / "hub/models--shop--clip"
+    tiny.make_clip(repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    code = """
+import common
+for model in ("hf-hub:shop/clip", "hf-hub:shop/other"):
+    try:
+        clip = common.load_clip(model)
+        print(clip.name, clip.size, clip.mean, clip.fingerprint, common.model_place(clip.name, "x"))
+    except common.Fail as error:
+        print(error)
+"""
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    found, missing = done.stdout.splitlines()
+    mark = common.load_clip(str(repository / "snapshots" / "0123")).fingerprint
+    assert found == f"hf-hub:shop/clip 32 {tiny.MEAN} {mark} ('hf-hub:shop/clip', None)"
+    assert missing.startswith("hf-hub:shop/other: its open_clip_config.json could not be downloaded")
+
+
+def test_what_is_missing_is_named_where_the_weights_are_at_hand(tmp_path, monkeypatch):
+    (tmp_path / "weights.safetensors").touch()
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: nn.Module())
+
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", offline)
+    with pytest.raises(common.Fail, match=r"its tokenizer, timm/ViT-B-32-SigLIP2-256, could not be downloaded"):
+        common.load_clip("ViT-B-32-SigLIP2-256", str(tmp_path / "weights.safetensors"))
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(common.Fail, match="the configuration of its text tower, xlm-roberta-base, could not be down"):
+        common.load_clip("xlm-roberta-base-ViT-B-32", str(tmp_path / "weights.safetensors"))
+
+
+def test_openais_torchscript_is_refused_with_the_way_that_works(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    with pytest.raises(common.Fail, match="OpenAI's files do; take the tag"):
+        common.load_clip("ViT-B-32-quickgelu", str(tmp_path / "ViT-B-32.pt"))
 
 
 # CLIP: encoding and ranks -------------------------------------------------------------------------------------------
@@ -706,6 +972,17 @@ def test_text_cut_to_its_longest_caption_is_exact(tmp_path, tokens, custom_text)
         assert (common.text_features(clip.model, part) - whole).abs().max() <= 2.4e-6 * whole.abs().max().clamp(min=1)
     double = clip.model.double()
     assert (common.text_features(double, tokens[:3]) - double.encode_text(tokens[:3])).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("pooler", ["mean_pooler", "cls_pooler", "cls_last_hidden_state_pooler"])
+def test_captions_of_a_hugging_face_tower_are_cut_to_the_longest(tmp_path, pooler):
+    clip = common.load_clip(str(tiny.make_hf_clip(tmp_path, hf_pooler_type=pooler)))
+    tokens, widths = clip.tokenizer(["a red chair", "an oak table with four legs", "lamp", "lamp " * 90]), []
+    tower = clip.model.text.transformer
+    tower.register_forward_pre_hook(lambda _, __, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True)
+    for part, width in ((tokens, 40), (tokens[:3], 8), (tokens[2:3], 3)):
+        found, whole = common.text_features(clip.model, part), clip.model.encode_text(part)
+        assert (found - whole).abs().max() <= 1e-6 and widths[-2:] == [width, 40]
 
 
 def test_encoding_normalises_with_the_models_own_numbers(folder):
@@ -746,3 +1023,118 @@ def test_ranks_are_those_of_a_naive_count_and_ties_count_against_the_model():
     broken = collapsed.clone()
     broken[::2] = torch.nan
     assert common.right_ranks(broken, gallery, torch.arange(60))[::2].tolist() == [60] * 30
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Holm's correction and the bootstrap
+
+
+def test_holm_against_the_definition():
+    assert common.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    rng = np.random.default_rng(0)
+    for count in range(1, 8):
+        p = rng.random(count) ** 2
+        ordered = sorted(p)
+        naive = [max(min(1, (count - j) * ordered[j]) for j in range(ordered.index(x) + 1)) for x in p]
+        assert common.holm(p) == pytest.approx(naive)
+    assert common.holm([]) == []
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        common.holm([0.1, float("nan")])
+
+
+@pytest.mark.parametrize("count", [50, 100, 200])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "recall", "reciprocal", "clusters"])
+def test_the_bootstrap_interval_covers_the_truth(kind, count):
+    rng, hits = np.random.default_rng(count), 0
+
+    def clusters():
+        groups = np.repeat(np.arange(count), rng.integers(1, 4, size=count))
+        return rng.normal(size=count)[groups] + 0.3 * rng.normal(size=len(groups)), groups
+
+    worse = (1 / np.arange(1, 20)).mean() - (1 / np.arange(1, 15)).mean()
+    draw, truth = {
+        "normal": (lambda: (rng.normal(size=count), None), 0),
+        "skewed": (lambda: (rng.exponential(size=count), None), 1),
+        "recall": (lambda: (rng.choice([-1.0, 0, 1], size=count, p=[0.1, 0.7, 0.2]), None), 0.1),
+        "reciprocal": (
+            lambda: (1 / rng.integers(1, 20, size=count) - 1 / rng.integers(1, 15, size=count), None),
+            worse,
+        ),
+        "clusters": (clusters, 0),
+    }[kind]
+    for case in range(1000):
+        values, groups = draw()
+        _, low, high, _ = common.bootstrap_mean(values, groups, draws=499, seed=case)
+        hits += low <= truth <= high
+    assert 0.93 <= hits / 1000 <= 0.97
+
+
+def test_p_agrees_with_the_interval_and_with_the_t_test():
+    rng = np.random.default_rng(3)
+    seen = set()
+    for case in range(300):
+        values = rng.normal(0.25, 1, size=60) if case % 2 else rng.choice([-1.0, 0, 1], size=60, p=[0.1, 0.65, 0.25])
+        mean, low, high, p = common.bootstrap_mean(values, draws=1000, seed=case)
+        assert mean == pytest.approx(values.mean())
+        outside = low > 0 or high < 0
+        seen.add(outside)
+        assert (p <= 0.05) == outside
+        if case % 2:
+            assert p == pytest.approx(scipy_stats.ttest_1samp(values, 0).pvalue, abs=0.07)
+    assert seen == {True, False}
+
+
+def test_the_bootstrap_mirrors_repeats_itself_and_keeps_to_its_bounds():
+    values = np.random.default_rng(4).normal(0.4, 1, size=80)
+    there, back = common.bootstrap_mean(values), common.bootstrap_mean(-values)
+    assert back == pytest.approx((-there[0], -there[2], -there[1], there[3]))
+    assert common.bootstrap_mean(values, seed=common.SEED) == there != common.bootstrap_mean(values, seed=1)
+    for wins in (5, 8, 11):
+        _, low, high, _ = common.bootstrap_mean([1.0] * wins + [-1.0] * (12 - wins), limit=1)
+        assert -1 <= low < high <= 1
+
+
+def test_few_kinds_of_groups_have_the_distribution_of_drawn_groups():
+    values = np.random.default_rng(5).choice([-1.0, 0, 1], size=400, p=[0.1, 0.6, 0.3])
+    residuals, ones = values - values.mean(), np.ones(400)
+    fast = common.resampled_distances(residuals, ones, 0.0, 20_000, np.random.default_rng(0))
+    drawn = values[np.random.default_rng(1).integers(0, 400, size=(20_000, 400))]
+    naive = abs(drawn.mean(axis=1) - values.mean()) / (drawn.std(axis=1, ddof=1) / 20)
+    levels = [0.5, 0.9, 0.95, 0.99]
+    assert np.quantile(fast, levels) == pytest.approx(np.quantile(naive, levels), abs=0.05)
+
+
+def test_groups_of_several_sizes_are_studentised_as_by_hand():
+    rng = np.random.default_rng(8)
+    sums, sizes = rng.normal(size=12), rng.integers(1, 5, size=12).astype(float)
+    mean = sums.sum() / sizes.sum()
+    far = common.resampled_distances(sums - mean * sizes, sizes, 0.0, 5, np.random.default_rng(0))
+    picks = np.random.default_rng(0).integers(0, 12, size=(5, 12), dtype=np.int32)
+    for pick, value in zip(picks, far, strict=True):
+        drawn = sums[pick].sum() / sizes[pick].sum()
+        error = np.sqrt(12 / 11 * sum((sums[g] - drawn * sizes[g]) ** 2 for g in pick)) / sizes[pick].sum()
+        assert value == pytest.approx(abs(drawn - mean) / error)
+
+
+def test_copies_in_a_group_add_no_certainty():
+    values = np.random.default_rng(6).normal(size=50)
+    groups = [str(i) for i in range(50) for _ in range(10)]
+    assert common.bootstrap_mean(np.repeat(values, 10), groups) == pytest.approx(common.bootstrap_mean(values))
+
+
+def test_blocks_bound_the_bootstraps_memory_without_changing_the_answer(monkeypatch):
+    values = np.random.default_rng(7).normal(size=300)
+    whole = common.bootstrap_mean(values)
+    monkeypatch.setattr(common, "BOOTSTRAP_NUMBERS", 7_000)
+    assert common.bootstrap_mean(values) == pytest.approx(whole)
+
+
+def test_bootstrap_edges():
+    assert common.bootstrap_mean([1.0]) == (1.0, None, None, 1.0)
+    assert common.bootstrap_mean([0.0] * 5) == (0.0, 0.0, 0.0, 1.0)
+    assert common.bootstrap_mean([1.0] * 10) == (1.0, 1.0, 1.0, 2.0**-9)
+    assert common.bootstrap_mean([1.0] * 3) == (1.0, None, None, 0.25)
+    assert common.bootstrap_mean([1.0] * 4, ["x"] * 4)[3] == 1.0
+    for values, groups in (([], None), ([float("nan")] * 3, None), ([1.0] * 3, ["x", "y"])):
+        with pytest.raises(ValueError, match="equally long values and groups"):
+            common.bootstrap_mean(values, groups)

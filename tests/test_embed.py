@@ -24,7 +24,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from scipy import stats as scipy_stats
 
 import common
 from faulty_proxy import FaultyProxy
@@ -171,6 +170,112 @@ def test_vectors_are_those_of_plain_open_clip(world, tmp_path, precision, least)
     assert facts[b"precision"] == f"{precision}/{precision}".encode()
 
 
+def wide_and_tall_photos(folder: Path) -> Path:
+    """A cleaned catalogue of photos of many shapes, whose things reach to all four sides; returns its CSV."""
+    from PIL import Image, ImageDraw, ImageFilter
+
+    lines = ["id,name,image_path,clean_title,style,material,color,object_type"]
+    for i, size in enumerate([(300, 900), (900, 300), (500, 400), (240, 700), (640, 200), (400, 400)] * 4):
+        color, kind, draw_color = list(COLORS)[i % 4], TYPES[i // 6], list(COLORS.values())[i % 4]
+        image = Image.new("RGB", size, (225, 215 - 5 * i, 205))
+        draw, (w, h) = ImageDraw.Draw(image), size
+        draw.rectangle((0, h * 0.1, w * 0.9, h * 0.3 + i), fill=draw_color)
+        draw.ellipse((w * 0.1, h * 0.5, w, h), fill=draw_color[::-1])
+        image.filter(ImageFilter.GaussianBlur(2)).save(folder / f"{i}.jpg", quality=95)
+        lines.append(f"{i},{color} {kind} {i},{i}.jpg,{color} {kind} {i},modern,wood,{color},{kind}")
+    (folder / "cleaned.csv").write_text("\n".join(lines))
+    return folder / "cleaned.csv"
+
+
+def test_plain_open_clips_own_preprocess_gives_the_vectors_of_wide_and_tall_photos(tmp_path):
+    import open_clip
+    from PIL import Image
+
+    small, train = ROOT / "tests/small_clip", importlib.import_module("3_train")
+    prepare = ["--input", str(wide_and_tall_photos(tmp_path)), "--output", str(tmp_path / "shards"), "--workers", "1"]
+    assert importlib.import_module("2_prepare").main([*prepare, "--model", f"local-dir:{small}"]) == 0
+    clip = common.load_clip(str(small))
+    with torch.no_grad():
+        clip.model.visual.proj.mul_(torch.linspace(0.5, 2, clip.model.visual.proj.shape[1]))
+    train.save_clip(clip, tmp_path / "model")
+    flags = ["--shards", str(tmp_path / "shards"), "--model", f"local-dir:{small}", "--precision", "fp32"]
+    output = tmp_path / "master.parquet"
+    assert stage.main([*flags, "--finetuned", str(tmp_path / "model"), "--output", str(output)]) == 0
+    rows, found = pq.read_table(output), []
+    photos = [Image.open(tmp_path / path) for path in rows["image_path"].to_pylist()]
+    for options in ({}, {"image_resize_mode": "shortest"}):
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}", **options)
+        with torch.no_grad():
+            theirs = model.eval().encode_image(torch.stack(list(map(preprocess, photos))), normalize=True)
+        found.append((matrix(output, "finetuned_embedding") * theirs.numpy()).sum(axis=1))
+    own, cropped = found
+    oblong = np.array([max(photo.size) > min(photo.size) for photo in photos])
+    assert len(rows) == 24 and own.min() > 0.99 and own.mean() > 0.997  # the rest is JPEG, and the filter that scales
+    assert cropped[oblong].mean() < 0.9
+    assert "centre_crop" in json.loads((tmp_path / "report.json").read_text())["base"]
+
+
+def test_a_centre_crop_is_found_in_a_letterboxed_picture_only_where_the_photo_is_not_square():
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 200, (96, 240, 3), dtype=np.uint8)
+    for photo, side in (
+        (noise, 96),
+        (noise.transpose(1, 0, 2), 96),
+        (noise[:, :96], None),  # square
+        (np.pad(noise[:, :96], ((40, 40), (40, 40), (0, 0)), constant_values=255), None),  # a product on white
+        (np.full((96, 240, 3), 255, np.uint8), None),
+    ):
+        square = common.letterbox(Image.fromarray(photo), 240 if side else max(photo.shape))
+        crop = stage.centre_crop(torch.from_numpy(np.array(square)).permute(2, 0, 1))
+        assert (crop is None) == (side is None)
+        if side:
+            middle = Image.fromarray(photo[:, 72:168] if photo.shape[0] == 96 else photo[72:168])
+            expected = np.array(middle.resize((240, 240), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            assert abs(crop.int().numpy() - expected).mean() < 1
+
+
+def test_the_report_says_where_a_centre_crop_serves_the_base_better(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "centre_crop", lambda pixels: pixels.flip(1))
+    judged = []
+
+    def judge(images, texts, items):
+        judged.append(images)
+        return {"mrr": np.full(len(items), 0.3 if len(judged) % 2 else 0.5)}
+
+    shards = stage.open_shards(str(world / "shards"), ("test",), tmp_path, stage.EmbeddingConfig())
+    encoder = stage.Encoder(common.load_clip(str(world / "base")), "fp32", tmp_path, 16)
+    rows, _ = stage.make_vectors(shards, [encoder], stage.EmbeddingConfig(), common.World("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "judge", judge)
+        crop = stage.judge_centre_crop(shards, rows, encoder)
+    assert crop["photos"] == len(rows) and crop["difference"] == pytest.approx(0.2) and crop["value"] == 0.5
+    tested = rows.reset_index(drop=True)
+    flipped = [common.encode(encoder.clip, stage.centre_crop(common.decode_jpeg(row["jpg"], 32))[None])[0]
+               for row in items_of()["test"]]  # fmt: skip
+    assert len(tested) == len(flipped) and abs(judged[1] - torch.stack(flipped).numpy()).max() < 1e-5
+    models = [(stage.Run("zero_shot", "x"), encoder), (stage.Run("other", "y", folder=tmp_path), encoder)]
+    for facts, says in ((crop, True), (crop | {"difference": -0.1}, False), ({}, False)):
+        stage.make_report(shards, rows, models, tmp_path, facts)
+        assert ("serves the base better: MRR 0.500, +0.200" in capsys.readouterr().out) == says
+        assert ("serves the base better" in (tmp_path / "report.html").read_text()) == says
+
+
+def test_the_model_card_gets_the_numbers_of_the_test_split(world, out):
+    folder = make_run(out / "runs" / "carded", seed=1)
+    card = folder / "model" / "README.md"
+    card.write_text(f"before\n{common.CARD_TEST[0]}\nnothing yet\n{common.CARD_TEST[1]}\nafter\n")
+    for _ in range(2):
+        assert embed(world, out, "--finetuned", str(folder)) == 0
+        report = json.loads((out / "report.json").read_text())
+        facts = report["runs"][0]["metrics"]["mrr"]
+        text = card.read_text()
+        assert text.startswith(f"before\n{common.CARD_TEST[0]}\nOn the test split, {report['items']} products")
+        assert text.endswith(f"{common.CARD_TEST[1]}\nafter\n") and "nothing yet" not in text
+        interval = f"{facts['difference']:+.3f} | {stage.shown_interval(facts)} | {facts['p_holm']:.4f} |"
+        assert f"| both ways  MRR | {report['base']['metrics']['mrr']:.3f} | {facts['value']:.3f} | {interval}" in text
+
+
 def test_rows_stand_as_in_the_shards_and_the_metadata_names_the_models(world):
     table = pq.read_table(world / "out/master.parquet")
     splits = items_of()
@@ -296,7 +401,8 @@ def test_dead_after_every_write_it_ends_with_the_same_bytes(world, out, monkeypa
         everything += writes
         kept = now
     prompts = {row["txt"] for some in items_of().values() for row in some}
-    assert everything.count("vectors") == 2 * (-(-72 // 32) + -(-len(prompts) // 32))
+    crops = 1  # the base's vectors of the test split's pictures as a centre crop would show them
+    assert everything.count("vectors") == 2 * (-(-72 // 32) + -(-len(prompts) // 32)) + crops
     assert everything[-5:] == ["queries.parquet", "report.html", "report.json", "master.parquet.json", "master.parquet"]
     for name in ("master.parquet", "report.json", "report.html", "queries.parquet"):
         assert (out / name).read_bytes() == (world / "out" / name).read_bytes()
@@ -342,7 +448,8 @@ def test_killed_while_it_computes_it_goes_on(world, tmp_path, monkeypatch):
         monkeypatch.setattr(stage.Encoder, method, watched(getattr(stage.Encoder, method), calls))
     assert embed(world, tmp_path / "out", shards=shards) == 0
     made = len(kept_vectors(tmp_path / "out"))
-    assert sum(count for _, count in calls) == made - len(kept), "what was there is not made again"
+    square = 24  # pictures of the test split whose centre crop is the picture itself
+    assert sum(count for _, count in calls) == made - len(kept) - square, "what was there is not made again"
     assert embed(world, tmp_path / "new", shards=shards) == 0
     assert kept_vectors(tmp_path / "out") == kept_vectors(tmp_path / "new")
     ours, theirs = (tmp_path / name / "master.parquet" for name in ("out", "new"))
@@ -357,7 +464,7 @@ def test_nothing_changed_nothing_computed_and_the_file_is_left_alone(world, tmp_
     monkeypatch.setattr(stage.Encoder, "images", None)  # calling it would raise
     monkeypatch.setattr(stage.Encoder, "texts", None)
     assert embed(world, tmp_path) == 0
-    assert "computed: 0 pictures, 0 prompts" in capsys.readouterr().out
+    assert "computed: 0 pictures, 0 texts" in capsys.readouterr().out
     assert path.stat().st_mtime_ns == before
 
 
@@ -392,7 +499,10 @@ def test_each_picture_is_decoded_once_for_both_models(world, tmp_path, monkeypat
     decode, decoded = common.decode_jpeg, []
     monkeypatch.setattr(common, "decode_jpeg", lambda data, size: decoded.append(data) or decode(data, size))
     assert embed(world, tmp_path) == 0
-    assert len(decoded) == len({*decoded}) == 72
+    assert len(decoded) == 72 + 24 and len({*decoded}) == 72  # those of the test split are looked at for their frame
+    decoded.clear()
+    assert embed(world, tmp_path, "--finetuned", str(world / "runs/text_lora")) == 0
+    assert len(decoded) == 72  # but once only
 
 
 def test_equal_pictures_and_prompts_are_computed_once(world, tmp_path):
@@ -764,136 +874,6 @@ def test_equal_vectors_get_equal_scores_wherever_they_stand():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Holm's correction and the paired bootstrap
-
-
-def test_holm_against_the_definition():
-    assert stage.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    rng = np.random.default_rng(0)
-    for count in range(1, 8):
-        p = rng.random(count) ** 2
-        ordered = sorted(p)
-        naive = [max(min(1, (count - j) * ordered[j]) for j in range(ordered.index(x) + 1)) for x in p]
-        assert stage.holm(p) == pytest.approx(naive)
-    assert stage.holm([]) == []
-    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
-        stage.holm([0.1, float("nan")])
-
-
-def covers(draw, truth, cases=1000):
-    hits = 0
-    for case in range(cases):
-        b, groups = draw()
-        result = stage.paired_bootstrap(np.zeros(len(b)), b, draws=499, seed=case, groups=groups)
-        hits += result["low"] <= truth <= result["high"]
-    return hits / cases
-
-
-@pytest.mark.parametrize("count", [50, 100, 200])
-@pytest.mark.parametrize("kind", ["normal", "skewed", "recall", "reciprocal", "clusters"])
-def test_the_bootstrap_interval_covers_the_truth(kind, count):
-    rng = np.random.default_rng(count)
-
-    def clusters():
-        groups = np.repeat(np.arange(count), rng.integers(1, 4, size=count))
-        return rng.normal(size=count)[groups] + 0.3 * rng.normal(size=len(groups)), groups
-
-    worse = (1 / np.arange(1, 20)).mean() - (1 / np.arange(1, 15)).mean()
-    draw, truth = {
-        "normal": (lambda: (rng.normal(size=count), None), 0),
-        "skewed": (lambda: (rng.exponential(size=count), None), 1),
-        "recall": (lambda: (rng.choice([-1.0, 0, 1], size=count, p=[0.1, 0.7, 0.2]), None), 0.1),
-        "reciprocal": (
-            lambda: (1 / rng.integers(1, 20, size=count) - 1 / rng.integers(1, 15, size=count), None),
-            worse,
-        ),
-        "clusters": (clusters, 0),
-    }[kind]
-    assert 0.93 <= covers(draw, truth) <= 0.97
-
-
-def test_p_agrees_with_the_interval_and_with_the_t_test():
-    rng = np.random.default_rng(3)
-    seen = set()
-    for case in range(300):
-        b = rng.normal(0.25, 1, size=60) if case % 2 else rng.choice([-1.0, 0, 1], size=60, p=[0.1, 0.65, 0.25])
-        result = stage.paired_bootstrap(np.zeros(60), b, draws=1000, seed=case)
-        outside = result["low"] > 0 or result["high"] < 0
-        seen.add(outside)
-        assert (result["p"] <= 0.05) == outside
-        if case % 2:
-            assert result["p"] == pytest.approx(scipy_stats.ttest_1samp(b, 0).pvalue, abs=0.07)
-    assert seen == {True, False}
-
-
-def test_exchanging_the_models_mirrors_the_difference():
-    rng = np.random.default_rng(4)
-    a, b = rng.normal(size=80), rng.normal(0.4, 1, size=80)
-    there, back = stage.paired_bootstrap(a, b), stage.paired_bootstrap(b, a)
-    assert there["difference"] == pytest.approx((b - a).mean()) and back["difference"] == -there["difference"]
-    ends = (-there["high"], -there["low"], there["p"])
-    assert (back["low"], back["high"], back["p"]) == pytest.approx(ends)
-    assert stage.paired_bootstrap(a, b, seed=stage.SEED) == there != stage.paired_bootstrap(a, b, seed=1)
-
-
-def test_few_kinds_of_groups_have_the_distribution_of_drawn_groups():
-    values = np.random.default_rng(5).choice([-1.0, 0, 1], size=400, p=[0.1, 0.6, 0.3])
-    residuals, ones = values - values.mean(), np.ones(400)
-    fast = stage.resampled_distances(residuals, ones, 0.0, 20_000, np.random.default_rng(0))
-    drawn = values[np.random.default_rng(1).integers(0, 400, size=(20_000, 400))]
-    naive = abs(drawn.mean(axis=1) - values.mean()) / (drawn.std(axis=1, ddof=1) / 20)
-    assert np.quantile(fast, [0.5, 0.9, 0.95, 0.99]) == pytest.approx(
-        np.quantile(naive, [0.5, 0.9, 0.95, 0.99]), abs=0.05
-    )
-
-
-def test_groups_of_several_sizes_are_studentised_as_by_hand():
-    rng = np.random.default_rng(8)
-    sums, sizes = rng.normal(size=12), rng.integers(1, 5, size=12).astype(float)
-    mean = sums.sum() / sizes.sum()
-    far = stage.resampled_distances(sums - mean * sizes, sizes, 0.0, 5, np.random.default_rng(0))
-    picks = np.random.default_rng(0).integers(0, 12, size=(5, 12), dtype=np.int32)
-    for pick, value in zip(picks, far, strict=True):
-        drawn = sums[pick].sum() / sizes[pick].sum()
-        error = np.sqrt(12 / 11 * sum((sums[g] - drawn * sizes[g]) ** 2 for g in pick)) / sizes[pick].sum()
-        assert value == pytest.approx(abs(drawn - mean) / error)
-
-
-def test_copies_in_a_group_add_no_certainty():
-    rng = np.random.default_rng(6)
-    values = rng.normal(size=50)
-    once = stage.paired_bootstrap(np.zeros(50), values)
-    copied = stage.paired_bootstrap(
-        np.zeros(500), np.repeat(values, 10), groups=[str(i) for i in range(50) for _ in range(10)]
-    )
-    assert copied == pytest.approx(once)
-
-
-def test_blocks_bound_memory_without_changing_the_answer(monkeypatch):
-    values = np.random.default_rng(7).normal(size=300)
-    whole = stage.paired_bootstrap(np.zeros(300), values)
-    monkeypatch.setattr(stage, "BOOTSTRAP_NUMBERS", 7_000)
-    blocks = stage.paired_bootstrap(np.zeros(300), values)
-    assert blocks == pytest.approx(whole)
-
-
-def test_bootstrap_edges():
-    def found(*scores, **more):
-        return tuple(stage.paired_bootstrap(*scores, **more)[name] for name in ("difference", "low", "high", "p"))
-
-    assert found([1.0], [2.0]) == (1.0, None, None, 1.0)
-    assert found([1.0] * 5, [1.0] * 5) == (0.0, 0.0, 0.0, 1.0)
-    assert found([0.0] * 10, [1.0] * 10) == (1.0, 1.0, 1.0, 2.0**-9)
-    assert found([0.0] * 3, [1.0] * 3) == (1.0, None, None, 0.25)
-    assert found([0.0] * 4, [1.0] * 4, groups=["x"] * 4)[3] == 1.0
-    for a, b in [([], []), ([1.0], [1.0, 2.0]), ([float("nan")] * 3, [1.0] * 3)]:
-        with pytest.raises(ValueError):
-            stage.paired_bootstrap(a, b)
-    with pytest.raises(ValueError, match="equally long scores and groups"):
-        stage.paired_bootstrap([0.0] * 3, [1.0] * 3, groups=["x", "y"])
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Search in blocks
 
 
@@ -1038,9 +1018,8 @@ def test_reports_of_folds_are_one_report_over_all_their_queries(world, tmp_path,
     tables = [pq.read_table(folder / "queries.parquet") for folder in folders]
     base, fine = (np.concatenate([t[f"{n}/mrr"].to_numpy() for t in tables]) for n in ("zero_shot", "dual_lora"))
     draws = np.concatenate([tables[0]["draw"].to_numpy(), tables[1]["draw"].to_numpy() + 1000])
-    found = stage.paired_bootstrap(base, fine, groups=draws)
     mrr = whole["runs"][0]["metrics"]["mrr"]
-    assert (mrr["low"], mrr["high"]) == pytest.approx((found["low"], found["high"]))
+    assert (mrr["low"], mrr["high"]) == pytest.approx(common.bootstrap_mean(fine - base, draws)[1:3])
     assert "2 folds share" in (tmp_path / "proof/report.html").read_text()
 
 
@@ -1064,7 +1043,7 @@ def test_holm_is_over_every_difference_shown():
     base = {name: rng.random(60) for name in stage.METRICS}
     better = {name: np.minimum(values + rng.random(60) * 0.5, 1) for name, values in base.items()}
     nearly = {name: values + rng.normal(0, 0.1, 60) for name, values in base.items()}
-    found = stage.compare(base, [better, nearly], np.arange(60), 2000, 1)
+    found = stage.compare(base, [better, nearly], np.arange(60))
     everything = [facts for metrics in found for facts in metrics.values()]
     assert len(everything) == 2 * len(stage.METRICS)
     least = min(facts["p"] for facts in everything)
@@ -1075,23 +1054,39 @@ def test_holm_is_over_every_difference_shown():
     assert stage.verdict("a", unsure).endswith("], p = 0.0510 after Holm's correction")
     assert "a looks better, but that is not certain" in stage.verdict("a", unsure)
     assert "no difference to zero-shot is shown" in words[1]
-    worse, same = (m["mrr"] for m in stage.compare(better, [base, better], np.arange(60), 2000, 1))
+    worse, same = (m["mrr"] for m in stage.compare(better, [base, better], np.arange(60)))
     assert "c is WORSE than zero-shot" in stage.verdict("c", worse)
     assert stage.verdict("d", same) == f"d: no query differs from zero-shot, MRR {same['value']:.3f}"
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, None, None, 1)
 
 
+def test_an_attribute_that_few_queries_know_is_shown_but_counts_in_no_correction():
+    rng = np.random.default_rng(0)
+    base = {name: rng.random(60) for name in stage.METRICS}
+    few, enough = ("agreement@4_style", 19), ("agreement@4_color", 20)
+    for name, count in (few, enough):
+        base[name][count:] = np.nan
+    run = {name: values + rng.random(60) * 0.5 for name, values in base.items()}
+    found = stage.compare(base, [run], np.arange(60))[0]
+    assert "p" not in found[few[0]] and found[few[0]]["queries"] == 19 and found[few[0]]["low"] is not None
+    assert found[enough[0]]["queries"] == 20 and min(facts["p_holm"] for facts in found.values() if "p" in facts) == (
+        pytest.approx(min(facts["p"] for facts in found.values() if "p" in facts) * (len(stage.METRICS) - 1))
+    )
+    means = {name: stage.mean(values) for name, values in base.items()}
+    line = next(line for line in stage.table({"metrics": means}, [{"name": "run", "metrics": found}]).splitlines()
+                if "style" in line)  # fmt: skip
+    assert line.endswith("few") and f"{found[few[0]]['value']:.3f}" in line and "*" not in line
+
+
 def test_most_moved_queries_are_one_a_prompt():
-    items = pd.DataFrame({"image_id": [*"abcde"], "title": "t", "prompt": [*"ppqrs"]})
-    base, new = ({"text_to_image_rank": np.array(ranks)} for ranks in ([9, 4, 3, 1, 2], [1, 1, 2, 4, 2]))
-    for scores in (base, new):
-        scores["text_to_image_mrr"] = 1 / scores["text_to_image_rank"]
-    moved = stage.most_moved(items, base, new)
-    assert [query["item"] for query in moved["gained"]] == [0, 2] and [q["id"] for q in moved["lost"]] == ["d"]
+    ranks = {"zero_shot_rank": [9, 4, 3, 1, 2], "rank": [1, 1, 2, 4, 2]}
+    queries = pd.DataFrame({"item": range(5), "id": [*"abcde"], "title": "t", "prompt": [*"ppqrs"]} | ranks)
+    moved = stage.most_moved(queries)
+    assert [query["item"] for query in moved["gained"]] == [0, 2]
     assert moved["lost"] == [
         {"item": 3, "id": "d", "title": "t", "prompt": "r", "zero_shot_rank": 1, "rank": 4}
     ]  # fmt: skip
-    assert stage.most_moved(items, base, base) == {"gained": [], "lost": []}
+    assert stage.most_moved(queries.assign(rank=queries["zero_shot_rank"])) == {"gained": [], "lost": []}
 
 
 def test_the_page_stands_alone_and_shows_all_parts(world, tmp_path):
@@ -1118,17 +1113,310 @@ def test_the_page_stands_alone_and_shows_all_parts(world, tmp_path):
     assert page.count("<article>") == len(moved["gained"]) + len(moved["lost"]) <= 20
 
 
-def test_runs_of_one_name_are_told_apart_and_a_foreign_base_is_named(world, tmp_path, capsys):
-    run = make_run(tmp_path / "runs/dual_lora", seed=1)
-    (run / "train.json").write_text(
-        json.dumps({"scenario": "dual_lora", "model_dir": "model", "inputs": {"base_fingerprint": "another"}})
-    )
-    command = report_arguments(world, tmp_path)
-    assert stage.main([*command, "--run", str(run), "--run", str(run)]) == 0
+def test_runs_of_one_scenario_are_told_apart_by_their_folders_and_a_foreign_base_is_named(world, tmp_path, capsys):
+    facts = {"scenario": "dual_lora", "model_dir": "model", "inputs": {"base_fingerprint": "another"}}
+    runs = [make_run(tmp_path / name, seed=1) for name in ("dual_lora", "higher_rate", "old/higher_rate")]
+    for run in runs:
+        (run / "train.json").write_text(json.dumps(facts))
+    command = report_arguments(world, tmp_path / "report", "text_lora")
+    command += [part for run in (runs[0], *runs) for part in ("--run", str(run))]
+    assert stage.main(command) == 0
     assert "NOTE: dual_lora was not trained from" in capsys.readouterr().out
-    assert [run["name"] for run in json.loads((tmp_path / "report.json").read_text())["runs"]] == [
-        "dual_lora", "dual_lora (2)"
-    ]  # fmt: skip
+    names = [run["name"] for run in json.loads((tmp_path / "report/report.json").read_text())["runs"]]
+    place = tmp_path.name
+    assert names == ["text_lora", f"dual_lora ({place}/dual_lora)", f"dual_lora ({place}/higher_rate)",
+                     "dual_lora (old/higher_rate)"]  # fmt: skip
+    assert stage.main([*report_arguments(world, tmp_path / "few"), "--run", str(runs[0]), "--run", str(runs[1])]) == 0
+    report = json.loads((tmp_path / "few/report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["dual_lora", "dual_lora (higher_rate)"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What shoppers type
+
+
+def naive_measure(scores: np.ndarray, gains: list[dict[int, float]]) -> dict[str, list[float]]:
+    """The definitions, written out; scores [Q, N], gains: {item: gain} of each query's right answers."""
+    found: dict[str, list[float]] = {name: [] for name in stage.QUERY_METRICS}
+    for row, gain in zip(scores, gains, strict=True):
+        order = sorted(range(len(row)), key=lambda j: (-row[j], gain.get(j, 0)))
+        places = [place for place, j in enumerate(order, 1) if j in gain]
+        for k in (1, 5, 10):
+            found[f"recall@{k}"].append(float(places[0] <= k))
+        found["mrr"].append(1 / places[0])
+        best = sorted(gain.values(), reverse=True)[:10]
+        ideal = sum(value / np.log2(place + 1) for place, value in enumerate(best, 1))
+        reached = sum(gain[j] / np.log2(place + 1) for place, j in enumerate(order[:10], 1) if j in gain)
+        found["ndcg@10"].append(reached / ideal)
+    return found
+
+
+def asked_of(gains: list[dict[int, float]], texts: list[str] | None = None) -> stage.Asked:
+    pairs = [(query, item, gain) for query, some in enumerate(gains) for item, gain in some.items()]
+    query, item, gain = (np.array(values) for values in zip(*pairs, strict=True))
+    return stage.Asked(texts or ["?"] * len(gains), query, item, gain.astype(float))
+
+
+def same_measures(found: dict, expected: dict) -> None:
+    for name, values in expected.items():
+        assert np.allclose(found[name], values, rtol=0, atol=1e-9), name
+    assert np.array_equal(found["rank"], np.round(1 / np.array(expected["mrr"])))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_measures_of_queries_against_their_definition(seed, monkeypatch):
+    """Small whole numbers as vectors: many ties, among right answers of several grades, too."""
+    monkeypatch.setattr(stage, "GALLERY", 7)
+    rng = np.random.default_rng(seed)
+    count, width, asked = int(rng.integers(1, 60)), int(rng.integers(1, 5)), int(rng.integers(1, 20))
+    queries, gallery = (rng.integers(-2, 3, (n, width)).astype(np.float32) for n in (asked, count))
+    gains = []
+    for _ in range(asked):
+        right = rng.choice(count, int(rng.integers(1, min(count, 15) + 1)), replace=False)
+        gains.append({int(j): float(rng.choice([0.5, 1, 1, 2, 3])) for j in right})
+    found = stage.judge_vectors(asked_of(gains), queries, lambda rows: gallery[rows], count)
+    same_measures(found, naive_measure(queries @ gallery.T, gains))
+
+
+def naive_bm25(query: str, titles: list[str], k1: float = 1.5, b: float = 0.75) -> list[float]:
+    """Lucene's BM25, as Kamphuis et al. 2020 write it."""
+    words = [re.findall(r"\w\w+", title.lower()) for title in titles]
+    mean = np.mean([len(some) for some in words])
+    scores = [0.0] * len(titles)
+    for word in set(re.findall(r"\w\w+", query.lower())):
+        df = sum(word in some for some in words)
+        for j, some in enumerate(words):
+            tf = some.count(word)
+            idf = np.log(1 + (len(titles) - df + 0.5) / (df + 0.5))
+            scores[j] += idf * tf / (tf + k1 * (1 - b + b * len(some) / mean))
+    return scores
+
+
+def test_words_in_titles_are_ranked_by_bm25(monkeypatch):
+    monkeypatch.setattr(common, "BLOCK_SCORES", 100)
+    rng = np.random.default_rng(0)
+    words = ["grey", "sofa", "oak", "table", "blue", "lamp", "für", "kinder"]
+    titles = [" ".join(rng.choice(words, int(rng.integers(1, 6)))) for _ in range(40)] + ["", "?"]
+    texts = [" ".join(rng.choice(words, 2, replace=False)).title() for _ in range(30)] + ["nobody", "!"]
+    gains = [{int(j): 1.0 for j in rng.choice(42, 3, replace=False)} for _ in texts]
+    scores = np.array([naive_bm25(text, titles) for text in texts]).astype(np.float32)
+    same_measures(stage.judge_words(asked_of(gains, texts), titles), naive_measure(np.round(scores, 5), gains))
+    nothing = stage.judge_words(asked_of([{0: 1.0}], ["grey"]), ["", "?"])
+    assert nothing["rank"].tolist() == [2], "without a word in common nothing is found"
+
+
+def test_many_queries_over_a_large_catalogue_need_no_full_matrix():
+    rng = np.random.default_rng(0)
+    queries, gallery = (rng.normal(size=(n, 8)).astype(np.float32) for n in (2000, 30_000))
+    gains = [{int(j): 1.0} for j in rng.integers(0, len(gallery), len(queries))]
+    titles = [f"sofa {number % 500} red" for number in range(len(gallery))]
+    asked = asked_of(gains, [f"red {number % 700}" for number in range(len(queries))])
+    for judge in (lambda: stage.judge_vectors(asked, queries, lambda rows: gallery[rows], len(gallery)),
+                  lambda: stage.judge_words(asked, titles)):  # fmt: skip
+        tracemalloc.start()
+        found = judge()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 100e6 < 4 * len(queries) * len(gallery) and len(found["mrr"]) == 2000
+
+
+LINES = [("Red Chair", 60, 3), ("red chair", 48, 1), ("red  chair ", 60, 2), ("blue lamp", 55, 1), ("blue lamp", 3, 1),
+         ("table", 5, 2), ("table", 6, 1), ("", 50, 1), ("bed", 999, 1), ("rustic bed", 57, 1), ("rustic bed", 70, 0),
+         ("green bed", 49, 2), ("green bed", 41, 1), *((f"{COLORS_} thing", 40 + n, 1 + n % 3)
+         for n, COLORS_ in enumerate(list(COLORS) * 2))]  # fmt: skip
+
+
+def write_queries(path: Path, lines=LINES, header: str = "Query;ID;Grade") -> Path:
+    rows = [f'"{query}";"00.{i}/ä";{grade}' for query, i, grade in lines]
+    rows = rows if header.count(";") == 2 else [row.rpartition(";")[0] for row in rows]
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8-sig")
+    return path
+
+
+def test_the_report_judges_what_people_type_over_the_whole_catalogue(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stage, "CHOOSING", 3)
+    path = write_queries(tmp_path / "queries.csv")
+    command = [*report_arguments(world, tmp_path / "report", "dual_lora"), "--queries", str(path)]
+    assert stage.main(command) == 0
+    printed, report = capsys.readouterr().out, json.loads((tmp_path / "report/report.json").read_text())
+    facts, rows = report["queries"], [row for some in items_of().values() for row in some]
+    assert facts["left_out"] == {"empty query": 1, "product not in the catalogue": 1, "duplicate": 1, "grade 0": 1}
+    assert facts["rows"] == len(LINES) == facts["right_answers"] + 4 and facts["made_up"] == 0
+    gains = {"Red Chair": {60: 3, 48: 1}, "rustic bed": {57: 1}, "green bed": {49: 2, 41: 1}}
+    seen, mixed = {"table": {5: 2, 6: 1}}, {"blue lamp": {55: 1, 3: 1}}
+    chooses = {"green bed": {49: 2, 41: 1}}
+    for color in COLORS:
+        gains[f"{color} thing"] = chooses[f"{color} thing"] = {}
+    for query, i, grade in LINES[-8:]:
+        gains[query][i] = grade
+    assert facts["queries"] == len(gains) + 2 and facts["judged"]["queries"] == len(gains)
+    vectors = {}
+    for kind, folder in (("base", world / "base"), ("finetuned", world / "runs/dual_lora/model")):
+        clip = common.load_clip(f"local-dir:{folder}")
+        pictures = matrix(world / "out/master.parquet", f"{kind}_embedding")
+        titles = common.encode(clip, captions=[row["title"] for row in rows]).numpy()
+
+        def scores(asked, gallery, clip=clip):
+            return (common.encode(clip, captions=list(asked)).numpy().astype(float) @ gallery.T).astype(np.float32)
+
+        vectors[kind] = (scores, pictures, titles)
+        for part, asked in (("judged", gains), ("all", seen), ("some", mixed)):
+            expected = naive_measure(scores(asked, pictures), list(asked.values()))
+            for name, values in expected.items():
+                run = facts["judged"]["runs"][0]["metrics"][name]
+                value = facts["judged"]["base"]["metrics"][name] if kind == "base" else run["value"]
+                if part != "judged":
+                    beside = next(one for one in facts["beside"] if one["in_training"] == part)
+                    value = beside["means"]["zero_shot" if kind == "base" else "dual_lora"][name]
+                assert value == pytest.approx(np.mean(values), abs=1e-6), (kind, part, name)
+    assert facts["judged"]["runs"][0]["verdict"] in printed
+    assert all(facts["p"] <= facts["p_holm"] for facts in facts["judged"]["runs"][0]["metrics"].values())
+
+    scores, pictures, titles = vectors["finetuned"]
+    means = []
+    for weight in stage.WEIGHTS:
+        both = weight * pictures + (1 - weight) * titles
+        both /= np.linalg.norm(both, axis=1, keepdims=True)
+        means.append(np.mean(naive_measure(scores(chooses, both), list(chooses.values()))["ndcg@10"]))
+    assert facts["ways"]["chosen_on"] == len(chooses)
+    assert means[stage.WEIGHTS.index(facts["ways"]["weight"])] == pytest.approx(max(means), abs=1e-6)
+    left = {query: some for query, some in gains.items() if query not in chooses}
+    weight, ways = facts["ways"]["weight"], facts["ways"]
+    assert ways["queries"] == len(left) == 2, "what chose the weight does not judge the mixture"
+    both = weight * pictures + (1 - weight) * titles
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    words = np.array([naive_bm25(query, [row["title"] for row in rows]) for query in left])
+    expected = [np.round(words, 5), *(scores(left, gallery) for gallery in (titles, pictures, both))]
+    values = [ways["base"]["metrics"], *({n: f["value"] for n, f in run["metrics"].items()} for run in ways["runs"])]
+    for one, theirs in zip(values, expected, strict=True):
+        for name, numbers in naive_measure(theirs, list(left.values())).items():
+            assert one[name] == pytest.approx(np.mean(numbers), abs=1e-6)
+
+
+def test_queries_of_one_product_are_drawn_together_and_embed_says_what_report_says(world, tmp_path):
+    words = [f"{word} {kind}" for kind in TYPES for word in "abcdef"]
+    lines = [(query, 48 + number % 12, 1) for number, query in enumerate(words)]
+    path = write_queries(tmp_path / "queries.csv", lines, "query;id")
+    assert embed(world, tmp_path / "out", "--queries", str(path), "--vectors", str(world / "out/vectors")) == 0
+    command = [*report_arguments(world, tmp_path / "report", "dual_lora"), "--queries", str(path)]
+    assert stage.main(command) == 0
+    facts, again = (json.loads((tmp_path / name / "report.json").read_text())["queries"] for name in ("out", "report"))
+    assert facts == again and facts["judged"]["queries"] == 24 and facts["judged"]["independent"] == 12
+    ways = facts["ways"]
+    assert (ways["run"], ways["weight"], ways["chosen_on"], ways["queries"]) == ("dual_lora", 0.5, 0, 24)
+    worst = [query["rank"] for query in facts["moved"]["worst"]]
+    assert worst == sorted(worst, reverse=True) and len(worst) == 10 and facts["moved"]["gained"]
+    assert (tmp_path / "out/master.parquet").is_file() and facts["left_out"] == {}
+
+
+def test_queries_that_were_all_trained_on_judge_nothing(world, tmp_path, capsys):
+    path = write_queries(tmp_path / "queries.csv", [("red chair", 1, 1), ("blue bed", 2, 1)], "query;id")
+    assert stage.main([*report_arguments(world, tmp_path, "dual_lora"), "--queries", str(path)]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())["queries"]
+    assert facts["judged"] is None and facts["ways"] is None and facts["beside"][0]["queries"] == 2
+    assert "none can judge" in capsys.readouterr().out and "none can judge" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["no such CSV"]),
+        ("", ["needs one column query", "nothing"]),
+        ("words,id\na,00.1/ä\n", ["needs one column query", "words, id"]),
+        ("query,id,id\na,1,2\n", ["one column id"]),
+        ("query,id,grade\na,00.1/ä,good\n", ["row 1", "grade 'good'", "no number"]),
+        ("query,id,weight\na,00.1/ä,1\nb,00.1/ä,-1\n", ["row 2", "weight '-1'"]),
+        ("query,id,grade\na,00.1/ä,\n", ["row 1", "grade ''"]),
+        ("query,id,grade,weight\na,00.1/ä,1,1\n", ["grade and a column weight"]),
+        ("query,id\na, b,00.1/ä\n", ["row 1", "more fields", "quote"]),
+        ('query,id\n"a,00.1/ä\n', ["not a readable CSV"]),
+        ("query,id\na,1\nb,2\n", ["no query with a right answer", "2 product not in the catalogue"]),
+        ("query,id\n\n", ["no rows"]),
+    ],
+)
+def test_a_broken_file_of_queries_gets_one_line(world, tmp_path, capsys, content, words):
+    path = tmp_path / "queries.csv"
+    if content is not None:
+        path.write_text(content)
+    one_line(capsys, embed(world, tmp_path, "--queries", str(path)), "queries.csv", *words)
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_queries_are_made_up_for_a_person_to_correct(world, tmp_path, capsys):
+    output, master = tmp_path / "queries.csv", str(world / "out/master.parquet")
+    command = ["queries", "--embeddings", master, "--output", str(output), "--count", "8"]
+    assert stage.main(command) == 0 and "MADE UP" in capsys.readouterr().out
+    rows, items = pd.read_csv(output, dtype=str), {row["id"]: row for some in items_of().values() for row in some}
+    assert list(rows.columns) == ["query", "id", "source"] and set(rows["source"]) == {"made up"}
+    split = {row["id"]: name for name, some in items_of().items() for row in some}
+    for query, ids in rows.groupby("query")["id"]:
+        assert query == query.lower() and len(query.split()) <= 5
+        assert not {"a", "an", "photo", "of", "for", "home"} & set(query.split())
+        names = {common.SYNONYMS.get(word, word) for word in query.split()}
+        fit = [id for id, row in items.items() if names <= {row["color"], row["style"], row["object_type"]}]
+        assert sorted(ids) == sorted(fit), "all products that fit are right answers"
+    assert len({*rows["query"]}) <= 8 and {"train"} < {split[id] for id in rows["id"]}
+    one_line(capsys, stage.main(command), "is there already", "corrections")
+    again = [*command[:-3], str(tmp_path / "again.csv"), "--count", "8"]
+    assert stage.main(again) == 0 and (tmp_path / "again.csv").read_bytes() == output.read_bytes()
+    capsys.readouterr()
+    assert stage.main([*report_arguments(world, tmp_path, "dual_lora"), "--queries", str(output)]) == 0
+    assert f"{rows['query'].nunique()} of the queries are made up" in capsys.readouterr().out
+    assert "nobody typed them" in (tmp_path / "report.html").read_text()
+    one_line(capsys, stage.main(["queries", "--embeddings", "none", "--output", str(tmp_path / "x")]), "no such file")
+
+
+def test_the_samples_queries_use_other_words_than_its_prompts(tmp_path):
+    import sample
+
+    rows, left_out = common.read_queries(sample.write_queries(tmp_path, 300), [p.id for p in sample.products(300)])
+    assert left_out == {"product not in the catalogue": 1, "empty query": 1} and rows["gain"].min() >= 1
+    truth = {item.id: item for item in sample.products(300)}
+    back = {other: word for word, other in sample.SYNONYMS.items()}
+    for query, id in zip(rows["query"], rows["id"], strict=True):
+        names = {back.get(word, word) for word in query.split()}
+        assert names <= {truth[id].color, truth[id].material, truth[id].style, truth[id].object_type}
+    words = {word for query in rows["query"] for word in query.split()}
+    assert {"couch", "gray", "bookshelf"} <= words and not {"sofa", "grey", "bookcase", "wardrobe", "photo"} & words
+    assert rows["query"].nunique() > 200
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A slim file to serve from
+
+
+def test_export_writes_ids_and_fine_tuned_vectors_alone(world, tmp_path, capsys):
+    import duckdb
+
+    path, master = tmp_path / "vectors.parquet", world / "out/master.parquet"
+    command = ["export", "--embeddings", str(master), "--output", str(path)]
+    whole, ids = matrix(master, "finetuned_embedding"), [row["id"] for some in items_of().values() for row in some]
+    for dtype in (np.float32, np.float16):
+        assert stage.main([*command, "--dtype", np.dtype(dtype).name]) == 0
+        table = pq.read_table(path)
+        assert table.column_names == ["id", "vector"] and table["id"].to_pylist() == ids
+        vectors = matrix(path, "vector")
+        assert vectors.dtype == dtype and np.array_equal(vectors, whole.astype(dtype))
+    assert table.schema.metadata[b"fingerprint"] == pq.read_schema(master).metadata[b"finetuned_fingerprint"]
+    assert table.schema.metadata[b"vector"] == b"picture"
+    assert "72 items, float16 [16] of picture" in capsys.readouterr().out
+    found = duckdb.sql(f"select id, list_dot_product(vector::float[], vector::float[]) from '{path}'").fetchall()
+    assert [id for id, _ in found] == ids and all(abs(length - 1) < 2e-3 for _, length in found)
+
+
+def test_export_writes_the_mixture_that_the_report_judged(world, tmp_path, capsys):
+    path, master = tmp_path / "vectors.parquet", world / "out/master.parquet"
+    command = ["export", "--embeddings", str(master), "--output", str(path), "--dtype", "float32"]
+    assert stage.main([*command, "--mixture", "0.7"]) == 0
+    clip = common.load_clip(f"local-dir:{world / 'runs/dual_lora/model'}")
+    titles = common.encode(clip, captions=[row["title"] for some in items_of().values() for row in some]).numpy()
+    both = 0.7 * matrix(master, "finetuned_embedding") + 0.3 * titles
+    assert np.allclose(matrix(path, "vector"), both / np.linalg.norm(both, axis=1, keepdims=True), atol=1e-6)
+    assert pq.read_schema(path).metadata[b"vector"] == b"0.7 picture + 0.3 title"
+    one_line(capsys, stage.main([*command, "--mixture", "1.5"]), "--mixture 1.5", "from 0 to 1")
+    one_line(capsys, stage.main([*command[:2], str(tmp_path / "none"), *command[3:]]), "no such file")
+    code = stage.main([*command, "--mixture", "0.7", "--model", f"local-dir:{world / 'base'}"])
+    one_line(capsys, code, "not the model that made the vectors")
 
 
 # --------------------------------------------------------------------------------------------------------------------

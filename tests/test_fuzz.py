@@ -126,7 +126,7 @@ def test_any_bytes_as_picture_are_one_or_a_reason(data):
         assert image.mode == "RGB" and min(image.size) > 0
     except common.BadImage as error:
         assert error.reason in {"empty file", "not an image", "truncated image", "broken image", "image too large",
-                                "unsupported image"}  # fmt: skip
+                                "image too small", "unsupported image"}  # fmt: skip
 
 
 @fuzz
@@ -285,8 +285,8 @@ class FakeAPI:
     def __call__(self, settings) -> FakeAPI:
         return self
 
-    def model(self) -> dict:
-        return {"id": "m"}
+    def model(self, name: str) -> dict:
+        return {"id": name}
 
     def upload(self, path: Path) -> str:
         self.uploads.append([json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()])

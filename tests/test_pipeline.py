@@ -142,7 +142,8 @@ def test_a_changed_variable_rebuilds_what_depends_on_it(finished):
     plan = make(data, "-n", "all", "SCENARIO=text_lora", "EPOCHS=2").stdout
     assert "--scenario text_lora" in plan and "2_prepare.py" not in plan
     plan = make(data, "-n", "all", "MODEL=ViT-B-32").stdout
-    assert "--model ViT-B-32" in plan and "--pretrained openai" in plan and "2_prepare.py" not in plan
+    assert plan.count("--model ViT-B-32") == 3 and "2_prepare.py" in plan and "1_clean.py" not in plan
+    assert "--pretrained" not in plan and "--image-size" not in plan  # weights and size follow the model
     plan = make(data, "-n", "all", "SEED=7").stdout
     assert "tests/sample.py" in plan and "2_prepare.py" in plan
     assert "Nothing to be done" in make(data, "all").stdout  # to look at a plan changes nothing
@@ -167,7 +168,7 @@ def test_the_proof_tests_on_every_product_and_makes_each_fold_once(finished):
 def test_a_key_and_a_catalogue_mean_the_real_job(finished, tmp_path):
     (tmp_path / "shop.csv").write_text("id,name,image_path\n")
     plan = make(tmp_path / "data", "-n", "all", "OPENAI_API_KEY=sk-x", f"CATALOGUE={tmp_path}/shop.csv").stdout
-    assert "openai_standin" not in plan and "--model ViT-B-32" in plan and "--pretrained openai" in plan
+    assert "openai_standin" not in plan and "--model ViT-B-32" in plan and "--pretrained" not in plan
     assert "sk-x" not in plan
 
 
@@ -176,20 +177,20 @@ def test_a_key_without_a_catalogue_pays_for_no_drawn_products(tmp_path):
     assert "openai_standin.py --state" in plan and "--poll-interval 0" in plan and "small_clip" in plan
 
 
-def test_the_flags_of_the_small_clip_are_for_it_alone(tmp_path):
+def test_every_model_is_trained_by_the_same_flags(tmp_path):
     def plan(*variables: str) -> str:
-        planned = ["make", "-n", "all", f"DATA={tmp_path}", *variables]
-        return subprocess.run(planned, cwd=ROOT, env=environment(), text=True, capture_output=True).stdout
+        planned = ["make", "-n", "train", f"DATA={tmp_path}", *variables]
+        printed = subprocess.run(planned, cwd=ROOT, env=environment(), text=True, capture_output=True).stdout
+        return next(line for line in printed.splitlines() if "3_train.py" in line)
 
     other, small = plan("MODEL=ViT-B-32"), plan()
-    assert "--model ViT-B-32" in other and "--epochs 5 " in other and "--lora-lr" not in other
-    assert "small_clip" in small and "--epochs 40 " in small and "--lora-lr 0.003" in small
+    assert small.replace("local-dir:tests/small_clip", "ViT-B-32") == other and "--epochs auto --seed 42" in small
 
 
 def test_a_failing_recipe_leaves_no_target(tmp_path):
     (tmp_path / "shop.csv").write_text("id,title\n1,a\n")
     ended = make(tmp_path / "data", "all", f"CATALOGUE={tmp_path}/shop.csv")
-    assert ended.returncode == 2 and "no column name, image_path" in ended.stdout and "Traceback" not in ended.stdout
+    assert ended.returncode == 2 and "no column image_path" in ended.stdout and "Traceback" not in ended.stdout
     assert not (tmp_path / "data/cleaned.csv").exists()
 
 
@@ -362,7 +363,7 @@ def test_a_changed_row_rebuilds_its_shard_its_vectors_and_its_row(finished):
     assert "1_clean.py" not in ended.stdout and "2_prepare.py" in ended.stdout
     assert {name for name, when in shards(data).items() if made[name] != when} == {"shards/test/shard-000000.tar"}
     assert model.read_bytes() == weights  # no training sample changed
-    assert "computed: 0 pictures, 1 prompts" in ended.stdout
+    assert "computed: 0 pictures, 2 texts" in ended.stdout
     after = rows_of(data)
     assert after[wanted]["title"] == "Unheard-of Thing" != before[wanted]["title"]
     assert {id for id in after if after[id] != before[id]} == {wanted}

@@ -385,17 +385,23 @@ def test_a_grown_catalogue_moves_nobody(shop, tmp_path, capsys):
 # The same bytes ------------------------------------------------------------------------------------------------------
 
 
-def test_of_rows_with_the_same_id_the_same_one_counts_in_any_order(tmp_path):
+def test_of_rows_with_the_same_id_the_first_usable_one_counts(tmp_path, capsys):
     rows = make_shop(tmp_path, 12)
-    rows += [rows[3] | {"name": "Another"}, rows[4] | {"image_path": ""}, rows[5] | {"image_path": "none.jpg"}]
-    rows += [rows[3] | {"name": "A third"}, rows[6], rows[7] | {"id": ""}]
-    made = []
-    for turn in range(4):
-        path = write_catalogue(tmp_path, random.Random(turn).sample(rows, len(rows)), f"{turn}.csv")
-        assert run(path, tmp_path / f"out{turn}", "--max-failed", "1") == common.DONE
-        made.append(content(tmp_path / f"out{turn}"))
-    assert made[0] == made[1] == made[2] == made[3]
-    assert made[0]["rejects.jsonl"].count(b"duplicate id") == 5 and made[0]["rejects.jsonl"].count(b"missing id") == 1
+    (tmp_path / "images/page.jpg").write_bytes(b"<html>")
+    paths = ("", "none.jpg", "images/page.jpg")
+    unusable = [row | {"image_path": path} for row, path in zip(rows, paths, strict=False)]
+    later = [rows[3] | {"name": "Another"}, rows[4] | {"image_path": "none.jpg"}, rows[5] | {"id": ""}]
+    path = write_catalogue(tmp_path, unusable + rows + later)
+    assert run(path, tmp_path / "out", "--max-failed", "0.06") == common.DONE  # one row has no id
+    found = samples(tmp_path / "out")
+    assert {id: one["image_path"] for id, one in found.items()} == {row["id"]: row["image_path"] for row in rows}
+    assert found[rows[3]["id"]]["row"]["name"] == rows[3]["name"]
+    rejects = [json.loads(line) for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()]
+    assert sorted((line["id"], line["reason"]) for line in rejects) == sorted([
+        (rows[0]["id"], "missing image_path"), (rows[1]["id"], "missing file"), (rows[2]["id"], "not an image"),
+        (rows[3]["id"], "duplicate id"), (rows[4]["id"], "duplicate id"), ("", "missing id"),
+    ])  # fmt: skip
+    assert "input 18 = written 12 + rejected 6" in capsys.readouterr().out
 
 
 def test_workers_row_order_and_folder_change_no_byte(shop, tmp_path):
@@ -658,7 +664,7 @@ def peak():
 
 for path in sys.argv[1:]:
     before = peak()
-    (photo,) = prepare.scan_photos(["0:0:" + path], prepare.PrepConfig())
+    (photo,) = prepare.scan_photos(["0:0:" + path], prepare.PrepConfig(image_size=224))
 print(photo.reason, peak() - before)
 """
     paths = [tmp_path / "usual.jpg", tmp_path / "huge.png"]
@@ -672,7 +678,7 @@ print(photo.reason, peak() - before)
 def test_photos_are_scaled_as_well_as_by_lanczos(tmp_path, side):
     """Above twice the size wanted a JPEG is decoded at a fraction first; smooth forms come out as from the whole."""
     picture(3, side).save(tmp_path / "a.jpg", quality=95)
-    (photo,) = prepare.scan_photos([f"0:0:{tmp_path / 'a.jpg'}"], prepare.PrepConfig(quality=100))
+    (photo,) = prepare.scan_photos([f"0:0:{tmp_path / 'a.jpg'}"], prepare.PrepConfig(image_size=224, quality=100))
     theirs = Image.open(tmp_path / "a.jpg").resize((224, 224), Image.LANCZOS)
     error = ((np.asarray(Image.open(io.BytesIO(photo.jpeg)), float) - np.asarray(theirs, float)) ** 2).mean()
     assert error < 255**2 / 10**4
@@ -808,6 +814,36 @@ def test_what_s3_refuses_is_told_before_the_scan(shop, bucket, capsys, monkeypat
         error = capsys.readouterr().err
         assert "s3://shop/p/" in error and "S3 answers 403" in error and "AWS_ACCESS_KEY_ID" in error
     assert time.monotonic() - start < 10
+
+
+# Size of the pictures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "side"), [
+    ("ViT-B-32", 224), ("ViT-B-32-SigLIP2-256", 256), ("local-dir:clip", 320), ("local-dir:small", 224),
+])  # fmt: skip
+def test_pictures_have_the_size_that_the_model_takes(tmp_path, monkeypatch, model, side):
+    monkeypatch.chdir(tmp_path)
+    for name, pixels in (("clip", [320, 320]), ("small", 32)):
+        (tmp_path / name).mkdir()
+        config = {"model_cfg": {"vision_cfg": {"image_size": pixels}}}
+        (tmp_path / name / "open_clip_config.json").write_text(json.dumps(config))
+    path = write_catalogue(tmp_path, make_shop(tmp_path, 12))
+    flags = ["--input", str(path), "--output", "shards", "--workers", "1"]
+    assert prepare.main([*flags, "--model", model]) == 0
+    assert json.loads((tmp_path / "shards/manifest.json").read_text())["settings"]["image_size"] == side
+    sizes = {Image.open(io.BytesIO(sample["jpg"])).size for sample in samples(tmp_path / "shards").values()}
+    assert sizes == {(side, side)}
+
+
+def test_a_model_that_is_not_there_or_takes_rectangles_gets_one_line(tmp_path, monkeypatch, capsys):
+    path = write_catalogue(tmp_path, make_shop(tmp_path, 4))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": {"image_size": [64, 32]}}}))
+    flags = ["--input", str(path), "--output", str(tmp_path / "shards"), "--workers", "1", "--model"]
+    for model, says in (("ViT-B-23", "nearest: ViT-B-32"), (f"local-dir:{tmp_path}", "64 x 32 px; only square")):
+        assert prepare.main([*flags, model]) == 1
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "shards").exists()
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

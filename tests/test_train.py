@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -433,15 +434,19 @@ def test_an_export_loads_in_plain_open_clip_with_its_own_preprocessing(tmp_path,
     assert "QuickGELU" in str(model)
     assert common.load_clip(str(tmp_path / "out")).fingerprint == common.fingerprint(clip.model, clip.config)
     stage.save_clip(clip, tmp_path / "out")  # over an older one
+    words = ["An OAK table, with four legs!", "grey-green 3-seat's  sofa", "160x200 cm"]
+    others = open_clip.tokenizer.HFTokenizer(str(tmp_path / "out"), context_length=77)(words)  # from its files
+    with torch.no_grad():
+        assert torch.equal(clip.model.encode_text(others), clip.model.encode_text(clip.tokenizer(words)))
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_metrics_of_perfect_and_of_collapsed_vectors():
     torch.manual_seed(0)
     vectors, keys = F.normalize(torch.randn(60, 8), dim=-1), torch.arange(60)[:, None]
-    perfect = stage.retrieval_metrics(vectors, vectors, keys)
-    assert set(perfect.values()) == {1.0} and len(perfect) == 9
-    collapsed = stage.retrieval_metrics(vectors[:1].expand(60, 8), vectors[:1].expand(60, 8), keys)
+    perfect, pairs = stage.retrieval_metrics(vectors, vectors, keys)
+    assert set(perfect.values()) == {1.0} and len(perfect) == 9 and pairs.tolist() == [1.0] * 60
+    collapsed = stage.retrieval_metrics(vectors[:1].expand(60, 8), vectors[:1].expand(60, 8), keys)[0]
     assert collapsed["mrr"] == pytest.approx(1 / 60) and collapsed["text_to_image_recall@10"] == 0
 
 
@@ -538,7 +543,7 @@ def rank_gradient(base, output):
     run.towers.train(True)
     loss, grads = gradient(run, batch, 8)
     torch.save((loss, grads, batch.ids), Path(output) / f"gradient-{world.rank}.pt")
-    picture, update, read, steps = stage.Split.picture, stage.update, [], []
+    picture, update, train, read, steps = stage.Split.picture, stage.update, stage.train, [], []
 
     def noted_picture(split, i, epoch):
         pixels = picture(split, i, epoch)
@@ -546,7 +551,13 @@ def rank_gradient(base, output):
             read.append((epoch, i))
         return pixels
 
+    def noted_train(run, *rest):
+        if not run.trial:  # what was read and done to find the learning rate counts for nothing
+            read.clear(), steps.clear()
+        return train(run, *rest)
+
     stage.Split.picture, stage.update = noted_picture, lambda *a: steps.append(1) or update(*a)
+    stage.train = noted_train
     flags = ("--lora-dropout", 0, "--workers", 4, "--shards", Path(output) / "shards")
     assert stage.main(arguments(Path(base), Path(output) / "run", *flags)) == 0
     (Path(output) / f"read-{world.rank}.json").write_text(json.dumps([len(steps), read]))
@@ -648,7 +659,7 @@ def test_kept_features_train_the_same_model(base, tmp_path, monkeypatch, scenari
         features = next((tmp_path / "kept" / "cache").glob("train-image-*/features.npy"))
         assert features.stat().st_size > 4 * 64 * 32 * 4  # four views of each picture
         return
-    monkeypatch.setattr(stage, "cache_tower_features", lambda run, data: None)
+    monkeypatch.setattr(stage, "cache_tower_features", lambda *_, **__: None)
     plain = train(base, tmp_path / "plain", "--scenario", scenario)
     assert kept["validation"]["best"]["loss"] == pytest.approx(plain["validation"]["best"]["loss"], rel=1e-4)
     for name, tensor in weights(tmp_path / "plain").items():
@@ -672,12 +683,12 @@ def killed(flags, environment, moment):
     update, replace, count = stage.update, os.replace, iter(range(9))
 
     def dying_update(run, state, *rest):
-        if state.step == moment:
+        if (state.step == moment and not run.trial) or (moment == "search" and run.trial and state.step == 3):
             os.kill(os.getpid(), signal.SIGKILL)
         return update(run, state, *rest)
 
     def dying_replace(source, target):
-        if moment == "writing" and Path(target).name == "checkpoint.pt" and next(count) == 2:
+        if moment == "writing" and Path(target).name == "checkpoint.pt" and next(count) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
@@ -705,7 +716,8 @@ def kill_9():
 
 
 @pytest.mark.parametrize(
-    "place, moment", [*(("disk", m) for m in (0, 1, 2, 3, 4, 5, "writing")), *(("s3", m) for m in (0, 3, "writing"))]
+    "place, moment",
+    [*(("disk", m) for m in ("search", 0, 1, 2, 3, 4, 5, "writing")), *(("s3", m) for m in (0, 3, "writing"))],
 )
 def test_after_kill_9_at_any_step_it_goes_on_to_the_same_bits(
     base, tmp_path, monkeypatch, request, kill_9, undisturbed, place, moment
@@ -718,9 +730,11 @@ def test_after_kill_9_at_any_step_it_goes_on_to_the_same_bits(
     kill_9(arguments(base, first, *flags), moment)
     assert not (first / "train.json").exists()
     counted, update = [], stage.update
-    monkeypatch.setattr(stage, "update", lambda *a: counted.append(1) or update(*a))
+    monkeypatch.setattr(stage, "update", lambda run, *a: counted.append(run.trial) or update(run, *a))
     train(base, second, *flags)
-    assert len(counted) == (4 if moment == "writing" else 6 - moment)  # nothing that was saved is done twice
+    steps = {"search": 6, "writing": 4}.get(moment, 6 - moment if moment not in ("search", "writing") else 0)
+    assert counted.count(False) == steps  # nothing that was saved is done twice
+    assert counted.count(True) == (6 if moment == "search" else 0)
     assert same(weights(second), weights(undisturbed))
     assert (second / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
@@ -735,6 +749,8 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_named(base, tmp_p
     assert "finished already" in capsys.readouterr().out
     assert stage.main(arguments(base, tmp_path / "run", "--seed", 7)) == 1
     assert "seed was 42, is 7" in capsys.readouterr().err
+    assert stage.main(unset(arguments(base, tmp_path / "run"), "--lr")) == 1  # as a run of before has it
+    assert "lr was 0.01, is auto" in capsys.readouterr().err
     train(base, tmp_path / "run", "--seed", 7, "--no-resume")
     assert not same(weights(tmp_path / "run"), weights(undisturbed))
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"torn")
@@ -805,22 +821,13 @@ def test_a_bucket_that_is_not_there_says_so(base, tmp_path, bucket, capsys):
 
 @pytest.mark.parametrize("scenario", TRAINED)
 def test_the_merged_model_is_the_adapters_and_loads_in_plain_open_clip(base, tmp_path, scenario):
-    import peft
-    from safetensors.torch import load_file
-
-    facts = train(base, tmp_path, "--scenario", scenario)
+    facts = train(base, tmp_path, "--scenario", scenario, "--wise", "off")
     names = {".lock", "adapter", "checkpoint.pt", "curves.png", "metrics.jsonl", "model", "train.json"}
     assert set(os.listdir(tmp_path)) - {"cache"} == names and facts["model_dir"] == "model"
     merged, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
-    clip = common.load_clip(str(base / "clip"))
-    stage.split_attention(clip.model)
-    rest = load_file(tmp_path / "adapter" / "projections.safetensors")
-    with torch.no_grad():
-        clip.model.logit_scale.copy_(rest["logit_scale"])
-        clip.model.visual.proj.copy_(rest["projections.image.weight"])
-        clip.model.text_projection.copy_(rest["projections.text.weight"])
-    if scenario != "linear_probe":
-        peft.PeftModel.from_pretrained(clip.model, str(tmp_path / "adapter")).eval()
+    code = read_code(tmp_path / "adapter" / "README.md").replace("local-dir:clip", f"local-dir:{base / 'clip'}")
+    exec(code.replace("data/runs/dual_lora/adapter", str(tmp_path / "adapter")), found := {})
+    clip = found["clip"]
     images = torch.randint(0, 256, (3, 3, 32, 32)).byte()
     tokens = clip.tokenizer(["a red chair", "a lamp", "a modern bed"])
     with torch.no_grad():
@@ -835,6 +842,43 @@ def test_the_merged_model_is_the_adapters_and_loads_in_plain_open_clip(base, tmp
     assert {"visual.proj", "text_projection", "logit_scale"} <= changed
     assert any("visual.transformer" in name for name in changed) == stage.SCENARIOS[scenario][0]
     assert any(name.startswith("transformer") for name in changed) == stage.SCENARIOS[scenario][1]
+
+
+def learned(run):
+    """Whether the validation loss of the last epoch is below the base's."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines[-1]["loss"] < json.loads((run / "train.json").read_text())["validation"]["zero_shot"]["loss"]
+
+
+def read_code(path):
+    """The Python of a README.md."""
+    return path.read_text().split("```python\n")[1].split("```")[0]
+
+
+def test_an_adapter_is_loaded_whole_or_not_at_all(base, tmp_path):
+    import peft
+
+    adapter = tmp_path / "run" / "adapter"
+    train(base, tmp_path / "run", "--epochs", 1, "--wise", "off")
+    for change in (lambda model: model, stage.split_attention):
+        model = change(common.load_clip(str(base / "clip")).model)
+        with pytest.raises(ValueError, match="not found in the base model"):
+            peft.PeftModel.from_pretrained(model, str(adapter))
+    with pytest.raises(common.Fail, match="made for another base"):
+        stage.load_adapter(common.load_clip(str(tiny.make_clip(tmp_path / "other", seed=1))), adapter)
+    for name in ("adapter_model.safetensors", "projections.safetensors"):
+        part = adapter / name
+        whole = part.read_bytes()
+        for content in (whole[: len(whole) // 2], None):
+            part.write_bytes(content) if content else part.unlink()
+            with pytest.raises(common.Fail, match="not a whole adapter"):
+                stage.load_adapter(common.load_clip(str(base / "clip")), adapter)
+        part.write_bytes(whole)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = config["target_modules"].replace(r"|visual\.transformer\.resblocks\.0\.attn\.k", "")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(common.Fail, match=r"not a whole adapter \(it adapts other layers"):
+        stage.load_adapter(common.load_clip(str(base / "clip")), adapter)
 
 
 def base_weights(base):
@@ -852,11 +896,11 @@ def test_training_learns_and_says_so(base, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if line["kind"] == "validation"]
     assert [line["epoch"] for line in epochs] == list(range(13))
-    best = max(epochs[1:], key=lambda line: line["mrr"])
+    best = max(epochs, key=lambda line: line["mrr"])
     assert best["epoch"] == facts["validation"]["best_epoch"]
-    assert facts["validation"]["best"]["mrr"] == pytest.approx(best["mrr"], abs=1e-6)
-    assert [f["alpha"] for f in facts["wise_ft"]] == [0, 0.25, 0.5, 0.75, 1]
-    assert facts["wise_ft"][0]["validation"]["mrr"] == pytest.approx(epochs[0]["mrr"], abs=1e-6)
+    assert facts["wise_ft"][-1]["validation"]["mrr"] == pytest.approx(best["mrr"], abs=1e-6)
+    assert epochs[0]["mrr"] == pytest.approx(max(facts["search"]["tried"][0]["curve"]), abs=1e-6)  # the probe's
+    assert facts["wise_ft"][0]["validation"]["mrr"] == pytest.approx(facts["search"]["base_mrr"], abs=1e-6)
     assert {line["step"] for line in lines if line["kind"] == "step"} >= {4, 10, 20, 48}
     assert facts["parameters"]["lora"] == facts["parameters"]["trained"] - 2 * 32 * 16 - 1
     assert facts["counts"]["train"] == {"samples": 64, "unreadable": 0}
@@ -865,24 +909,37 @@ def test_training_learns_and_says_so(base, tmp_path, capsys):
     assert Image.open(tmp_path / "curves.png").size[0] > 500
 
 
-def test_wise_exports_the_best_interpolation_and_its_adapter(base, tmp_path, monkeypatch, capsys):
-    facts = train(base, tmp_path)
-    best = max(facts["wise_ft"], key=lambda one: (one["validation"]["mrr"], one["alpha"]))
-    assert facts["best_alpha"] == best["alpha"] and facts["alpha"] == 1
-    said = capsys.readouterr().out
-    assert f"alpha {best['alpha']:.2f}, validation MRR {best['validation']['mrr']:.4f}" in said
-    assert f"the best alpha is {best['alpha']}; exported is 1.0 (--wise" in said
+def test_wise_exports_the_chosen_interpolation_and_its_adapter(base, tmp_path, monkeypatch, capsys):
+    facts = train(base, tmp_path, "--wise", "off")
+    assert facts["alpha"] == 1 and [f["alpha"] for f in facts["wise_ft"]] == [k / 10 for k in range(11)]
+    assert "1.0" in next(line for line in capsys.readouterr().out.splitlines() if "<- exported" in line)
     zero, one = base_weights(base), weights(tmp_path)
     monkeypatch.setattr(stage, "update", None)  # --wise of a finished run trains no further
-    sweep = stage.sweep_alpha
-    monkeypatch.setattr(stage, "sweep_alpha", lambda *a: (0.5, sweep(*a)[1]))
-    facts = train(base, tmp_path, "--wise")
-    assert facts["alpha"] == facts["best_alpha"] == 0.5
-    assert facts["validation"]["best"] == facts["wise_ft"][2]["validation"]
+    best = max(facts["wise_ft"], key=lambda f: (f["validation"]["mrr"], f["alpha"]))
+    assert train(base, tmp_path, "--wise", "best")["alpha"] == facts["best_alpha"] == best["alpha"]
+    monkeypatch.setattr(stage, "choose_alpha", lambda *_: 0.5)
+    facts = train(base, tmp_path, "--wise", "one-se")
+    assert facts["alpha"] == 0.5
+    assert facts["validation"]["best"] == facts["wise_ft"][5]["validation"]
     half = weights(tmp_path)
     for name in zero:
         assert torch.allclose(half[name], (zero[name] + one[name]) / 2, atol=1e-6), name
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 16
+
+
+def test_the_one_standard_error_rule_by_hand():
+    """Differences 0.5, 0.1, 0, -: the first candidate whose mean is within its own paired error of the best's."""
+    best = np.array([1.0, 1.0, 0.5, 0.9])
+    bad, close, equal = best - 0.5, best - [0.4, 0.0, 0.0, 0.0], best.copy()
+    index, behind = stage.nearest_within_error([bad, close, equal, best])
+    assert index == 1 and [round(d, 6) for d, _ in behind] == [0.5, 0.1, 0, 0]
+    assert [e for _, e in behind] == pytest.approx([0, 0.1, 0, 0])  # std(0.4, 0, 0, 0; ddof 1) / 2 = 0.1
+    assert stage.nearest_within_error([bad, best - [0.4, 0.001, 0, 0], best])[0] == 2
+    swept = [{"alpha": a, "below_best": d, "standard_error": e, "validation": {"mrr": m}}
+             for a, d, e, m in ((0, 0.5, 0.1, 0.3), (0.5, 0.1, 0.1, 0.7), (1, 0, 0, 0.8))]  # fmt: skip
+    assert [stage.choose_alpha(wise, swept) for wise in ("one-se", "best", "off")] == [0.5, 1, 1]
+    assert stage.choose_alpha("one-se", swept, least=0.75) == 1  # not below the linear probe
+    assert stage.choose_alpha("one-se", swept, least=0.9) == 1  # where none is above it: the best
 
 
 def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
@@ -890,9 +947,11 @@ def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
     sample.make_probe(tmp_path, 8)
     probe.write_bytes(b"\xef\xbb\xbf" + probe.read_bytes())  # as spreadsheets save it
     facts = train(base, tmp_path / "run", "--probe", probe, "--epochs", 1)
-    assert [set(f) for f in facts["wise_ft"]] == [{"alpha", "validation", "probe"}] * 5
+    fields = {"alpha", "validation", "below_best", "standard_error", "probe"}
+    assert [set(f) for f in facts["wise_ft"]] == [fields] * 11
     assert all(0.125 <= f["probe"]["mrr"] <= 1 for f in facts["wise_ft"])
-    assert f"general probe {facts['wise_ft'][0]['probe']['mrr']:.4f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "general probe" in said and f"{facts['wise_ft'][0]['probe']['mrr']:.4f}" in said
     head = "image_path,caption\n"
     wrong = {"none.csv": None, "column.csv": "image_path\n0000.png", "empty.csv": head, "gone.csv": f"{head}9.png,x"}
     wrong["short.csv"] = f"{head}0000.png\n"
@@ -904,16 +963,129 @@ def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
         assert name in said and "image_path,caption" in said and not (tmp_path / "other" / "checkpoint.pt").exists()
 
 
+def unset(flags, *names):
+    """A command line without these flags and their values."""
+    return [flag for i, flag in enumerate(flags) if flag not in names and flags[max(i - 1, 0)] not in names]
+
+
+def search(base, output, *more):
+    """A run whose rates, epochs and warm-up are left to it."""
+    assert stage.main(unset(arguments(base, output, *more), "--lr", "--lora-lr", "--epochs")) == 0
+    return json.loads((output / "train.json").read_text())
+
+
+def test_settings_left_open_are_chosen_and_told(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "RATES", (1e-3, 1e-2))
+    facts = search(base, tmp_path / "a", "--scenario", "linear_probe", "--patience", 3)
+    out = capsys.readouterr().out
+    tried = facts["search"]["tried"]
+    assert [one["lr"] for one in tried] == [1e-3, 1e-2] and not any(one["diverged"] for one in tried)
+    numbers = {"epochs": 40, "patience": 3, "warmup": 12.0, "lr": facts["search"]["lr"], "lora_lr": 3e-3}
+    assert facts["chosen"] == numbers  # an epoch has 3 steps
+    assert facts["settings"]["lr"] == facts["search"]["lr"] and facts["identity"]["lr"] == "auto"
+    for one in tried:  # the curve, and the epoch that it chose
+        assert one["mrr"] == max([facts["search"]["base_mrr"], *one["curve"]])
+        assert f"lr {one['lr']:g}: validation MRR {one['mrr']:.4f} after epoch {one['epoch']}" in out
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    curve = [line["mrr"] for line in lines if line["kind"] == "validation"][1:]
+    won = next(one for one in tried if one["lr"] == facts["search"]["lr"])
+    assert curve == won["curve"]  # the run repeats the try that won, to the bit
+    other = search(base, tmp_path / "b", "--scenario", "linear_probe", "--patience", 3)
+    assert other["search"] == facts["search"] and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    alone = train(base, tmp_path / "c", "--scenario", "linear_probe", "--lr", 1e-3)  # a number stays a number
+    assert alone["search"] == {} and alone["chosen"]["lr"] == 1e-3 and alone["chosen"]["epochs"] == 2
+
+
+def test_epochs_warm_up_and_lora_rate_follow_the_number_of_steps():
+    auto = stage.TrainingConfig()
+    for count, effective, epochs in ((320, 40, 40), (1430, 178, 36), (100_000, 1024, 5), (40, 40, 40)):
+        found = stage.settle(auto, count, effective)
+        updates = math.ceil(count / effective) * epochs
+        assert found.epochs == epochs and found.warmup == pytest.approx(min(updates / 10, 500))
+        assert found.lora_lr == pytest.approx(3e-3 * min(1, (320 / updates) ** 0.5)) and found.lr == "auto"
+        assert found.patience == max(5, epochs // 4)
+    fixed = dataclasses.replace(auto, epochs=3, warmup=0, lora_lr=0.5, patience=1)
+    assert stage.settle(fixed, 320, 40) == fixed
+    assert stage.rate("cosine", 0.01, 0) == pytest.approx(1, abs=1e-3)  # no warm-up
+
+
+def test_a_rate_that_diverges_is_told_and_not_taken(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "RATES", (1e-2, 1e38))
+    facts = search(base, tmp_path / "run", "--scenario", "text_lora", "--epochs", 2)
+    assert [one["diverged"] for one in facts["search"]["tried"]] == [False, True]
+    assert facts["search"]["lr"] == 1e-2 and facts["validation"]["best"]["mrr"] > facts["search"]["base_mrr"]
+    assert "lr 1e+38" in (said := capsys.readouterr().out) and "diverged" in said
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    monkeypatch.setattr(stage, "RATES", (1e38,))
+    assert stage.main(unset(arguments(base, tmp_path / "all"), "--lr")) == 1
+    assert "diverges at every learning rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scenario", ["linear_probe", "text_lora"])
+def test_where_nothing_helps_the_base_is_exported_and_the_run_says_so(base, tmp_path, monkeypatch, capsys, scenario):
+    monkeypatch.setattr(stage, "RATES", (1e-12,))
+    monkeypatch.setattr(stage, "LORA_RATE", 1e-12)
+    facts = search(base, tmp_path, "--scenario", scenario, "--patience", 1)
+    assert facts["alpha"] == 0 and facts["validation"]["best"] == facts["validation"]["zero_shot"]
+    said = capsys.readouterr().out
+    assert "no rate gains more than its error on the base's" in said
+    assert "note: nothing that was trained validates better than the base" in said
+    for name, tensor in base_weights(base).items():
+        assert torch.allclose(weights(tmp_path)[name], tensor, atol=1e-6), name
+
+
+def test_lora_begins_at_the_linear_probe_and_never_ends_below_it(base, tmp_path, capsys):
+    probe = train(base, tmp_path / "probe", "--scenario", "linear_probe")
+    ruined = train(base, tmp_path / "lora", "--scenario", "text_lora", "--lora-lr", 10)  # nothing good comes of it
+    assert ruined["search"]["probe_mrr"] == probe["validation"]["best"]["mrr"]
+    assert ruined["validation"]["best"]["mrr"] >= probe["validation"]["best"]["mrr"]
+    lines = [json.loads(line) for line in (tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["mrr"] == pytest.approx(probe["wise_ft"][-1]["validation"]["mrr"], abs=1e-6)
+    if ruined["validation"]["best_epoch"] == 0:
+        assert "note: LoRA did not improve" in capsys.readouterr().out
+    state = stage.State(search={"probe_mrr": 0.6}, best={"epoch": 3})
+    assert "below linear_probe's 0.6000" in stage.explain_result(state, 1.0, 0.5, lora=True)[0]
+    assert stage.explain_result(state, 1.0, 0.7, lora=True) == []
+
+
+def test_nothing_is_chosen_on_the_test_split(base, tmp_path, capsys):
+    """Training is the same to the bit without the test split; a shard of it that leaks into validation is found."""
+    import shutil
+
+    train(base, tmp_path / "whole", "--scenario", "linear_probe")
+    shutil.copytree(base / "shards", tmp_path / "shards")
+    shutil.rmtree(tmp_path / "shards" / "test")
+    flags = ("--scenario", "linear_probe", "--shards", tmp_path / "shards")
+    train(base, tmp_path / "blind", *flags)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "blind"))
+    manifest = json.loads((base / "shards" / "manifest.json").read_text())
+    manifest["splits"]["validation"] = manifest["splits"]["test"]
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    assert stage.main(arguments(base, tmp_path / "leak", *flags)) == 1
+    assert "test/shard-000000.tar: this shard is in the test split too" in capsys.readouterr().err
+
+
+def test_the_drawn_probe_holds_general_pictures_all_different(base):
+    clip = common.load_clip(str(base / "clip"))
+    one, other = stage.draw_probe(clip), stage.draw_probe(clip)
+    assert torch.equal(one.images, other.images) and one.images.shape == (96, 3, 32, 32)
+    assert len({picture.numpy().tobytes() for picture in one.images}) == 96  # no sign is missing from the font
+    assert len(stage.DRAWN) == len(set(one.keys.flatten().tolist())) == 48
+    assert not set(stage.DRAWN) & set(sample.TYPES)
+
+
 def test_training_stops_when_patience_is_used_up(base, tmp_path):
     facts = train(base, tmp_path, "--epochs", 9, "--patience", 2, "--lr", 0, "--lora-lr", 0)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines if line["kind"] == "validation"] == [0, 1, 2, 3]
-    assert facts["validation"]["best_epoch"] == 1
+    assert [line["epoch"] for line in lines if line["kind"] == "validation"] == [0, 1, 2]
+    assert facts["validation"]["best_epoch"] == 0
 
 
 def test_auto_is_64_on_a_cpu_and_what_fits_on_a_gpu_and_learns_nothing(base, tmp_path, monkeypatch):
     run = make_run(base, tmp_path, "--scenario", "dual_lora")
     before = run.towers.copy()
+    assert [run.towers.fitting_micro_batch(share) for share in (24, 64, 65, 1000)] == [24, 64, 65, 1000]  # it is small
+    monkeypatch.setattr(stage, "VIT_B_32", 0)
     assert [run.towers.fitting_micro_batch(share) for share in (24, 64, 65, 1000)] == [24, 64, 64, 64]
     run.towers.dry_run(3)
     tried = []
@@ -1005,7 +1177,13 @@ def test_lora_that_the_model_never_asks_is_refused(base, tmp_path):
     run.towers.check_lora_gradients()
     assert all(parameter.grad is None for parameter in run.towers.trained.values())
     run.towers.trained["visual.qkv.lora_A"] = torch.nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(common.Fail, match=r"without visual.qkv.lora_A \(1 of .* linear_probe"):
+    with pytest.raises(common.Fail, match=r"without visual.qkv.lora_A \(1 of .* --scenario text_lora$"):
+        run.towers.check_lora_gradients()
+    run.towers.trained["transformer.lora_A"] = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(common.Fail, match=r"--scenario linear_probe$"):
+        run.towers.check_lora_gradients()
+    del run.towers.trained["visual.qkv.lora_A"]
+    with pytest.raises(common.Fail, match=r"--scenario vision_lora$"):
         run.towers.check_lora_gradients()
 
 
@@ -1077,12 +1255,14 @@ def test_wandb_offline_gets_the_numbers(base, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- what it says
 
 
-@pytest.mark.parametrize("flags", [(), ("--precision", "fp16", "--epochs", 9)])
+@pytest.mark.parametrize("flags", [(), ("--precision", "fp16", "--epochs", 9, "--patience", 9)])
 def test_a_nan_stops_with_the_last_good_state(base, tmp_path, capsys, monkeypatch, flags):
     original = stage.accumulate
 
     def accumulate(run, batch, step, *rest):
         loss = original(run, batch, step, *rest)
+        if run.trial:
+            return loss
         if flags and step >= 2:  # no scale of fp16 mends this
             run.towers.model.logit_scale.grad.fill_(math.nan)
         return loss * math.nan if step == 2 and not flags else loss
@@ -1145,7 +1325,7 @@ def test_missing_cut_and_empty_shards_say_what_to_do(base, tmp_path, capsys):
 def test_bad_settings_say_what_to_do(base, tmp_path, capsys, monkeypatch):
     for flags, code, says in (
         (("--scenario", "duallora"), 2, "dual_lora"),
-        (("--micro-batch-size", "many"), 2, "a number, or auto"),
+        (("--micro-batch-size", "many"), 2, "number or auto"),
         (("--epochs", "0"), 2, "--epochs"),
         (("--device", "cuda:9"), 1, "--device cpu"),
         (("--model", "ViT-B-99"), 1, "ViT-B-32"),
@@ -1173,7 +1353,7 @@ def test_bad_settings_say_what_to_do(base, tmp_path, capsys, monkeypatch):
 def test_a_tower_that_lora_cannot_reach_says_so(base, tmp_path):
     for kind, says in (
         ("resnet", r"ResNet picture towers are not supported.*ViT-B-32"),
-        ("timm convolutions", r"image tower of no-linears has no attention or MLP.*linear_probe"),
+        ("timm convolutions", r"no-linears: the image tower has no attention or MLP to adapt.*text_lora$"),
     ):
         clip = dataclasses.replace(common.load_clip(str(base / "clip")), model=small(kind, tmp_path), name="no-linears")
         with pytest.raises(common.Fail, match=says):
@@ -1206,6 +1386,92 @@ def test_other_architectures_train_and_come_back(base, tmp_path, kind, scenario)
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("name", ["ViT-B-32-SigLIP2-256", "ViT-B-16-SigLIP2", "PE-Core-B-16", "ViT-B-16-SigLIP"])
+def test_bases_worth_trying_train_and_embed(tmp_path, monkeypatch, name):
+    """open_clip's own configuration with fewer layers, smaller widths, random weights; the last is Marqo's network."""
+    import pyarrow.parquet
+    import timm
+
+    create, config = timm.create_model, open_clip.get_model_config(name)
+    small = {"embed_dim": 64, "depth": 1, "num_heads": 2}
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, **small, **more))
+    config["text_cfg"] |= {"width": 64, "heads": 2, "layers": 1}
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        tiny.make_tokenizer(tmp_path / "base")
+        config["text_cfg"]["vocab_size"] = 64
+    tiny.make_clip(tmp_path / "base", **config | {"embed_dim": 64})
+    tiny.make_shards(tmp_path / "shards", train=16, validation=4, test=8)
+    flags = ["--shards", str(tmp_path / "shards"), "--model", f"local-dir:{tmp_path / 'base'}"]
+    run, vectors = tmp_path / "run", tmp_path / "master.parquet"
+    more = ["--scenario", "dual_lora", "--epochs", "1", "--lr", "1e-2", "--lora-lr", "1e-2", "--wise", "off"]
+    assert stage.main([*flags, "--output", str(run), *more]) == 0
+    facts = json.loads((run / "train.json").read_text())
+    assert facts["parameters"]["lora"] > 0 and learned(run)
+    assert importlib.import_module("4_embed").main([*flags, "--finetuned", str(run), "--output", str(vectors)]) == 0
+    rows = pyarrow.parquet.read_table(vectors)
+    assert len(rows) == 28 and rows["finetuned_embedding"].type.list_size == 64
+    (tmp_path / "base").rename(tmp_path / "away")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{run / 'model'}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{run / 'model'}")(rows["prompt"].to_pylist())
+    with torch.no_grad():
+        theirs = model.eval().encode_text(tokens, normalize=True)
+    ours = torch.tensor(rows["finetuned_text_embedding"].to_pylist())
+    assert (ours * theirs).sum(dim=1).min() > 0.999
+
+
+def test_a_hugging_face_tower_leaves_a_model_that_works_moved_and_offline(base, tmp_path, monkeypatch):
+    from huggingface_hub import ModelCard
+
+    folder = tiny.make_hf_clip(tmp_path / "base")
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: shop/base\n---\n")
+    flags = ("--scenario", "text_lora", "--epochs", 1, "--wise", "off")
+    facts = train(base, tmp_path / "run", "--model", f"local-dir:{folder}", *flags)
+    assert learned(tmp_path / "run")
+    expected = common.encode(common.load_clip(str(tmp_path / "run/model")), pixels(), None)
+    folder.rename(tmp_path / "away")
+    moved = (tmp_path / "run/model").rename(tmp_path / "moved")
+    for path in (*moved.iterdir(), *(tmp_path / "run/adapter").iterdir()):
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    clip = common.load_clip(str(moved))
+    assert torch.equal(common.encode(clip, pixels()), expected)
+    monkeypatch.chdir(tmp_path)
+    exec(read_code(moved / "README.md").replace('"."', f'"{moved}"'), found := {})
+    words = ["a red chair", "an oak table"]
+    with torch.no_grad():
+        theirs = found["model"].eval().encode_text(found["tokenizer"](words), normalize=True)
+    assert (common.encode(clip, captions=words) - theirs).abs().max() < 1e-6
+    card = ModelCard.load(moved / "README.md")
+    assert card.data.license == "mit" and card.data.base_model == "shop/base" and card.data.library_name == "open_clip"
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert "64 pairs of product photo and prompt to train on, 16 to validate on" in card.text
+    best = facts["validation"]["best"]["mrr"]
+    assert f"| mrr | {facts['validation']['zero_shot']['mrr']:.4f} | {best:.4f} |" in card.text
+
+
+def test_the_card_names_repository_and_licence_of_a_base_from_the_hub(base, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def load(place):
+        asked.append(place)
+        return huggingface_hub.ModelCard("---\nlicense: apache-2.0\n---\n")
+
+    clip = common.load_clip(str(base / "clip"))
+    clip.folder = None
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", load)
+    for name, place, shown in (
+        ("ViT-B-32/laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", ["ViT-B-32", "laion2b_s34b_b79k"]),
+        ("hf-hub:shop/clip", "shop/clip", ["hf-hub:shop/clip"]),
+    ):
+        clip.name = name
+        assert stage.base_metadata(clip) == {"base_model": place, "license": "apache-2.0"}
+        assert stage.shown_base(clip) == shown and asked[-1] == place
+    clip.name = "ViT-B-32//home/someone/weights.pt"
+    assert stage.base_metadata(clip) == {} and stage.shown_base(clip) == ["ViT-B-32", "weights.pt"]
+
+
 def test_a_vit_b_32_from_a_checkpoint_file_goes_through_training_and_embedding(tmp_path):
     """Random weights in place of a hub's: what real use does, with its sizes and shapes."""
     import pyarrow.parquet
@@ -1215,7 +1481,9 @@ def test_a_vit_b_32_from_a_checkpoint_file_goes_through_training_and_embedding(t
     shards = tiny.make_shards(tmp_path / "shards", train=8, validation=4, test=4, size=224)
     model = f"--shards {shards} --model ViT-B-32-quickgelu --pretrained {tmp_path / 'weights.pt'}".split()
     run, vectors = tmp_path / "run", tmp_path / "master.parquet"
-    assert stage.main([*model, "--output", str(run), "--epochs", "1", "--micro-batch-size", "4", "--lr", "1e-2"]) == 0
+    sample.make_probe(tmp_path, 2)
+    settings = f"--epochs 1 --micro-batch-size 4 --lr 1e-2 --wise off --probe {tmp_path / 'probe.csv'}".split()
+    assert stage.main([*model, "--output", str(run), *settings]) == 0
     facts = json.loads((run / "train.json").read_text())
     widths = (768, 512)  # of vision and text; r * (in + out) of q, k, v, out (W, W), c_fc (W, 4W) and c_proj (4W, W)
     assert facts["parameters"]["lora"] == sum(12 * 16 * (4 * 2 * w + 2 * 5 * w) for w in widths)

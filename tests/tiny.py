@@ -96,6 +96,36 @@ def make_clip(folder: Path, seed: int = 0, **changes) -> Path:
     return folder
 
 
+BERT = {"model_type": "bert", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 48, "vocab_size": 100, "max_position_embeddings": 40}  # fmt: skip
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """The files of a tokenizer of Hugging Face: a token a word, of the few that the tests know."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "an", "oak", "with", "four", "legs", *COLORS, *TYPES, *STYLES]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+def make_hf_clip(folder: Path, **text) -> Path:
+    """As make_clip(), with a BERT of Hugging Face, whose configuration and tokenizer the folder holds.
+
+    It names itself by its whole path, as folders from elsewhere do.
+    """
+    make_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(BERT))
+    names = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "hf_model_pretrained": False}
+    text = {"hf_proj_type": "linear", "context_length": 40, **names, **text}
+    return make_clip(folder, custom_text=True, text_cfg=text)
+
+
 def vit_b32(seed: int = 0):
     """A ViT-B/32 with random weights, as load_clip would give it."""
     import open_clip

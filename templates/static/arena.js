@@ -1,4 +1,4 @@
-// The voting page. It learns of a trial its token and nothing else; pictures are /picture/TOKEN/0 (query), 1.. (row A), ..
+// The voting page. It learns of a trial its token and nothing else; pictures are picture/TOKEN/0 (query), 1.. (row A), ..
 // A vote is kept until the server has acknowledged it, over reloads too. The next trial is fetched while this one is judged.
 
 const $ = (id) => document.getElementById(id);
@@ -7,7 +7,7 @@ const LENGTH = Number(trialBox.dataset.length);
 const SIZE = Number(trialBox.dataset.size);
 const NEEDED = Number(trialBox.dataset.needed);
 const CSRF = document.querySelector("[name=csrf]").value;
-const WORDS = { A: "row A", B: "row B", T: "equal", N: "skipped" };
+const WORDS = JSON.parse(trialBox.dataset.choices); // of each choice
 
 let current = null; // {trial, images, words} now on the page
 let ahead = null; // promise of the next one
@@ -76,7 +76,7 @@ async function post(path, body) {
     } catch {
       // no answer: the same as an answer that it could not be done
     }
-    const kept = path === "/vote" ? "Your answer is not saved yet. It is kept here and sent again." : "No answer from the arena. Trying again.";
+    const kept = path === "vote" ? "Your answer is not saved yet. It is kept here and sent again." : "No answer from the arena. Trying again.";
     await trouble(kept, attempt);
   }
 }
@@ -87,7 +87,7 @@ async function picture(token, place, alt) {
     const image = new Image(SIZE, SIZE);
     image.alt = alt;
     image.draggable = false;
-    image.src = `/picture/${token}/${place}`;
+    image.src = `picture/${token}/${place}`;
     try {
       await image.decode();
       return image;
@@ -111,8 +111,8 @@ async function withPictures(data) {
 }
 
 async function prepare(after) {
-  const { status, data } = await post("/trial", { after });
-  if (status === 403) location.assign("/");
+  const { status, data } = await post("trial", { after });
+  if (status === 403) location.assign("./");
   return status === 200 ? withPictures(data) : null;
 }
 
@@ -204,9 +204,9 @@ async function proceed(coming, message = "") {
 // Answering
 
 async function send(pending) {
-  const { status, data } = await post("/vote", pending);
+  const { status, data } = await post("vote", pending);
   store("pending", null);
-  if (status === 403) location.assign("/");
+  if (status === 403) location.assign("./");
   return { status, data };
 }
 
@@ -233,7 +233,7 @@ async function undo() {
   if (!undoable) return say("There is nothing to undo.");
   busy = true;
   refreshButtons();
-  const { status, data } = await post("/undo", { trial: undoable });
+  const { status, data } = await post("undo", { trial: undoable });
   return proceed(status === 200 ? withPictures(data) : null, status === 200 ? "Taken back. " : `${data.error} `);
 }
 
@@ -247,7 +247,8 @@ function help() {
   else $("keys").showModal();
 }
 
-const ACTIONS = { a: () => vote("A"), b: () => vote("B"), t: () => vote("T"), n: () => vote("N"), u: undo, q: quit, "?": help };
+const ACTIONS = { u: undo, q: quit, "?": help };
+for (const choice in WORDS) ACTIONS[choice.toLowerCase()] = () => vote(choice);
 
 document.addEventListener("keydown", (event) => {
   if (!$("use-keys").checked || event.repeat || event.isComposing) return;

@@ -1,0 +1,461 @@
+"""Catalogues as shops have them, through stages 1 and 2: exports, several photos, placeholders, photos at URLs."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import common
+from test_clean import Shop, clean, photo
+from test_clean import shop as stage_1_shop
+from test_embed import make_run
+from test_prepare import picture
+from tiny import make_clip
+
+prepare = importlib.import_module("2_prepare")
+ROOT, FEEDS = Path(__file__).parents[1], Path(__file__).parent / "feeds"
+shop = stage_1_shop  # a fixture
+
+
+class Photos(BaseHTTPRequestHandler):
+    """A photo for every path; some paths misbehave."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server, name = self.server, self.path.split("?")[0].strip("/")
+        with server.lock:
+            server.asked[self.path] += 1
+            server.headers[self.path] = dict(self.headers)
+        data = server.files.get(name) or photo("red", sum(name.encode()), 64)
+        tag = f'"{common.digest(data)[:8]}"'
+        if name.startswith("busy") and server.asked[self.path] < 3:
+            return self.answer(429 if "429" in name else 503, b"", {"Retry-After": server.wait})
+        if self.headers.get("If-None-Match") == tag:
+            return self.answer(304, None, {"ETag": tag})
+        if name.startswith("status"):
+            return self.answer(int(name[6:9]), b"")
+        if name.startswith("page"):
+            return self.answer(200, b"<!DOCTYPE html><p>No photo here")
+        if name.startswith("moved"):
+            return self.answer(302, b"", {"Location": server.target})
+        if name.startswith("loop"):
+            return self.answer(302, b"", {"Location": self.path})
+        if name.startswith("cut"):
+            self.answer(200, data[:100], {"Content-Length": str(len(data))})
+            self.close_connection = True
+            return None
+        if name.startswith("slow"):
+            server.stopped.wait(5)
+        if name.startswith("huge"):
+            return self.stream(data)
+        return self.answer(200, data, {"ETag": tag} if "plain" not in name else {})
+
+    def answer(self, status: int, data: bytes | None, headers: dict | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(data or b""))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data or b"")
+        with self.server.lock:
+            self.server.sent[self.path] += bool(data) and status == 200
+
+    def stream(self, data: bytes) -> None:
+        """A photo that has no end."""
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        with pytest.raises(OSError):
+            self.wfile.write(data)
+            while True:
+                self.wfile.write(b"\0" * (1 << 20))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def photos(monkeypatch) -> Iterator[ThreadingHTTPServer]:
+    monkeypatch.setattr(clean, "FETCH_PAUSE", 0.0)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Photos)
+    server.handle_error = lambda *_: None  # a killed client is none of ours
+    server.daemon_threads, server.block_on_close = True, False
+    server.asked, server.sent, server.headers, server.files = Counter(), Counter(), {}, {}
+    server.lock, server.stopped, server.wait, server.target = threading.Lock(), threading.Event(), "0", ""
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.stopped.set()
+    server.shutdown()
+    server.server_close()
+
+
+def give(shop: Shop, text: str, name: str = "catalogue.csv") -> None:
+    """Make this the shop's catalogue."""
+    shop.catalogue = shop.folder / name
+    shop.catalogue.write_text(text, encoding="utf-8")
+
+
+def run_2(shop: Shop, *flags: str) -> dict[str, list[dict]]:
+    """Stage 2 on the cleaned CSV; gives {id: samples}, each with its split and photo."""
+    output = shop.folder / "shards"
+    places = ["--input", str(shop.output), "--images", str(shop.folder), "--output", str(output)]
+    assert prepare.main([*places, "--image-size", "32", "--workers", "1", "--max-failed", "1", *flags]) == common.DONE
+    found: dict[str, list[dict]] = {}
+    for path in sorted(output.glob("*/*.tar")):
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}
+        for name in files if path.parent.name != "mini_train" else ():
+            if name.endswith(".json"):
+                sample = json.loads(files[name]) | {"split": path.parent.name, "jpg": files[name[:-4] + "jpg"]}
+                found.setdefault(sample["id"], []).append(sample)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Exports
+
+
+@pytest.mark.parametrize(
+    "name, flags, ids, views",
+    [
+        ("shopify.csv", [], ["oslo-sofa", "bergen-lamp"], 4),
+        ("woocommerce.csv", [], ["OSLO", "102"], 3),
+        ("google.tsv", [], ["oslo-sofa", "bergen-lamp"], 3),
+        ("plain.csv", [], ["oslo-sofa", "bergen-lamp"], 2),
+        ("odd.csv", ["--columns", 'id=Art. Nr,name="Artikel",image_path=Bild 1'], ["oslo-sofa", "bergen-lamp"], 1),
+    ],
+)
+def test_an_export_goes_through_with_every_product_once(shop, photos, name, flags, ids, views):
+    give(shop, (FEEDS / name).read_text(encoding="utf-8").replace("https://photos.example", photos.url), name)
+    assert shop.call("run", "--allow-private", *flags) == 0
+    rows = shop.cleaned()
+    assert [row["id"] for row in rows] == ids and not shop.rejects()
+    assert [row["name"] for row in rows] == ["Oslo Sofa &amp; Cushions", "Bergen Lamp"]
+    assert rows[0]["clean_title"] == "Sofa & Cushions"  # what was sent had no entity
+    assert len(set(photos.asked.values())) == 1 and len(photos.asked) == views + 1
+    samples = run_2(shop, "--photos", "4")
+    assert {id: len(some) for id, some in samples.items()} == {ids[0]: views, ids[1]: 1}
+    first = shop.folder / rows[0]["image_path"]
+    assert first.read_bytes() == photo("red", sum(b"sofa-1.jpg"), 64)
+    assert next(one for one in samples[ids[0]] if not one.get("view"))["image_path"] == rows[0]["image_path"]
+
+
+def test_an_export_of_before_is_read_the_same(shop):
+    """Our own three columns give the bytes that they always gave."""
+    assert shop.call() == 0
+    head = shop.output.read_text().splitlines()[0]
+    assert head == ",".join(["id", "name", "image_path", "price", *clean.FIELDS])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The first usable row, and several photos
+
+
+def test_of_rows_with_one_id_the_first_usable_counts_in_both_stages(shop, capsys):
+    (shop.folder / "images/page.jpg").write_bytes(b"<html>")
+    (shop.folder / "images/dot.gif").write_bytes(tiny_gif())
+    text = """id,name,image_path,note
+    A,Sofa grey,,1
+    A,Sofa grey,images/p1.jpg,2
+    B,Chair oak,images/gone.jpg,3
+    B,Chair oak,images/page.jpg,4
+    B,Chair of oak,images/p2.jpg,5
+    B,Chair oak,images/p3.jpg,6
+    C,Lamp,images/p4.jpg,7
+    C,Lamp,images/p5.jpg,8
+    D,Desk,images/dot.gif,9
+    """
+    give(shop, text.replace("    ", ""))
+    assert shop.call("run", "--max-failed", "0.12") == 0  # of nine rows one product is lost
+    rows = shop.cleaned()
+    assert [(row["id"], row["image_path"], row["note"]) for row in rows] == [
+        ("A", "images/p1.jpg", "2"), ("B", "images/p2.jpg", "5"), ("C", "images/p4.jpg", "7"),
+    ]  # fmt: skip
+    assert json.loads(rows[2]["further_photos"]) == ["images/p5.jpg"] and not rows[0]["further_photos"]
+    lines = [json.loads(line) for line in (shop.folder / "cleaned.csv.rejects.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["reason"]) for line in lines] == [
+        (1, "missing image_path"), (3, "missing file"), (4, "not an image"), (6, "duplicate id"), (8, "duplicate id"),
+        (9, "image too small"),
+    ]  # fmt: skip
+    shop.output.write_text(shop.catalogue.read_text())  # stage 2 by itself, on the same rows
+    samples = run_2(shop)
+    assert {id: [(one["image_path"], one["row"]["note"]) for one in some] for id, some in samples.items()} == {
+        "A": [("images/p1.jpg", "2")], "B": [("images/p2.jpg", "5")], "C": [("images/p4.jpg", "7")],
+    }  # fmt: skip
+    assert "input 9 = written 3 + rejected 6" in capsys.readouterr().out
+
+
+def tiny_gif() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("P", (1, 1)).save(buffer, "GIF")
+    return buffer.getvalue()
+
+
+def test_the_views_of_a_product_are_samples_of_one_group_in_one_split(shop):
+    shop.rows = [shop.product(i) for i in range(24)]
+    for i, row in enumerate(shop.rows):
+        names = [row["image_path"], *(f"images/v{i}-{view}.jpg" for view in range(3))]
+        for view, name in enumerate(names):
+            picture(3 * i + view if view < 3 else 999).save(shop.folder / name)  # the last is the same for all
+        row["image_path"] = f"{names[0]}; {names[1]};{names[2]};images/none.jpg;{names[3]}"
+    shop.write()
+    assert shop.call() == 0
+    assert json.loads(shop.cleaned()[0]["further_photos"])[0] == "images/v0-0.jpg"
+    alone = run_2(shop)
+    samples = run_2(shop, "--photos", "9")
+    assert {len(some) for some in samples.values()} == {3}  # what many products share shows none of them
+    for id, some in samples.items():
+        assert len({one["group"] for one in some}) == len({one["split"] for one in some}) == 1
+        assert [one["view"] for one in sorted(some, key=lambda one: one["view"])] == [0, 1, 2]
+        assert {one["split"] for one in some} == {alone[id][0]["split"]} and "view" not in alone[id][0]
+        assert len({one["jpg"] for one in some}) == 3 and len({one["title"] for one in some}) == 1
+    counts = common.load_manifest(shop.folder / "shards")["counts"]
+    assert counts == {"input": 24, "written": 24, "rejected": 0}
+    check_vectors(shop.folder, samples)
+    assert {len(some) for some in run_2(shop, "--photos", "2").values()} == {2}
+
+
+def check_vectors(folder: Path, samples: dict[str, list[dict]]) -> None:
+    """Stage 4 on these shards, twice: a row a product, whose vector is the normalised mean of its photos'."""
+    places = ["--shards", folder / "shards", "--model", f"local-dir:{make_clip(folder / 'base')}"]
+    places += ["--finetuned", make_run(folder / "run", seed=1), "--output", folder / "out/master.parquet"]
+    flags = ["--device", "cpu", "--precision", "fp32", "--workers", "1"]
+    for _ in range(2):
+        assert importlib.import_module("4_embed").main([*map(str, places), *flags]) == 0
+        found = pq.read_table(folder / "out/master.parquet").to_pylist()
+        assert sorted(row["image_id"] for row in found) == sorted(samples)
+    clip = common.load_clip(f"local-dir:{folder / 'base'}")
+    for row in found:
+        views = sorted(samples[row["image_id"]], key=lambda one: one["view"])
+        pixels = torch.stack([common.decode_jpeg(one["jpg"], clip.size) for one in views])
+        mean = common.encode(clip, pixels=pixels).double().mean(dim=0)
+        assert np.allclose(row["base_embedding"], mean / mean.norm(), atol=1e-5)
+        assert (row["split"], row["image_path"]) == (views[0]["split"], views[0]["image_path"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Placeholders
+
+
+KINDS = ("sofa", "lamp", "bed", "oak table", "rug", "mirror", "desk")
+
+
+@pytest.mark.parametrize(
+    "titles, placeholder",
+    [
+        ([f"ACME {'Nora Emil Oslo'.split()[i % 3]} {KINDS[i % 7]} - free shipping" for i in range(40)], True),
+        ([f"ACME Oslo sofa {c} - free shipping" for c in "red blue green grey black white beige pink".split()], False),
+        ([f"Oslo sofa with {w} legs in dark {w} velvet" for w in "oak ash beech walnut brass steel".split()], False),
+        ([f"{KINDS[i]} Oslo" for i in range(5)], False),  # a set photographed together
+        ([f"Chair {i}" for i in range(100)], False),
+        (
+            [f"Lamp {n}" for n in ("Nora of oak", "Emil, brass", "Oslo big", "Ida in blue", "Viggo red", "Liv steel")],
+            True,
+        ),
+    ],
+)
+def test_a_placeholder_is_told_from_variants_that_share_a_photo(titles, placeholder):
+    others = [f"ACME {name} {kind} - free shipping" for name in ("Ida", "Liv", "Oslo") for kind in KINDS]
+    photos = ["same"] * len(titles) + [f"own {i}" for i in range(len(others))]
+    shared = clean.shared_photos(photos, titles + others)
+    count, found = shared.get("same", (1, False))
+    assert found is placeholder and set(shared) <= {"same"} and count == len({t.strip("0123456789") for t in titles})
+
+
+def test_a_placeholder_is_rejected_before_anything_is_paid(shop, capsys):
+    shop.rows = [shop.product(i) for i in range(40)]
+    soon = photo("blue", 4000)
+    for i, row in enumerate(shop.rows):
+        if i % 4 == 0:
+            (shop.folder / row["image_path"]).write_bytes(soon)
+    for i, color in enumerate("red blue green grey black white beige".split()):  # variants of one product
+        shop.rows.append(shop.rows[1] | {"id": f"v{i}", "name": f"Oslo corner sofa {color}"})
+    shop.write()
+    assert shop.call("prepare") == 0
+    assert shop.server.ledger("upload") == [] and shop.server.ledger("paid") == []
+    printed = capsys.readouterr().out
+    assert "images/p0.jpg: one photo for 10 products with 10 different titles, rejected" in printed
+    assert "images/p1.jpg: one photo for 8 products with 8 different titles\n" in printed
+    assert shop.call("run", "--max-failed", "0.5") == 0
+    assert Counter(shop.rejects().values()) == {"placeholder photo": 10} and len(shop.cleaned()) == 37
+    assert sum(shop.paid().values()) == 37
+    shop.check_answers()
+    assert shop.call("run") == common.FAILED  # more than --max-failed
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Photos at URLs
+
+
+def fetch(folder: Path, urls: list[str], allow_private: bool = True) -> dict[str, str]:
+    return clean.PhotoFetcher(folder, allow_private).fetch(urls)
+
+
+def kept(folder: Path, url: str) -> bytes:
+    return (folder / common.digest(url.encode())).read_bytes()
+
+
+def test_a_server_that_misbehaves_loses_nothing_else(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(clean, "MAX_FETCHED", 4 << 20)
+    monkeypatch.setattr(clean, "FETCH_TIMEOUT", 0.3)
+    photos.target = "/good0.jpg"
+    names = ["busy429.jpg", "busy503.jpg", "status404", "status500", "page", "loop", "cut", "slow", "huge", "moved.jpg"]
+    names += [f"good{i}.jpg" for i in range(20)] + ["a b/ü.jpg?x=1&y=ü"]
+    urls = [f"{photos.url}/{name}" for name in names] + ["http://no-such-host.invalid/a.jpg", "http://[bad/a.jpg"]
+    failures = {url.rpartition("/")[2]: reason for url, reason in fetch(tmp_path, urls).items()}
+    assert failures == {
+        "status404": "status 404", "status500": "status 500", "page": "not an image", "loop": "too many redirects",
+        "cut": "connection broken (ConnectionError)", "slow": "too slow", "huge": "too large",
+    } | {name: failures[name] for name in failures if name == "a.jpg"}  # fmt: skip
+    assert kept(tmp_path, f"{photos.url}/moved.jpg") == photo("red", sum(b"good0.jpg"), 64)
+    assert photos.asked["/status404"] == 1 and photos.asked["/status500"] == photos.asked["/cut"] == 4
+    assert not list(tmp_path.glob(".*.tmp")) and len(list(tmp_path.glob("?" * 64))) == 24
+    before = Counter(photos.asked)
+    assert not fetch(tmp_path, [url for url in urls if "good" in url])
+    assert all(photos.asked[f"/good{i}.jpg"] - before[f"/good{i}.jpg"] == 1 for i in range(1, 20))
+    assert all(photos.sent[f"/good{i}.jpg"] == 1 for i in range(1, 20))  # 304
+    assert photos.headers["/good5.jpg"]["If-None-Match"]
+
+
+def test_a_changed_photo_is_fetched_anew_and_one_without_etag_is_left_alone(photos, tmp_path):
+    urls = [f"{photos.url}/a.jpg", f"{photos.url}/plain.jpg"]
+    assert not fetch(tmp_path, urls)
+    photos.files = {"a.jpg": photo("blue"), "plain.jpg": photo("blue")}
+    assert not fetch(tmp_path, urls)
+    assert kept(tmp_path, urls[0]) == photo("blue") and photos.asked == {"/a.jpg": 2, "/plain.jpg": 1}
+
+
+def test_a_server_is_left_alone_as_long_as_it_asks(photos, tmp_path, monkeypatch):
+    photos.wait = "3600"
+    assert fetch(tmp_path, [f"{photos.url}/busy429.jpg"]).popitem()[1] == "status 429" and photos.asked.total() == 1
+    assert clean.retry_after("Fri, 31 Dec 2099 23:59:59 GMT") > 1e9 and clean.retry_after("soon") == 0
+    photos.wait = "1"
+    start = time.monotonic()
+    assert not fetch(tmp_path, [f"{photos.url}/busy.jpg"]) and time.monotonic() - start >= 2
+
+
+@pytest.mark.parametrize(
+    "address, public",
+    [
+        ("93.184.216.34", True), ("2606:2800:220:1::1", True), ("127.0.0.1", False), ("10.1.2.3", False),
+        ("192.168.0.1", False), ("172.16.0.1", False), ("169.254.169.254", False), ("100.64.0.1", False),
+        ("0.0.0.0", False), ("::1", False), ("fe80::1%eth0", False), ("fd00::1", False), ("::ffff:127.0.0.1", False),
+        ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False), ("224.0.0.1", False), ("255.255.255.255", False),
+    ],
+)  # fmt: skip
+def test_addresses_of_the_machine_and_of_private_networks_are_known(address, public):
+    assert clean.is_public(address) is public
+
+
+def test_private_addresses_are_refused_by_name_by_address_and_after_redirects(photos, tmp_path, monkeypatch):
+    port = photos.server_port
+    urls = [f"http://{host}:{port}/a.jpg" for host in ("127.0.0.1", "localhost", "2130706433", "[::1]", "0")]
+    assert set(fetch(tmp_path, urls, allow_private=False).values()) == {"private address (--allow-private)"}
+    assert not photos.asked
+    # A name that is public, whose server sends the client to itself: the first hop alone may pass.
+    real = clean.socket.getaddrinfo
+
+    def lookup(host, *rest, **more):
+        return real("127.0.0.1" if host == "public.example" else host, *rest, **more)
+
+    monkeypatch.setattr(clean.socket, "getaddrinfo", lookup)
+    seen = iter([True, False])
+    monkeypatch.setattr(clean, "is_public", lambda address: next(seen))
+    photos.target = f"http://localhost:{port}/secret.jpg"
+    reasons = fetch(tmp_path, [f"http://public.example:{port}/moved.jpg"], allow_private=False)
+    assert [*reasons.values()] == ["private address (--allow-private)"] and list(photos.asked) == ["/moved.jpg"]
+    photos.target = "file:///etc/passwd"
+    assert [*fetch(tmp_path, [f"{photos.url}/moved2.jpg"]).values()] == ["not http or https"]
+
+
+def test_photos_that_are_not_fetched_are_rejected_by_reason(shop, photos, capsys):
+    shop.rows[3]["image_path"] = f"{photos.url}/status404"
+    shop.rows[4]["image_path"] = f"{photos.url}/page.jpg, {photos.url}/good.jpg"
+    shop.write()
+    assert shop.call("run", "--allow-private", "--max-failed", "0.1") == 0
+    assert shop.rejects() == {"003": "photo not fetched: status 404"}
+    row = next(row for row in shop.cleaned() if row["id"] == "004")
+    assert row["image_path"].startswith("batch.photos/") and "further_photos" not in row
+    printed = capsys.readouterr().out
+    assert "photos at URLs: 1 fetched" in printed and "1: not an image (such as http" in printed
+    assert len(run_2(shop)) == 11
+    assert shop.call("run", "--max-failed", "0.1") == 0  # fetched ones stay, though this call may not go there
+    assert sum(shop.paid().values()) == 11
+    assert shop.rejects() == {"003": "photo not fetched: private address (--allow-private)"}
+
+
+def test_killed_25_times_while_fetching_it_fetches_nothing_twice(photos, tmp_path):
+    urls = [f"{photos.url}/k{i}.jpg" for i in range(400)]
+    code = "import importlib, json, sys; clean = importlib.import_module('1_clean'); from pathlib import Path\n"
+    code += "print(clean.PhotoFetcher(Path(sys.argv[1]), True).fetch(json.loads(sys.argv[2])))"
+    chance, kills = random.Random(7), 0
+    command = [sys.executable, "-c", code, str(tmp_path / "p"), json.dumps(urls)]
+    while kills < 25:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target = photos.sent.total() + chance.randrange(12)
+        while child.poll() is None and photos.sent.total() < target:
+            time.sleep(0.001)
+        kills += child.poll() is None
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.splitlines()[-1] == b"{}"
+    assert all(kept(tmp_path / "p", url) == photo("red", sum(url.rpartition("/")[2].encode()), 64) for url in urls)
+    again = photos.sent.total() - len(urls)  # only what was on the wire at a kill
+    assert 0 <= again <= 25 * clean.HOST_LANES
+    names = {path.name for path in (tmp_path / "p").glob("?" * 64)}
+    assert names == {common.digest(url.encode()) for url in urls}
+
+
+def test_titles_that_were_sent_as_they_were_are_not_bought_again(shop, monkeypatch):
+    shop.rows[0]["name"] += " &amp; <b>more</b>"
+    shop.write()
+    with monkeypatch.context() as version_before:
+        version_before.setattr(common, "plain_text", lambda text: " ".join(text.split()))
+        assert shop.call() == 0
+    shop.lose("plan.parquet")
+    assert shop.call() == 0
+    assert sum(shop.paid().values()) == len(shop.rows)
+
+
+def test_make_hands_columns_on_and_no_terminals_width(tmp_path):
+    (tmp_path / "shop.csv").write_text("x\n")
+
+    def plan(**variables: str) -> str:
+        places = [f"DATA={tmp_path}/data", f"CATALOGUE={tmp_path}/shop.csv", f"PYTHON={sys.executable}"]
+        environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | variables
+        command = ["make", "-n", "clean-data", *places]
+        return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True).stdout
+
+    assert "--columns" not in plan() and "--columns" not in plan(COLUMNS="80")
+    line = next(line for line in plan(COLUMNS="id=SKU,name=Product's title").splitlines() if "1_clean.py" in line)
+    words = shlex.split(line)
+    assert words[words.index("--columns") + 1] == "id=SKU,name=Product's title"
+
+
+def test_of_two_runs_at_once_one_fetches(shop, photos, capsys):
+    shop.rows[0]["image_path"] = f"{photos.url}/a.jpg"
+    shop.write()
+    with common.exclusive(shop.workspace / "lock"):
+        assert shop.call("run", "--allow-private") == common.UNFINISHED
+    assert not photos.asked and "another call is at work" in capsys.readouterr().out
