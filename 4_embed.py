@@ -737,7 +737,7 @@ def compare(base: dict, others: list[dict], clusters, names: Iterable[str] = MET
             judged = np.isfinite(base[name]) & np.isfinite(scores[name])
             facts: dict[str, Any] = {"value": mean(scores[name]), "queries": int(judged.sum())}
             if judged.any():
-                found = common.bootstrap_mean((scores[name] - base[name])[judged], clusters[judged])
+                found = common.bootstrap_mean((scores[name] - base[name])[judged], clusters[judged], limit=1)
                 facts |= dict(zip(("difference", "low", "high", "p"), found, strict=True))
                 if facts["low"] == facts["high"] == 0:  # no query differs: 0 wide would be too sure of those not asked
                     facts |= {"low": None, "high": None}
@@ -1167,7 +1167,7 @@ def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
     if not count:
         return {}
     before, after = (judge(vectors, texts, tested)["mrr"] for vectors in (framed, cropped))
-    found = common.bootstrap_mean(after - before, clusters_of(answer_keys(tested)))
+    found = common.bootstrap_mean(after - before, clusters_of(answer_keys(tested)), limit=1)
     facts = dict(zip(("difference", "low", "high", "p"), found, strict=True))
     return {"photos": count, "value": mean(after)} | facts
 

@@ -61,3 +61,17 @@ def test_every_flag_in_the_pages_is_one_of_the_script(script):
 def test_every_file_that_a_page_names_is_there(page):
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / path).exists(), path
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14", "3.15"])
+def test_every_package_is_pinned_once_for_each_python(version):
+    """numpy, scipy, contourpy and PyYAML have other wheels for 3.15 than for the versions before."""
+    from packaging.requirements import Requirement
+
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if line]
+    here = [one for one in wanted if one.marker is None or one.marker.evaluate({"python_version": version})]
+    assert sorted({one.name for one in wanted}) == sorted(one.name for one in here)
+    assert all(re.fullmatch(r"==[\w.]+", str(one.specifier)) for one in here)
+    pins = {one.name: str(one.specifier) for one in here}
+    assert (pins["numpy"], pins["scipy"]) == (("==2.5.5", "==1.18.1") if version == "3.15" else ("==2.4.6", "==1.17.1"))
