@@ -65,8 +65,16 @@ def results(path: Path = ROOT / "data/report/report.json") -> str:
             p = "< 0.001" if gain["p_holm"] < 0.001 else f"{gain['p_holm']:.3f}"
             gained = f"{gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
             rows.append(f"| `{run['name']}` | {values} | {gained} | {p} |")
-    told = f"{report['items']} products of the test split; p after Holm's correction over every difference reported."
-    return "\n".join([*rows, "", told])
+    told = [f"{report['items']} products of the test split; p after Holm's correction over every difference reported."]
+    if judged := (report.get("queries") or {}).get("judged"):
+        gains = [(run["name"], run["metrics"]["ndcg@10"]) for run in judged["runs"]]
+        found = "; ".join(
+            f"`{name}` {gain['value']:.3f} ({gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}])"
+            for name, gain in gains
+        )
+        told += [f"What shoppers type, {judged['queries']} queries whose right answers nobody trained on, nDCG@10:"]
+        told += [f"zero-shot {judged['base']['metrics']['ndcg@10']:.3f}; {found}."]
+    return "\n".join([*rows, "", *told])
 
 
 def swept(path: Path = ROOT / "data/sweep/sweep.json") -> str:

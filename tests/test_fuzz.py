@@ -538,7 +538,8 @@ def test_every_sample_of_a_damaged_shard_is_read_or_counted(tiny_world, tmp_path
     path.write_bytes(damaged(data.draw, path.read_bytes()))
     if data.draw(st.booleans()):
         path.write_bytes(repaired(path.read_bytes()))
-    config, manifest = train.TrainingConfig(workers=1, max_failed=1.0), common.load_manifest(folder)
+    config = train.TrainingConfig(workers=1, max_failed=1.0, augment="advanced")
+    manifest = common.load_manifest(folder)
     clip = types.SimpleNamespace(size=32, tokenizer=lambda captions: captions)
     try:
         split = train.open_splits(str(folder), manifest, tmp_path / "cache", clip, config)[0]

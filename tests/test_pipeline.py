@@ -259,7 +259,7 @@ def bought(data: Path) -> list[str]:
 # Files that are whole as soon as they are there, and those that are finished when a later step has begun.
 ONCE = ("batch/raw/*.jsonl", "shards/*/*.tar")
 BEFORE = {"2_prepare": ["cleaned.csv"], "3_train": ["shards/manifest.json"],
-          "4_embed": ["runs/*/train.json", "runs/*/model/*"]}  # fmt: skip
+          "4_embed": ["runs/*/train.json", "runs/*/model/open_clip_*"]}  # fmt: skip
 
 
 def stored_vectors(data: Path) -> dict[tuple[str, str], tuple[int, bytes]]:

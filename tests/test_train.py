@@ -1500,7 +1500,9 @@ def test_a_vit_b_32_from_a_checkpoint_file_goes_through_training_and_embedding(t
         found = [theirs.eval().encode_image(pixels, normalize=True) for theirs, _, _ in (by_folder, by_path)]
     assert torch.equal(*found) and all("QuickGELU" in str(theirs) for theirs, _, _ in (by_folder, by_path))
     flat = [str(transform).translate(str.maketrans("[]", "()")) for _, _, transform in (by_folder, by_path)]
-    assert flat[0] == flat[1] and "0.48145466" in flat[0]  # size, mean and std: the model's own
+    mean_and_std = [text[text.index("Normalize") :] for text in flat]  # the model's own
+    assert mean_and_std[0] == mean_and_std[1] and "0.48145466" in flat[0]
+    assert "ResizeKeepRatio(size=(224, 224)" in flat[0] and "CenterCrop(size=(224, 224)" in flat[1]  # ours letterboxes
     assert (found[0] - common.encode(base, images)).abs().max() > 1e-3
     assert len(table) == 16 and table.column("base_embedding").type.list_size == 512
     first = torch.tensor(table.column("finetuned_embedding")[0].as_py())
