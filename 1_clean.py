@@ -101,11 +101,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def batched(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of `size` items; the last may be shorter."""
-    return iter(lambda: list(itertools.islice(items, size)), [])
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Prompt, schema, models and prices
 
@@ -162,9 +157,14 @@ def undated(model: str) -> str:
     return re.sub(r"-\d{4}-\d\d-\d\d$", "", model)
 
 
+def known_model(name: str) -> Model:
+    """The table's row for a model, or UNKNOWN."""
+    return MODELS.get(undated(name), UNKNOWN)
+
+
 def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[str, Any]:
     """Request parameters that depend on the model; `token_factor` multiplies the tokens for the answer."""
-    known, effort = MODELS.get(undated(settings.model), UNKNOWN), settings.reasoning_effort
+    known, effort = known_model(settings.model), settings.reasoning_effort
     lowest = "".join(known.efforts[:1])
     effort = lowest if effort is None else effort
     needed = known.answer_tokens if effort and effort == lowest else REASONING_TOKENS
@@ -188,7 +188,7 @@ def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float,
 
 def estimate(settings: CleaningConfig, load: dict, measured: tuple[float, float] | None = None) -> tuple[float, str]:
     """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request."""
-    factors = (MODELS.get(undated(settings.model), UNKNOWN).patch_factor, HIGHEST_FACTOR)
+    factors = (known_model(settings.model).patch_factor, HIGHEST_FACTOR)
     if measured:
         tokens = [tuple(load["requests"] * used for used in measured)]
     else:
@@ -202,12 +202,17 @@ def estimate(settings: CleaningConfig, load: dict, measured: tuple[float, float]
 
 def shutdown_date(name: str, facts: dict[str, Any]) -> tuple[str, float]:
     """When a model ends, as the API says or else the table, and in how many days; ("", inf) where nobody knows."""
-    date = str(facts.get("shutdown_date") or MODELS.get(undated(name), UNKNOWN).shutdown)[:10]
+    date = str(facts.get("shutdown_date") or known_model(name).shutdown)[:10]
     try:
         end = datetime.date.fromisoformat(date)
     except ValueError:
         return "", math.inf
     return date, (end - datetime.datetime.fromtimestamp(time.time(), datetime.UTC).date()).days
+
+
+def load_of(tokens: int, patches: int) -> dict[str, int]:
+    """The load of one request."""
+    return {"requests": 1, "tokens": tokens, "patches": patches}
 
 
 def total_load(loads: Iterable[dict]) -> Counter:
@@ -1117,11 +1122,11 @@ RAW_KINDS = ("output", "error", "unanswered")  # raw/BATCH.KIND.jsonl; the last 
 class Answers:
     """What the raw answer files hold, by digest. A source is a batch, or a call with --sync: raw/sync-TIME.jsonl."""
 
-    def __init__(self, workspace: Path, settings: CleaningConfig):
+    def __init__(self, workspace: Path, settings: CleaningConfig, batches: dict[str, dict]):
         self.raw, self.settings = workspace / "raw", settings
         self.retries_path = workspace / "retries.json"  # digest -> failures that --retry-failed made up for
         self.forgiven = read_dict(self.retries_path, "list of retries") if self.retries_path.exists() else {}
-        self.load({})
+        self.load(batches)
 
     def load(self, batches: dict[str, dict]) -> None:
         """Read every source anew, the oldest first, but not the batches that are still to be collected."""
@@ -1265,6 +1270,12 @@ def shared_photos(photos: list[str], titles: list[str]) -> dict[str, tuple[int, 
     return shared
 
 
+def request_key(line: bytes) -> str:
+    """The digest in a line of a request file, "" where it has none."""
+    found = re.match(rb'\{"custom_id": "([^"]+)"', line)
+    return found[1].decode() if found else ""
+
+
 class RequestWriter:
     """Writes request files, one after another, each below the limits of bytes, requests and tokens."""
 
@@ -1315,8 +1326,7 @@ class RequestWriter:
         for path in [self.folder / name for name in old]:
             with open(path, "rb") as handle:
                 for line in handle:
-                    digest = re.match(rb'\{"custom_id": "(\w+)"', line)[1].decode()
-                    if digest not in digests:
+                    if (digest := request_key(line)) not in digests:
                         self.add(digest, line, loads[digest])
             path.unlink()
         self.close()
@@ -1333,8 +1343,7 @@ def request_keys(path: Path, sha256: str, changed: int) -> list[str] | None:
     if sha256 and common.file_digest(path) != sha256:
         return None
     with open(path, "rb") as handle:
-        found = (re.match(rb'\{"custom_id": "([^"]+)"', line) for line in handle)
-        return [match[1].decode() if match else "" for match in found]
+        return [request_key(line) for line in handle]
 
 
 class DataProcessor:
@@ -1353,8 +1362,7 @@ class DataProcessor:
         self.args, self.settings, self.state, workspace = args, settings, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
         self.fetched, self.unfetched = workspace.with_name(f"{workspace.name}.photos"), {}  # URL -> why it is not here
-        self.answers, self.plan = Answers(workspace, settings), None
-        self.answers.load(state["batches"])
+        self.answers, self.plan = Answers(workspace, settings, state["batches"]), None
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
             # Each of Arrow's threads would keep memory of its own, 300 bytes a row in all.
             plan = pd.read_parquet(self.plan_path, page_checksum_verification=True, use_threads=False)
@@ -1426,7 +1434,7 @@ class DataProcessor:
             for number, digests, sources[number], entry, line in self.built_rows(known, is_wanted, again):
                 digest, answered = self.choose_digest(digests, flying)
                 if line and digest == digests[0] and is_wanted(digest):
-                    writer.add(digest, line, dict(zip(LOAD, (1, *entry[2:4]), strict=True)))
+                    writer.add(digest, line, load_of(*entry[2:4]))
                 elif not line and digest in loads:  # not encoded again
                     entry[2:4] = loads[digest]["tokens"], loads[digest]["patches"]
                 entries[number] = (digest, *entry, answered)
@@ -1453,7 +1461,7 @@ class DataProcessor:
 
         folder = common.images_folder(self.args.images, self.args.input)
         work = functools.partial(build_block, self.settings, folder, self.earlier_models())
-        blocks, workers = batched(products(), BLOCK), self.settings.workers or os.cpu_count() or 1
+        blocks, workers = common.batches(products(), BLOCK), self.settings.workers or os.cpu_count() or 1
         built = common.progress(common.photo_pool(work, blocks, workers), "prepare")
         for number, digests, source, *entry, line in built:
             if common.is_url(entry[1]):
@@ -1497,7 +1505,7 @@ class DataProcessor:
                 removed |= {entries[number][0], entries[number][-1]}
                 detail = f"one photo for {count} different titles"
                 entries[number] = ("", "placeholder photo", detail, 0, 0, "", "", "")
-        loads = {key: dict(zip(LOAD, (1, *load[:2]), strict=True)) for key, _, _, *load in entries.values()}
+        loads = {key: load_of(*load[:2]) for key, _, _, *load in entries.values()}
         writer.remove(removed - loads.keys(), loads)
 
     def earlier_models(self) -> list[str]:
@@ -1573,7 +1581,7 @@ class DataProcessor:
     def loads(self, plan: Any) -> dict[str, dict]:
         """digest -> load, for the rows of a plan."""
         rows = zip(plan["digest"], plan["tokens"], plan["patches"], strict=True)
-        return {digest: dict(zip(LOAD, (1, *more), strict=True)) for digest, *more in rows}
+        return {digest: load_of(*load) for digest, *load in rows}
 
     def pending_loads(self) -> dict[str, dict]:
         """digest -> load of everything that rows wait for."""
@@ -1942,7 +1950,7 @@ class BatchRunner:
         if self.replan and self.given.ask_again:
             self.state.set(ask_again=model)
             self.resolve()
-        known = MODELS.get(undated(model), UNKNOWN).efforts
+        known = known_model(model).efforts
         if (effort := self.given.reasoning_effort) and known and effort not in known:
             raise Fail(f"--reasoning-effort {effort}: {model} accepts {', '.join(known)}", common.USAGE)
         if self.replan or not self.processor.is_planned():
@@ -2084,7 +2092,7 @@ def ask_directly(runner: BatchRunner) -> None:
             to_come = total_load(loads.values())
             waiting = [processor.requests / name for name in sorted(state["files"])]
             lines = itertools.chain.from_iterable(open(path, "rb") for path in waiting)
-            for block in batched(lines, 4 * settings.concurrency):
+            for block in common.batches(lines, 4 * settings.concurrency):
                 runner.check_budget(to_come)
                 outcomes = dict(pool.map(ask, block))
                 if stops := [outcome.reason for outcome in outcomes.values() if outcome.kind == "stop"]:

@@ -395,8 +395,7 @@ def scan(rows, reasons, images: Path, cache: PhotoCache, config: PrepConfig, wor
 
 def _scan_new(keys: list[str], cache: PhotoCache, config: PrepConfig, workers: int) -> None:
     """Add photos to the cache."""
-    blocks = (keys[start : start + 16] for start in range(0, len(keys), 16))
-    made = common.photo_pool(functools.partial(scan_photos, config=config), blocks, workers)
+    made = common.photo_pool(functools.partial(scan_photos, config=config), common.batches(keys, 16), workers)
     for photo in common.progress(made, "scan", len(keys), "photo"):
         cache.add(photo)
 

@@ -217,13 +217,6 @@ def sample_columns(sample: dict[str, bytes]) -> dict[str, Any]:
     return columns | {"image_digest": digests[0], "text_digest": digests[1]}
 
 
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    """The items in lists of `size`, the last one shorter."""
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Vectors, kept by digest: what is there is never computed again
 
@@ -304,7 +297,7 @@ class VectorStore:
         import numpy as np
 
         found: dict[str, bytes] = {}
-        for some in batches(dict.fromkeys(digests), 500):
+        for some in common.batches(dict.fromkeys(digests), 500):
             marks = ",".join("?" * len(some))
             with self._explain_damage():
                 found.update(self.database.execute(f"SELECT * FROM vectors WHERE digest IN ({marks})", some))
@@ -389,7 +382,7 @@ def bf16_cosine(half: Encoder, whole: Encoder, shards: Shards) -> float:
         prompts.append(row["prompt"])
         with contextlib.suppress(BadImage):
             pixels.append(common.decode_jpeg(jpg, half.clip.size))
-    pictures = [torch.stack(some) for some in batches(pixels, half.batch_size)]
+    pictures = [torch.stack(some) for some in common.batches(pixels, half.batch_size)]
     a, b = (torch.cat([one.texts(prompts), *map(one.images, pictures)]).double() for one in (half, whole))
     return (a * b).sum(dim=1).min().nan_to_num(0.0).item()
 
@@ -449,7 +442,7 @@ def merge_views(rows, encoders: list[Encoder], world: World) -> Any:
     rows["image_digest"] = ids.map({id: key for id, (key, _) in keys.items()}).fillna(rows["image_digest"])
     rows["photos"] = ids.map({id: len(some) for id, (_, some) in keys.items()}).fillna(1)
     for encoder in encoders if world.main else ():
-        for batch in batches((one for one in keys.values() if encoder.store.claim(one[0])), 512):
+        for batch in common.batches((one for one in keys.values() if encoder.store.claim(one[0])), 512):
             parts = [encoder.store.get(some).mean(axis=0, dtype=np.float64) for _, some in batch]
             means = np.stack([(part / np.linalg.norm(part)).astype(np.float32) for part in parts])  # [B, D]
             jobs = [Job(key, "a product with several photos", b"", []) for key, _ in batch]
@@ -538,7 +531,7 @@ def decoded(pictures: Iterable[Job], sizes: set[int], config: EmbeddingConfig, w
 
     pin, started = world.device.type == "cuda", collections.deque()
     with ThreadPoolExecutor(config.workers or min(4, os.cpu_count() or 1)) as pool:
-        for batch in itertools.chain(batches(pictures, config.batch_size), [None] * AHEAD):
+        for batch in itertools.chain(common.batches(pictures, config.batch_size), [None] * AHEAD):
             if batch:
                 pixels = {n: torch.empty((len(batch), 3, n, n), dtype=torch.uint8, pin_memory=pin) for n in sizes}
                 starts = range(0, len(batch), DECODE_TOGETHER)
@@ -560,7 +553,7 @@ def embed_texts(texts: dict[str, str], encoders: list[Encoder], world: World) ->
 
     def encoded() -> Iterator[Job]:
         with computing(encoders, world):
-            for batch in batches(jobs, FLUSH_VECTORS):
+            for batch in common.batches(jobs, FLUSH_VECTORS):
                 for encoder in encoders:
                     if wanted := [job for job in batch if encoder in job.encoders]:
                         encoder.store.add(wanted, encoder.texts([job.content for job in wanted]))
@@ -1155,7 +1148,7 @@ def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
                 if (i := places.get(row["place"])) is not None:
                     yield i, centre_crop(common.decode_jpeg(jpg, base.clip.size))
 
-    for some in batches(crops(), base.batch_size):
+    for some in common.batches(crops(), base.batch_size):
         square, oblong = ([(i, crop) for i, crop in some if (crop is None) == kind] for kind in (True, False))
         for part in filter(None, (square, oblong)):
             own = torch.from_numpy(framed[[i for i, _ in part]])
@@ -1229,7 +1222,7 @@ def show_moved(moved: dict, right: Callable, shards: Shards, items, encoders: Se
         return moved
     for encoder in encoders:
         texts = encoder.store.get([text_digest(query["prompt"]) for query in queries])
-        pictures = (encoder.store.get(some) for some in batches(items["image_digest"], GALLERY))
+        pictures = (encoder.store.get(some) for some in common.batches(items["image_digest"], GALLERY))
         found.append(common.top_k(texts, pictures, NEAREST)[1].tolist())
     wanted = {*(query["item"] for query in queries), *(j for lists in found for some in lists for j in some if j >= 0)}
     pictures = thumbnails(shards, items, wanted)
@@ -1422,12 +1415,7 @@ def pool(args: argparse.Namespace) -> int:
 
 def open_master(path: str, using: str, *columns: str) -> tuple[Any, dict[str, str], int]:
     """(pyarrow's file, its metadata, width of the vectors) of a master.parquet with a model's pictures and columns."""
-    import pyarrow.parquet as pq
-
-    # With its default pre_buffer, pyarrow would keep every column of vectors that was read.
-    file, column = pq.ParquetFile(path, pre_buffer=False), f"{using}_embedding"
-    facts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-    types = {field.name: field.type for field in file.schema_arrow}
+    (file, facts, types), column = common.open_parquet(path), f"{using}_embedding"
     width = getattr(types.get(column), "list_size", None)
     if width is None or not {f"{using}_model", f"{using}_fingerprint", *columns} <= facts.keys() | types.keys():
         raise Fail(f"{path}: no {column} with its model, or no {', '.join(columns)} in it; make it with 4_embed.py")

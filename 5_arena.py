@@ -298,21 +298,16 @@ class Items:
     """
 
     def __init__(self, path: str | Path):
-        import pyarrow.parquet
-
         self.path = Path(path)
         if not self.path.is_file():
             raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE)
         with self._readable():
-            # With pre_buffer pyarrow would keep each column of vectors that was read.
-            self.file = pyarrow.parquet.ParquetFile(self.path, pre_buffer=False)
-            self.types = {field.name: field.type for field in self.file.schema_arrow}
+            self.file, self.facts, self.types = common.open_parquet(self.path)
             if missing := [name for name in (*COLUMNS, "base_embedding") if name not in self.types]:
                 raise Fail(f"{path}: no column {', '.join(missing)}; make it with 4_embed.py")
             texts = [*COLUMNS, *(name for name in ATTRIBUTES if name in self.types)]
             self.table = self.file.read(columns=texts).combine_chunks()
             self.table.validate(full=True)  # that every text is UTF-8
-            self.facts = {k.decode(): v.decode() for k, v in (self.file.schema_arrow.metadata or {}).items()}
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:

@@ -199,6 +199,13 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """The items in lists of `size`, the last one shorter."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files: digests, atomic writes, locks, sidecars
 
@@ -621,9 +628,14 @@ def _parse_columns(columns: str) -> dict[str, str]:
     return {name: value.strip('" ') for name, value in given.items()}
 
 
+def _plain_name(column: str) -> str:
+    """A column's name in lower case, letters and digits only."""
+    return re.sub(r"[\W_]", "", column.lower())
+
+
 def _find_columns(header: list[str], given: dict[str, str]) -> tuple[dict[str, list[int]], str]:
     """(for each of our columns the places in the header that may be meant, what kind of table it is)."""
-    plain = [re.sub(r"[\W_]", "", name.lower()) for name in header]
+    plain = [_plain_name(name) for name in header]
 
     def places(names: Iterable[str], among: list[str]) -> list[int]:
         return [place for place, name in enumerate(among) if name in names]
@@ -666,7 +678,7 @@ def _gather_photos(rows, surplus: set[int], export: str) -> Any:
     """
     import pandas as pd
 
-    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in rows.columns}
+    plain = {_plain_name(name): name for name in rows.columns}
     more = [name for key, name in plain.items() if key in FURTHER_NAMES]
     if FURTHER in rows.columns or not (more or export) or rows.empty:
         return rows
@@ -1514,6 +1526,16 @@ def encode(clip: Clip, pixels=None, captions=None):
             tokens = clip.tokenizer(captions) if isinstance(captions, list) else captions
             x = text_features(clip.model, tokens)
         return torch.nn.functional.normalize(x.float(), dim=-1)
+
+
+def open_parquet(path: str | Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """(pyarrow's file, its metadata, {column: type}) of a file of vectors, such as master.parquet."""
+    import pyarrow.parquet
+
+    # With its default pre_buffer, pyarrow would keep every column of vectors that was read.
+    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+    facts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+    return file, facts, {field.name: field.type for field in file.schema_arrow}
 
 
 # --------------------------------------------------------------------------------------------------------------------
