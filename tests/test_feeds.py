@@ -1,12 +1,14 @@
-"""Catalogues as shops have them, through stages 1 and 2: exports, several photos, placeholders, photos at URLs."""
+"""Catalogues as shops have them: exports, several photos, placeholders, photos at URLs; and exports through it all."""
 
 from __future__ import annotations
 
+import csv
 import importlib
 import io
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -23,12 +25,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import common
+import openai_standin
+import sample
 from test_clean import Shop, clean, photo
 from test_clean import shop as stage_1_shop
 from test_embed import make_run
+from test_pipeline import environment
 from test_prepare import picture
 from tiny import make_clip
 
@@ -159,6 +164,91 @@ def test_an_export_goes_through_with_every_product_once(shop, photos, name, flag
     first = shop.folder / rows[0]["image_path"]
     assert first.read_bytes() == photo("red", sum(b"sofa-1.jpg"), 64)
     assert next(one for one in samples[ids[0]] if not one.get("view"))["image_path"] == rows[0]["image_path"]
+
+
+def drawn_feed(name: str, url: str, products: dict[str, tuple[str, list[str]]]) -> str:
+    """An export under the header of FEEDS / name. products: id -> (title, names of photos)."""
+    lines = (FEEDS / name).read_text(encoding="utf-8").splitlines()
+    delimiter = max(",;\t", key=lines[0].count)
+    text, header = io.StringIO(), next(csv.reader(lines, delimiter=delimiter))
+    feed = csv.DictWriter(text, header, restval="", delimiter=delimiter, lineterminator="\n")
+    feed.writeheader()
+    for number, (id, (title, photos)) in enumerate(products.items()):
+        first, *more = (f"{url}/{photo}" for photo in photos)
+        if name == "shopify.csv":
+            fixed = {"Handle": id, "Option1 Name": "Color", "Variant Price": "49.00", "Variant Taxable": "TRUE"}
+            row = {"Title": title, "Body (HTML)": f"<p>{title},\nnew</p>", "Vendor": "Nordhus", "Published": "TRUE"}
+            row |= {"Option1 Value": "Red", "Variant SKU": f"{id}-R", "Status": "active"}
+            feed.writerow(fixed | row | {"Image Src": f"{first}?v=1", "Image Position": 1})
+            for place, photo in enumerate(more, 2):  # a variant's row and an image's in one, as Shopify writes them
+                variant = {"Option1 Value": "Blue", "Variant SKU": f"{id}-{place}"}
+                feed.writerow(fixed | variant | {"Image Src": f"{photo}?v=1", "Image Position": place})
+        elif name == "woocommerce.csv":
+            known = {"SKU": id} if number % 3 else {"ID": id}
+            row = {"ID": 1000 + number, "Type": "simple", "Name": title, "Published": 1, "Regular price": "49.00"}
+            feed.writerow(row | known | {"Description": f"<p>{title}</p>", "Images": ", ".join([first, *more])})
+        elif name == "google.tsv":
+            row = {"id": id, "title": title, "link": f"https://shop.example/{id}", "image_link": first}
+            row |= {"additional_image_link": ",".join(more), "availability": "in_stock", "price": "49.00 EUR"}
+            feed.writerow(row | {"description": f'{title}, 72" wide', "brand": "Nordhus", "condition": "new"})
+        elif name == "plain.csv":
+            photos = "|".join([first, *more])
+            feed.writerow({"product_id": id, "title": title, "image_url": photos, "price": "49,00"})
+        else:
+            feed.writerow({"Nummer": number, "Artikel": title, "Art. Nr": id, "Bild 1": first, "Bestand": 3})
+    return text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[dict[str, tuple[str, list[str]]], dict[str, bytes]]:
+    """40 drawn products, {id: (title, names of photos)}, most with two photos; {name: JPEG} of all photos."""
+    products, files = {}, {}
+    for item in sample.products(40):
+        image = sample.draw(item, 42, 64)
+        names = [f"{item.index}-{view}.jpg" for view in range(2 if item.index % 3 else 1)]
+        for name, view in zip(names, (image, ImageOps.mirror(image)), strict=False):
+            buffer = io.BytesIO()
+            view.save(buffer, "JPEG", quality=90)
+            files[name] = buffer.getvalue() + b"%d" % item.index  # twins are drawn alike
+        title = " ".join(sample.noisy_name(item, 42).split())
+        products[str(500 + item.index)] = (title.replace(",", " &amp; Cushions,", 1), names)
+    return products, files
+
+
+def check_products(folder: Path, products: dict[str, tuple[str, list[str]]], files: dict[str, bytes]) -> None:
+    """Every product is in master.parquet once, with its first photo and its own title as the stand-in cleans it."""
+    rows = {row["image_id"]: row for row in pq.read_table(folder / "data/embeddings/master.parquet").to_pylist()}
+    assert sorted(rows) == sorted(products)
+    with open(folder / "data/cleaned.csv", encoding="utf-8", newline="") as handle:
+        cleaned = {row["id"]: row["name"] for row in csv.DictReader(handle)}
+    assert cleaned == {id: title for id, (title, _) in products.items()}
+    for id, (title, names) in products.items():
+        data = (folder / rows[id]["image_path"]).read_bytes()
+        assert data == files[names[0]]
+        sent = clean.photo_jpeg(data, clean.CleaningConfig.image_size)[0]
+        answer = openai_standin.answer(common.plain_text(title), sent)
+        assert rows[id]["title"] == common.clean_metadata(answer)["title"]
+
+
+@pytest.mark.parametrize("name", ["shopify.csv", "woocommerce.csv", "google.tsv", "plain.csv", "odd.csv"])
+def test_an_export_goes_through_make_all_with_every_product_once(shop, photos, drawn, tmp_path, name):
+    """With no variable but CATALOGUE, and COLUMNS for odd names, but for a test's place, speed and photo server.
+
+    The commands that make would call run in this process, which has loaded torch already.
+    """
+    products, photos.files = drawn
+    give(shop, drawn_feed(name, photos.url, products), name)
+    call = ["make", "--dry-run", "all", f"CATALOGUE={shop.catalogue}", f"DATA={tmp_path / 'data'}"]
+    call += [f"PYTHON={sys.executable}", f"MODEL=local-dir:{make_clip(tmp_path / 'clip')}", "EPOCHS=1"]
+    call += ["CLEAN_FLAGS=--allow-private", "TRAIN_FLAGS=--workers 1"]
+    call += [f"OPENAI_BASE_URL={shop.server.url}", "POLL_INTERVAL=0"]
+    call += ["COLUMNS=id=Art. Nr,name=Artikel,image_path=Bild 1"] if name == "odd.csv" else []
+    planned = subprocess.run(call, cwd=ROOT, env=environment(), text=True, capture_output=True, check=True).stdout
+    called = re.findall(r"(\d_[a-z]+)\.py (.*)", planned.replace("\\\n", " "))
+    assert [stage for stage, _ in called] == ["1_clean", "2_prepare", "3_train", "4_embed"]
+    for stage, flags in called:
+        assert importlib.import_module(stage).main([one for one in shlex.split(flags) if one != "$resume"]) == 0
+    check_products(tmp_path, products, photos.files)
 
 
 def test_an_export_of_before_is_read_the_same(shop):
