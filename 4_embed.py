@@ -427,9 +427,8 @@ def make_vectors(
 def merge_views(rows, encoders: list[Encoder], world: World) -> Any:
     """The rows with one row a product, where some have several photos: its vector is their normalised mean.
 
-    The mean is kept as that of a picture whose digest is the digest of the list of theirs.
+    The mean is kept as that of a picture whose digest is the digest of the list of theirs; column views has the lists.
     """
-    import numpy as np
     import torch
 
     rows, good = rows.assign(photos=1), rows[rows["reason"] == ""].sort_values(["image_id", "view"], kind="stable")
@@ -440,15 +439,22 @@ def merge_views(rows, encoders: list[Encoder], world: World) -> Any:
     rows = rows.drop(good.index[good["image_id"].duplicated()]).reset_index(drop=True)
     ids = rows["image_id"].where(rows["reason"] == "")
     rows["image_digest"] = ids.map({id: key for id, (key, _) in keys.items()}).fillna(rows["image_digest"])
-    rows["photos"] = ids.map({id: len(some) for id, (_, some) in keys.items()}).fillna(1)
+    rows["views"], rows["photos"] = ids.map(photos), ids.map(photos.map(len)).fillna(1)
     for encoder in encoders if world.main else ():
         for batch in common.batches((one for one in keys.values() if encoder.store.claim(one[0])), 512):
-            parts = [encoder.store.get(some).mean(axis=0, dtype=np.float64) for _, some in batch]
-            means = np.stack([(part / np.linalg.norm(part)).astype(np.float32) for part in parts])  # [B, D]
+            means = mean_vectors(encoder, [some for _, some in batch])
             jobs = [Job(key, "a product with several photos", b"", []) for key, _ in batch]
             encoder.store.add(jobs, torch.from_numpy(means))
         encoder.store.flush()
     return rows
+
+
+def mean_vectors(encoder: Encoder, photos: Iterable[list[str]]):
+    """float32 [N, D]: the normalised mean of the photos, given by their digests, of each of N products."""
+    import numpy as np
+
+    means = [encoder.store.get(some).mean(axis=0, dtype=np.float64) for some in photos]
+    return np.stack([(one / np.linalg.norm(one)).astype(np.float32) for one in means])
 
 
 def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingConfig, world: World) -> tuple[Any, int]:
@@ -1058,6 +1064,38 @@ def print_queries(facts: dict[str, Any]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# What further photos bring: from a photo to the product that it shows
+
+
+def judge_photos(items, names: Sequence[str], encoders: Sequence[Encoder]) -> dict[str, Any]:
+    """recall@10 of every model where a product is found by its first photo alone, and by all but the last; or {}.
+
+    The queries are the last photos, which are part of no vector that is searched; a right answer is a product of the
+    photo's duplicate group. items: a DataFrame with group and views, each product's photos in order. A product with
+    fewer than three is searched like the others, but is no query.
+    """
+    import numpy as np
+    import pandas as pd
+
+    views, groups = items["views"].tolist(), pd.factorize(items["group"])[0]
+    several = [some[:-1] if len(some) > 2 else some for some in views]
+    searched = set(itertools.chain.from_iterable(several))
+    judged = np.array([len(some) > 2 and some[-1] not in searched for some in views])
+    if not judged.any():
+        return {}
+    models = []
+    for name, encoder in zip(names, encoders, strict=True):
+        queries = encoder.store.get([some[-1] for some in views])
+        ranks = [common.right_ranks(queries, mean_vectors(encoder, some), groups)
+                 for some in ([some[:1] for some in views], several)]  # fmt: skip
+        one, more = ({"recall@10": np.where(judged, rank <= 10, np.nan)} for rank in ranks)
+        facts = compare(one, [more], groups, ["recall@10"])[0]["recall@10"]
+        facts = {key: facts[key] for key in ("value", "difference", "low", "high", "p")}
+        models.append({"name": name, "one_photo": mean(one["recall@10"])} | facts)
+    return {"queries": int(judged.sum()), "products": len(views), "most": max(map(len, several)), "models": models}
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The report: report.json, report.html, queries.parquet
 
 
@@ -1085,6 +1123,8 @@ def make_report(
     facts = compare_models(about, scores, tested["object_type"].tolist(), clusters)
     facts["shards"] = common.digest([entry["sha256"] for split, entry in shards.entries if split == "test"])
     facts["base"]["centre_crop"] = crop
+    if "views" in tested and (photos := judge_photos(tested, names, [encoder for _, encoder in models])):
+        facts["photos"] = photos
     page: dict[str, Any] = {}
     best = max(range(1, len(models)), key=lambda i: facts["runs"][i - 1]["metrics"]["mrr"]["value"], default=0)
     encoders, both = [encoder for _, encoder in models], (models[0][1], models[best][1])
@@ -1192,6 +1232,12 @@ def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -
               "every product, fold by fold", flush=True)  # fmt: skip
     if note := centre_crop_note(facts):
         print(f"NOTE: {note}", flush=True)
+    if photos := facts.get("photos"):
+        print(f"\nwhat further photos bring: recall@10 of {photos['queries']} products by their last photo, with "
+              f"one other photo and with up to {photos['most']}")  # fmt: skip
+        for model in photos["models"]:
+            change = f"{model['difference']:+.3f}, 95% interval {shown_interval(model)}"
+            print(f"{model['name']}: {model['one_photo']:.3f} and {model['value']:.3f}, {change}", flush=True)
     if "queries" in facts:
         print_queries(facts["queries"])
 

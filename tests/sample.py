@@ -3,6 +3,7 @@
     python tests/sample.py --output data/sample                      1,200 products, seed 42
     python tests/sample.py --output data/few --count 24 --sheet      a handful, and sheet.png to look at them
     python tests/sample.py --output data/sample --queries            queries.csv alone, for what an earlier version drew
+    python tests/sample.py --output data/views --views 4             each product in four photos, for --photos 4
 
 Every product is a function of (seed, index): the same bytes whatever --count and --workers, and an interrupted run
 goes on. A piece of furniture is a list of parts (sheared boxes, cones) in metres; parts are drawn far to near in an
@@ -54,6 +55,7 @@ LEGS = {  # style: (material, colour, thickness in metres, splay, form)
 }
 SYNONYMS = {"sofa": "couch", "grey": "gray", "bookcase": "bookshelf", "wardrobe": "armoire"}
 SIZE = 512
+VIEW = 10_000_000  # further views of products are drawn by numbers beyond all indices
 
 
 @dataclass(frozen=True)
@@ -602,10 +604,20 @@ def noisy_name(item: Product, seed: int) -> str:
     return name.replace(" ", "  ") if rng.random() < 0.05 else name
 
 
-def image_path(item: Product) -> str:
+def image_path(item: Product, view: int = 0) -> str:
     """Where the picture lies, relative to the CSV."""
+    if view:
+        return f"images/{item.index:06d}-{view}.jpg"
     suffix = {"rgba": "png", "grey16": "png", "webp": "webp", "gif": "gif"}.get(item.form, "jpg")
     return f"images/{item.index:06d}.{suffix}"
+
+
+def encode_view(item: Product, seed: int, view: int) -> bytes:
+    """A further photo of the same piece: another angle, scale, light and background. Twins share theirs."""
+    item = product(item.design, seed) if item.twin else item
+    image, out = draw(item, seed, view=item.index + VIEW * view), io.BytesIO()
+    image.save(out, "JPEG", quality=88)
+    return out.getvalue()
 
 
 def encode(item: Product, seed: int) -> bytes | None:
@@ -643,27 +655,30 @@ def encode(item: Product, seed: int) -> bytes | None:
     return data[: len(data) // 3] if item.damage == "truncated" else data
 
 
-def write_image(job: tuple[int, int, str]) -> None:
+def write_image(job: tuple[int, int, str, int]) -> None:
     """Write one picture unless it is there."""
-    index, seed, folder = job
+    index, seed, folder, view = job
     item = product(index, seed)
-    path = Path(folder, image_path(item))
+    path = Path(folder, image_path(item, view))
     if not path.exists():
-        data = encode(item, seed)
+        data = encode_view(item, seed, view) if view else encode(item, seed)
         if data is not None:
             common.atomic_write(path, data)
 
 
-def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2) -> Path:
-    """Write images/, queries.csv and then catalogue.csv; returns its path. images/.seed says whose they are."""
+def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2, views: int = 1) -> Path:
+    """Write images/, queries.csv and then catalogue.csv; returns its path. images/.seed says whose they are.
+
+    views: photos of each product; image_path lists them, with "|" between.
+    """
     made = folder / "images" / ".seed"
     if made.exists() and made.read_text() != str(seed):
         for path in (folder / "images").iterdir():
             path.unlink()
     common.atomic_write(made, str(seed))
-    jobs = [(index, seed, str(folder)) for index in range(count)]
+    jobs = [(index, seed, str(folder), view) for index in range(count) for view in range(views)]
     with multiprocessing.get_context("spawn").Pool(max(1, workers)) as pool:
-        for _ in common.progress(pool.imap_unordered(write_image, jobs, 8), "draw", count, "picture"):
+        for _ in common.progress(pool.imap_unordered(write_image, jobs, 8), "draw", len(jobs), "picture"):
             pass
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -673,7 +688,7 @@ def make_catalogue(folder: Path, count: int, seed: int = 42, workers: int = 2) -
         row = [
             item.id,
             noisy_name(item, seed),
-            image_path(item),
+            "|".join(image_path(item, view) for view in range(views)),
             str(rng.choice(BRANDS)),
             f"{rng.integers(29, 1999)}.99",
         ]
@@ -814,6 +829,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="folder for catalogue.csv and images/")
     parser.add_argument("--count", type=int, default=1200, help="products (default 1200)")
     parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
+    parser.add_argument("--views", type=int, default=1, help="photos of each product (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="drawing processes (default 2)")
     parser.add_argument("--probe", type=int, default=0, help="pictures away from furniture, for 3_train.py --probe")
     parser.add_argument("--queries", action="store_true", help="write queries.csv and nothing else")
@@ -827,7 +843,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.queries:
         print(write_queries(Path(args.output), args.count, args.seed))
         return common.DONE
-    path = make_catalogue(Path(args.output), args.count, args.seed, args.workers)
+    path = make_catalogue(Path(args.output), args.count, args.seed, args.workers, args.views)
     if args.probe:
         make_probe(path.with_name("probe"), args.probe)
     if args.sheet:

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -37,7 +38,7 @@ from test_pipeline import environment
 from test_prepare import picture
 from tiny import make_clip
 
-prepare = importlib.import_module("2_prepare")
+prepare, embedding = importlib.import_module("2_prepare"), importlib.import_module("4_embed")
 ROOT, FEEDS = Path(__file__).parents[1], Path(__file__).parent / "feeds"
 shop = stage_1_shop  # a fixture
 
@@ -323,6 +324,7 @@ def test_the_views_of_a_product_are_samples_of_one_group_in_one_split(shop):
     counts = common.load_manifest(shop.folder / "shards")["counts"]
     assert counts == {"input": 24, "written": 24, "rejected": 0}
     check_vectors(shop.folder, samples)
+    check_photo_search(shop.folder, samples)
     assert {len(some) for some in run_2(shop, "--photos", "2").values()} == {2}
 
 
@@ -332,7 +334,7 @@ def check_vectors(folder: Path, samples: dict[str, list[dict]]) -> None:
     places += ["--finetuned", make_run(folder / "run", seed=1), "--output", folder / "out/master.parquet"]
     flags = ["--device", "cpu", "--precision", "fp32", "--workers", "1"]
     for _ in range(2):
-        assert importlib.import_module("4_embed").main([*map(str, places), *flags]) == 0
+        assert embedding.main([*map(str, places), *flags]) == 0
         found = pq.read_table(folder / "out/master.parquet").to_pylist()
         assert sorted(row["image_id"] for row in found) == sorted(samples)
     clip = common.load_clip(f"local-dir:{folder / 'base'}")
@@ -342,6 +344,56 @@ def check_vectors(folder: Path, samples: dict[str, list[dict]]) -> None:
         mean = common.encode(clip, pixels=pixels).double().mean(dim=0)
         assert np.allclose(row["base_embedding"], mean / mean.norm(), atol=1e-5)
         assert (row["split"], row["image_path"]) == (views[0]["split"], views[0]["image_path"])
+
+
+def check_photo_search(folder: Path, samples: dict[str, list[dict]]) -> None:
+    """What the report of these shards says of further photos, against the pictures' own vectors."""
+    report = json.loads((folder / "out/report.json").read_text())
+    found, tested = report["photos"], [some for some in samples.values() if some[0]["split"] == "test"]
+    assert found["queries"] == found["products"] == len(tested) == report["items"] and found["most"] == 2
+    clip = common.load_clip(f"local-dir:{folder / 'base'}")
+    ordered = [sorted(some, key=lambda one: one["view"]) for some in tested]
+    pixels = torch.stack([common.decode_jpeg(one["jpg"], clip.size) for some in ordered for one in some])
+    vectors = common.encode(clip, pixels=pixels).double().reshape(len(tested), 3, -1)
+    hits = []
+    for searched in (vectors[:, 0], torch.nn.functional.normalize(vectors[:, :2].mean(dim=1), dim=1)):
+        scores = vectors[:, 2] @ searched.T
+        hits.append(((scores > scores.diagonal()[:, None]).sum(dim=1) < 10).double().mean().item())
+    base = found["models"][0]
+    assert [model["name"] for model in found["models"]] == ["zero_shot", "run"]
+    assert (base["one_photo"], base["value"]) == pytest.approx(hits)
+    assert "photo → product recall@10" in (folder / "out/report.html").read_text()
+
+
+class GivenVectors:
+    """An encoder whose store holds these vectors, by digest."""
+
+    def __init__(self, vectors: dict[str, np.ndarray]):
+        self.store, self.vectors = self, vectors
+
+    def get(self, digests: list[str]) -> np.ndarray:
+        return np.stack([self.vectors[digest] for digest in digests]).astype(np.float32)
+
+
+def test_what_further_photos_bring_has_the_right_values():
+    along = {"a1": 30, "a2": 20, "a3": 20, "b1": 21, "b2": 21, "b3": 21, "c1": 31, "c2": 31, "c3": 22, "d1": 23,
+             "d2": 23, "e1": 31, "e2": 24, "e3": 24, "f2": 25, "f3": 25} | {f"{i}": i for i in range(20)}  # fmt: skip
+    vectors = {name: np.eye(32)[axis] for name, axis in along.items()}
+    views = [[f"{i}"] for i in range(20)]  # products with one photo, each along an axis of its own
+    views += [["a1", "a2", "a3"], ["b1", "b2", "b3"], ["c1", "c2", "c3"]]  # the second photo helps a; b needs none
+    views += [["d1", "d2"], ["e1", "e2", "e3"], ["e3", "f2", "f3"]]  # d has too few; e's last is another's first
+    items = pd.DataFrame({"views": views, "group": [str(i) for i in range(len(views))]})
+    found = embedding.judge_photos(items, ["zero_shot"], [GivenVectors(vectors)])
+    assert (found["queries"], found["products"], found["most"]) == (4, 26, 2)  # a, b, c and f
+    (model,) = found["models"]
+    mean, low, high, p = common.bootstrap_mean([1, 0, 0, 1], limit=1)  # of f, too, the second shows what the first hid
+    assert model == {"name": "zero_shot", "one_photo": 0.25, "value": 0.75, "difference": mean, "low": low,
+                     "high": high, "p": p}  # fmt: skip
+    items["group"] = [*items["group"][:22], "same", *items["group"][23:25], "same"]  # c finds its duplicate's photos
+    vectors["f2"] = vectors["c3"]
+    (model,) = embedding.judge_photos(items, ["zero_shot"], [GivenVectors(vectors)])["models"]
+    assert (model["one_photo"], model["value"]) == (0.25, 0.75)  # a, b and c; f no more
+    assert embedding.judge_photos(items.iloc[:20], ["zero_shot"], [GivenVectors(vectors)]) == {}
 
 
 # --------------------------------------------------------------------------------------------------------------------
