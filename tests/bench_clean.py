@@ -1,16 +1,20 @@
-"""Building request files: photos read, scaled and written as JSONL, against the plain loop in one process."""
+"""Building request files against the plain loop in one process, and fetching photos against curl's parallel mode."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import csv
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -102,8 +106,91 @@ def bound(folder: Path, count: int) -> str:
     return f"{most}: {parts[most] / whole:.0%} of {whole:.2f} ms a photo in one process ({listed})"
 
 
+FETCHED = 5000  # photos at URLs
+
+
+class PhotoServer(asyncio.Protocol):
+    """Answers GET /NUMBER.jpg over kept connections with one of some photos from memory."""
+
+    answers: tuple[bytes, ...] = ()
+
+    def __init__(self):
+        self.rest = b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        *requests, self.rest = (self.rest + data).split(b"\r\n\r\n")
+        for request in requests:
+            number = int(re.search(rb"/(\d+)\.jpg", request)[1])
+            self.transport.write(self.answers[number % len(self.answers)])
+
+
+def serve_photos(pipe) -> None:
+    """In a process of its own: say the port, and serve until the end."""
+    photos = [photo(300, seed) for seed in range(12)]
+    PhotoServer.answers = tuple(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(one) + one for one in photos)
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(PhotoServer, "127.0.0.1", 0)
+        pipe.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+def fetch(url: str, folder: Path) -> tuple[float, float]:
+    """(seconds, of the processor) a photo for what a run does before anything is sent: checks, files, one sync."""
+    shutil.rmtree(folder, ignore_errors=True)
+    urls = [f"{url}/{number}.jpg" for number in range(FETCHED)]
+    start, busy = time.perf_counter(), time.process_time()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        assert clean.PhotoFetcher(folder, allow_private=True).fetch(urls) == {}
+    return (time.perf_counter() - start) / FETCHED, (time.process_time() - busy) / FETCHED
+
+
+def curl(url: str, folder: Path) -> float:
+    """Seconds a photo for curl, with as many connections as it opens unasked."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start = time.perf_counter()
+    command = ["curl", "--silent", "--fail", "--parallel", f"{url}/[0-{FETCHED - 1}].jpg", "--output", "#1.jpg"]
+    subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)  # its meter is not silent
+    seconds = time.perf_counter() - start
+    assert len(os.listdir(folder)) == FETCHED
+    return seconds / FETCHED
+
+
+def fetching(workdir: Path) -> list[Case]:
+    """The case of photos at URLs, against a server in a process of its own; none where curl is missing."""
+    name = f"fetching {FETCHED:,} photos from one host"
+    if not shutil.which("curl"):
+        print(f"1 {name}: not measured, for curl is not installed", flush=True)
+        return []
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    context.Process(target=serve_photos, args=(theirs,), daemon=True).start()
+    url = f"http://127.0.0.1:{mine.recv()}"
+
+    def where() -> str:
+        wall, busy = fetch(url, workdir / "ours")
+        lanes = f"{1 / wall:,.0f} photos a second over {clean.HOST_LANES} connections (curl: 50)"
+        return f"Python: {busy / wall:.0%} of a processor; {lanes}"
+
+    case = Case(
+        name=name,
+        ours=lambda: fetch(url, workdir / "ours")[0],
+        theirs=lambda: curl(url, workdir / "theirs"),
+        target=0.5,
+        unit="photo",
+        bound=where,
+    )
+    return [case]
+
+
 def cases(workdir: Path) -> list[Case]:
-    made = []
+    made = fetching(workdir)
     for side, count, target in ((500, 2400, 5.0), (1600, 360, 5.0)):
         folder = shop(workdir / str(side), side, count)
         made.append(

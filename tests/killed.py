@@ -1,13 +1,12 @@
 """Stage 1 with `kill -9` at the N-th line that the project's own code runs in a phase; 0 lets it live.
 
-    python tests/killed.py prepare 120 run --input catalogue.csv ...      (arguments of 1_clean.py from the third on)
-
 A run that lives prints `lines {"prepare": 512, ...}`: how many lines the first call of each phase took.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import json
 import os
@@ -19,10 +18,6 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 clean = importlib.import_module("1_clean")
-clean.SETTLE = 0.0
-clean.PILOT_SOUND = 0.3  # the test has many rows that are refused
-clean.BLOCK = 2  # so that a killed `prepare` leaves a request file half written
-
 PHASES = {
     "prepare": (clean.BatchRunner, "make_plan"),
     "send": (clean.BatchRunner, "send"),  # upload, intent, create
@@ -60,10 +55,16 @@ def watch(phase: str, last: int, lines: collections.Counter) -> None:
     setattr(owner, name, traced)
 
 
-if __name__ == "__main__":
-    wanted, last, counted = sys.argv[1], int(sys.argv[2]), collections.Counter()
-    for phase in PHASES if last == 0 else [wanted]:
-        watch(phase, last, counted)
-    code = clean.main(sys.argv[3:])
-    print("lines", json.dumps(counted))
+def run(phase: str, last: int, arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """The command line in a process of its own, which prints into `output`."""
+    os.environ.update(environment)
+    clean.SETTLE = 0.0
+    clean.PILOT_SOUND = 0.3  # the test has many rows that are refused
+    clean.BLOCK = 2  # so that a killed `prepare` leaves a request file half written
+    with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        counted = collections.Counter()
+        for name in PHASES if last == 0 else [phase]:
+            watch(name, last, counted)
+        code = clean.main(arguments)
+        print("lines", json.dumps(counted))
     sys.exit(code)

@@ -26,7 +26,9 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw
 
 import common
+import killed
 from openai_standin import HttpError, StandIn, answer, error_body, tokens_of
+from tiny import fork_server
 
 clean = importlib.import_module("1_clean")
 ROOT = Path(__file__).parents[1]
@@ -316,15 +318,20 @@ def test_killed_25_times_in_every_phase_and_nothing_is_paid_twice(shop, tmp_path
     for fault in faults:
         shop.server.set_fault(fault)
 
-    def start(phase: str, line: int, *more: str) -> subprocess.Popen:
-        command = [sys.executable, ROOT / "tests/killed.py", phase, line, *shop.arguments("run", *flags, *more)]
-        environment = os.environ | {"OPENAI_BASE_URL": shop.server.url}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(list(map(str, command)), env=environment, text=True, **pipes)
+    context, output = fork_server("killed", "openai", "pyarrow.parquet"), tmp_path / "printed"
+
+    def start(phase: str, line: int, *more: str):
+        arguments = shop.arguments("run", *flags, *more)
+        process = context.Process(
+            target=killed.run, args=(phase, line, arguments, {"OPENAI_BASE_URL": shop.server.url}, output)
+        )
+        process.start()
+        return process
 
     undisturbed = start("prepare", 0, "--workers", "2")
-    printed, _ = undisturbed.communicate(timeout=60)
-    assert undisturbed.returncode == 0, printed
+    undisturbed.join(60)
+    printed = output.read_text()
+    assert undisturbed.exitcode == 0, printed
     lines = json.loads(printed.rpartition("lines ")[2])
     lines["prepare"] //= 2  # once its files are written it is that short
     rejects = shop.output.with_name("cleaned.csv.rejects.jsonl")
@@ -352,12 +359,12 @@ def test_killed_25_times_in_every_phase_and_nothing_is_paid_twice(shop, tmp_path
                     child.kill()
 
             server.watch = watch if at < 0 else None
-            printed, _ = child.communicate(timeout=60)
-            assert child.returncode == -signal.SIGKILL, (number, phase, at, printed)
+            child.join(60)
+            assert child.exitcode == -signal.SIGKILL, (number, phase, at, output.read_text())
         server.watch = None
         ended = start("prepare", -1)
-        printed, _ = ended.communicate(timeout=60)
-        assert ended.returncode == 0 and balanced(printed), printed
+        ended.join(60)
+        assert ended.exitcode == 0 and balanced(output.read_text()), output.read_text()
         assert shop.output.read_bytes() == wanted and rejects.read_bytes() == wanted_rejects
         assert shop.paid() == asked
         files = [name for _, name, _ in server.ledger("batch")]

@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import json
 import math
-import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -698,11 +697,7 @@ def killed(flags, environment, moment):
 @pytest.fixture(scope="module")
 def kill_9():
     """Run killed() in a process of its own; a server that has imported all forks them in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train", "peft"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-        multiprocessing.forkserver.ensure_running()
+    context = tiny.fork_server("test_train", "peft")
 
     def run(flags, moment):
         aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

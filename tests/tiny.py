@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -138,6 +139,20 @@ def vit_b32(seed: int = 0):
     shown = open_clip.get_model_preprocess_cfg(model)
     tokenizer, config = open_clip.get_tokenizer("ViT-B-32"), {"embed_dim": 512}
     return Clip(model, tokenizer, 224, shown["mean"], shown["std"], 77, f"random {seed}", "random", config, shown)
+
+
+def fork_server(*modules: str):
+    """A context whose processes are forked by a server that has imported these modules: they start in no time."""
+    import multiprocessing.forkserver
+
+    multiprocessing.forkserver._forkserver._stop()  # an earlier one has imported others
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", *modules])
+    before, root = dict(os.environ), Path(__file__).parents[1]
+    os.environ["PYTHONPATH"] = f"{root}:{root / 'tests'}"
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear(), os.environ.update(before)
+    return context
 
 
 def one_thread():
