@@ -1068,11 +1068,11 @@ def print_queries(facts: dict[str, Any]) -> None:
 
 
 def judge_photos(items, names: Sequence[str], encoders: Sequence[Encoder]) -> dict[str, Any]:
-    """recall@10 of every model where a product is found by its first photo alone, and by all but the last; or {}.
+    """recall@10 of every model where products are found by their first photo alone, and by all but the last; or {}.
 
-    The queries are the last photos, which are part of no vector that is searched; a right answer is a product of the
-    photo's duplicate group. items: a DataFrame with group and views, each product's photos in order. A product with
-    fewer than three is searched like the others, but is no query.
+    The queries are the last photos of the test split's products, which are part of no vector that is searched; a right
+    answer is a product of the photo's duplicate group. items: a DataFrame of the whole catalogue with split, group and
+    views, each product's photos in order. A product with fewer than three is searched like the others, but is no query.
     """
     import numpy as np
     import pandas as pd
@@ -1080,19 +1080,21 @@ def judge_photos(items, names: Sequence[str], encoders: Sequence[Encoder]) -> di
     views, groups = items["views"].tolist(), pd.factorize(items["group"])[0]
     several = [some[:-1] if len(some) > 2 else some for some in views]
     searched = set(itertools.chain.from_iterable(several))
-    judged = np.array([len(some) > 2 and some[-1] not in searched for some in views])
-    if not judged.any():
-        return {}
-    models = []
-    for name, encoder in zip(names, encoders, strict=True):
-        queries = encoder.store.get([some[-1] for some in views])
-        ranks = [common.right_ranks(queries, mean_vectors(encoder, some), groups)
-                 for some in ([some[:1] for some in views], several)]  # fmt: skip
-        one, more = ({"recall@10": np.where(judged, rank <= 10, np.nan)} for rank in ranks)
-        facts = compare(one, [more], groups, ["recall@10"])[0]["recall@10"]
+    judges = [split == "test" and len(some) > 2 and some[-1] not in searched
+              for split, some in zip(items["split"], views, strict=True)]  # fmt: skip
+    asked, models = np.flatnonzero(judges), []
+    for name, encoder in zip(names, encoders, strict=True) if len(asked) else ():
+        queries, scores = encoder.store.get([views[i][-1] for i in asked]), []
+        for photos in ([some[:1] for some in views], several):
+            blocks = (mean_vectors(encoder, some) for some in common.batches(photos, GALLERY))
+            found = common.top_k(queries, blocks, 10)[1]  # (Q, 10)
+            right = (found >= 0) & (groups[found] == groups[asked, None])
+            scores.append({"recall@10": right.any(axis=1).astype(float)})
+        facts = compare(scores[0], scores[1:], groups[asked], ["recall@10"])[0]["recall@10"]
         facts = {key: facts[key] for key in ("value", "difference", "low", "high", "p")}
-        models.append({"name": name, "one_photo": mean(one["recall@10"])} | facts)
-    return {"queries": int(judged.sum()), "products": len(views), "most": max(map(len, several)), "models": models}
+        models.append({"name": name, "one_photo": mean(scores[0]["recall@10"])} | facts)
+    facts = {"queries": len(asked), "products": len(views), "most": max(map(len, several)), "models": models}
+    return facts if models else {}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1123,11 +1125,11 @@ def make_report(
     facts = compare_models(about, scores, tested["object_type"].tolist(), clusters)
     facts["shards"] = common.digest([entry["sha256"] for split, entry in shards.entries if split == "test"])
     facts["base"]["centre_crop"] = crop
-    if "views" in tested and (photos := judge_photos(tested, names, [encoder for _, encoder in models])):
-        facts["photos"] = photos
     page: dict[str, Any] = {}
     best = max(range(1, len(models)), key=lambda i: facts["runs"][i - 1]["metrics"]["mrr"]["value"], default=0)
     encoders, both = [encoder for _, encoder in models], (models[0][1], models[best][1])
+    if "views" in rows and (photos := judge_photos(rows[rows["reason"] == ""], names, encoders)):
+        facts["photos"] = photos
     if best:
         ranks = tested[["image_id", "title", "prompt"]].rename(columns={"image_id": "id"}).reset_index(names="item")
         ranks["zero_shot_rank"], ranks["rank"] = (scores[i]["text_to_image_rank"] for i in (0, best))
@@ -1399,7 +1401,8 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     runs = list({run.folder.resolve(): run for run in (read_run(path, args) for path in args.run)}.values())
     world = World(config.device)
     with vectors_folder(Path(args.vectors or output.parent / "embeddings" / "vectors"), world) as folder:
-        shards = open_shards(args.shards, SPLITS if args.queries else ("test",), folder, config)
+        several = common.load_manifest(args.shards).get("settings", {}).get("photos", 1) > 1  # all are searched, too
+        shards = open_shards(args.shards, SPLITS if args.queries or several else ("test",), folder, config)
         models: list[tuple[Run, Encoder]] = []
         base = Run("zero_shot", args.model, args.pretrained)
         for run in (base, *(run for run in runs if run.model != args.model)):
