@@ -329,7 +329,7 @@ def test_killed_25_times_in_every_phase_and_nothing_is_paid_twice(shop, tmp_path
         return process
 
     undisturbed = start("prepare", 0, "--workers", "2")
-    undisturbed.join(60)
+    undisturbed.join(120)
     printed = output.read_text()
     assert undisturbed.exitcode == 0, printed
     lines = json.loads(printed.rpartition("lines ")[2])
@@ -359,11 +359,11 @@ def test_killed_25_times_in_every_phase_and_nothing_is_paid_twice(shop, tmp_path
                     child.kill()
 
             server.watch = watch if at < 0 else None
-            child.join(60)
+            child.join(120)
             assert child.exitcode == -signal.SIGKILL, (number, phase, at, output.read_text())
         server.watch = None
         ended = start("prepare", -1)
-        ended.join(60)
+        ended.join(120)
         assert ended.exitcode == 0 and balanced(output.read_text()), output.read_text()
         assert shop.output.read_bytes() == wanted and rejects.read_bytes() == wanted_rejects
         assert shop.paid() == asked
