@@ -1,12 +1,12 @@
 """Stage 4: the vectors of every item under the base and the fine-tuned model, and the proof of which finds better.
 
 Reads   --shards: a folder or s3://bucket/prefix from 2_prepare.py; the base model; --finetuned: a run of 3_train.py
-Writes  --output: master.parquet, one row an item; beside it report.json, report.html, queries.parquet (the scores of
-        each query), rejects, and vectors/: one SQLite file a model, so that no vector is ever computed twice
+Writes  --output: master.parquet, one row an item, or a folder, local or on S3, of one part a process; beside it
+        report.json, report.html, queries.parquet (the scores of each query), rejects, and vectors/: kept ones
 
     python 4_embed.py --shards data/shards --model ViT-B-32 \\
         --finetuned data/runs/dual_lora/model --output data/embeddings/master.parquet
-    torchrun --nproc-per-node 8 4_embed.py ...                 the same, on eight GPUs
+    torchrun --nproc-per-node 8 4_embed.py ... --output s3://shop/master/     the same, on eight GPUs or several nodes
     python 4_embed.py report --shards data/shards --model local-dir:tests/small_clip \\
         --run data/runs/zero_shot --run data/runs/dual_lora --output data/report         any number of runs; a minute
     python 4_embed.py pool --report data/folds/5/0/report-dual_lora --report ... --output data/proof
@@ -52,30 +52,19 @@ LEAST_COSINE = 0.999  # that bf16 must reach against float32
 EVEN_ROWS = 16  # batches are filled up to a multiple: matrix products of fewer rows add up in another order
 
 NEAREST = 4  # results of a picture that are judged, as many as the arena shows
+RANKED = {"recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10", "mrr": "MRR"}
 METRICS = {  # of the report, in the order of its tables, and their labels
-    "text_to_image_recall@1": "text → image  recall@1",
-    "text_to_image_recall@5": "text → image  recall@5",
-    "text_to_image_recall@10": "text → image  recall@10",
-    "text_to_image_mrr": "text → image  MRR",
-    "image_to_text_recall@1": "image → text  recall@1",
-    "image_to_text_recall@5": "image → text  recall@5",
-    "image_to_text_recall@10": "image → text  recall@10",
-    "image_to_text_mrr": "image → text  MRR",
-    "agreement@4_object_type": "image → image  agreement@4 object type",
-    "agreement@4_style": "image → image  agreement@4 style",
-    "agreement@4_material": "image → image  agreement@4 material",
-    "agreement@4_color": "image → image  agreement@4 color",
-    "agreement@4_all": "image → image  agreement@4 all",
+    **{f"text_to_image_{name}": f"text → image  {label}" for name, label in RANKED.items()},
+    **{f"image_to_text_{name}": f"image → text  {label}" for name, label in RANKED.items()},
+    **{f"agreement@{NEAREST}_{name}": f"image → image  agreement@{NEAREST} {name.replace('_', ' ')}"
+       for name in ("object_type", "style", "material", "color", "all")},
     "mrr": "both ways  MRR",
-}
-QUERY_METRICS = {"ndcg@10": "nDCG@10", "recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10",
-                 "mrr": "MRR"}  # fmt: skip
+}  # fmt: skip
+QUERY_METRICS = {"ndcg@10": "nDCG@10"} | RANKED
 WAYS = ("words in titles", "CLIP on titles", "CLIP on pictures", "CLIP on both")  # to search; the first is the base
 WEIGHTS = tuple(number / 10 for number in range(11))  # of the picture in the mixture
 CHOOSING = 10  # queries of the validation split, at least, that choose the weight; fewer leave it at a half
 GALLERY = 4096  # items whose vectors are in memory at once
-CHARTED = {"mrr", "text_to_image_recall@1", "text_to_image_mrr", "image_to_text_recall@1", "image_to_text_mrr",
-           "agreement@4_object_type", "agreement@4_all"}  # where there are several runs  # fmt: skip
 
 FEW = 20  # queries; an agreement judged on fewer is shown, but not tested
 MOVED = 10  # queries shown that gained or lost most
@@ -213,6 +202,15 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[dict[str, Any], by
         yield blank | {"place": lost, "reason": "damaged shard", "detail": f"{entry['name']}: {problem}"}, b""
 
 
+def pictures_of(shards: Shards, rows) -> Iterator[tuple[int, bytes]]:
+    """(index, JPEG) of some rows of a DataFrame, shard by shard."""
+    for number, some in rows.groupby("shard"):
+        places = dict(zip(some["place"], some.index, strict=True))
+        for row, jpg in read_shard(shards, number):
+            if row["place"] in places and not row["reason"]:
+                yield places[row["place"]], jpg
+
+
 def sample_columns(sample: dict[str, bytes]) -> dict[str, Any]:
     """COLUMNS and view of one sample. Raises KeyError, TypeError or ValueError for what 2_prepare.py did not write."""
     record, prompt = json.loads(sample["json"]), sample["txt"].decode()
@@ -341,16 +339,9 @@ class VectorStore:
             with self._explain_damage():
                 found.update(self.database.execute(f"SELECT * FROM vectors WHERE digest IN ({marks})", some))
         if len(found) < len({*digests}):
-            missing = (
-                "lacks vectors that another process made; several machines need --output on S3 or on a shared disk"
-            )
-            raise Fail(f"{self.path}: {missing}")
+            needs = "several machines need --vectors (that is, --output) on S3 or a shared disk"
+            raise Fail(f"{self.path}: lacks vectors that another process made; {needs}")
         return np.frombuffer(b"".join(found[digest] for digest in digests), np.float32).reshape(len(digests), -1)
-
-    def width(self) -> int:
-        """Of its vectors, of which there is one at least."""
-        with self._explain_damage():
-            return len(self.database.execute("SELECT vector FROM vectors LIMIT 1").fetchone()[0]) // 4
 
 
 def write_vectors(rows: list[tuple[str, bytes]], path: str) -> None:
@@ -384,7 +375,7 @@ class Encoder:
     def __init__(self, clip: Clip, precision: str, place: str | Path, batch_size: int):
         key = [VECTORS_FORMAT, clip.fingerprint, clip.size, list(clip.mean), list(clip.std), precision]
         self.clip, self.precision, self.batch_size = clip, precision, batch_size
-        self.key = common.digest(key)[:24]
+        self.key, self.width = common.digest(key)[:24], common.encode(clip, captions=["a"]).shape[1]
         self.store = VectorStore(place, self.key, clip.name)
 
     def autocast(self):
@@ -491,7 +482,6 @@ def make_vectors(
     rows, pictures = embed_pictures(shards, encoders, config, world)
     shared = world.share((rows, pictures))
     rows = pd.concat([part for part, _ in shared], ignore_index=True)
-    rows = rows.sort_values(["shard", "place"], kind="stable", ignore_index=True)
     good = rows[rows["reason"] == ""]
     texts = dict(zip(good["text_digest"], good["prompt"], strict=True))
     if queries:
@@ -530,6 +520,24 @@ def merge_views(rows, encoders: list[Encoder], world: World) -> Any:
     return rows
 
 
+def compute(batches: Iterable[tuple], encode: Callable, encoders: list[Encoder], world: World) -> Iterator[Job]:
+    """The jobs of batches of (jobs, inputs), whose vectors are made: encode(encoder, inputs, places in the batch)."""
+    import torch
+
+    half = any(encoder.precision == "bf16" for encoder in encoders)
+    try:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=half):  # keeps the weights' copies in bf16
+            for batch, inputs in batches:
+                for encoder in encoders:
+                    places = [i for i, job in enumerate(batch) if encoder in job.encoders and not job.problem]
+                    if places:
+                        encoder.store.add([batch[i] for i in places], encode(encoder, inputs, places))
+                yield from batch
+    finally:  # after Ctrl-C, too
+        for encoder in encoders:
+            encoder.store.flush()
+
+
 def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingConfig, world: World) -> tuple[Any, int]:
     """Read this process's shards from end to end and make the vectors of pictures that a store lacks.
 
@@ -543,19 +551,13 @@ def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingCon
     sizes = {encoder.clip.size for encoder in encoders}
     tables, problems, computed = [pd.DataFrame(columns=[*COLUMNS, "view", "reason", "detail", "shard", "place"])], {}, 0
 
-    def encoded() -> Iterator[Job]:
-        with computing(encoders, world):
-            for batch, pixels in decoded(lacking_pictures(shards, numbers, encoders, tables), sizes, config, world):
-                for encoder in encoders:
-                    places = [i for i, job in enumerate(batch) if encoder in job.encoders and not job.problem]
-                    if places:
-                        some = pixels[encoder.clip.size]
-                        some = some if len(places) == len(some) else some[places]
-                        encoder.store.add([batch[i] for i in places], encoder.images(some))
-                yield from batch
+    def encode(encoder: Encoder, pixels: dict[int, Any], places: list[int]):
+        some = pixels[encoder.clip.size]
+        return encoder.images(some if len(places) == len(some) else some[places])
 
     total = sum(shards.entries[number][1]["samples"] for number in numbers)
-    for job in common.progress(encoded(), "encoding", total, "picture"):
+    batches = decoded(lacking_pictures(shards, numbers, encoders, tables), sizes, config, world)
+    for job in common.progress(compute(batches, encode, encoders, world), "encoding", total, "picture"):
         computed += job.problem is None
         if job.problem:
             problems[job.digest] = job.problem
@@ -579,20 +581,6 @@ def lacking_pictures(shards: Shards, numbers: Iterable[int], encoders: list[Enco
                 name = f"{shards.entries[number][1]['name']}, sample {row['place']}"
                 yield Job(row["image_digest"], name, jpg, wanted)
         tables.append(pd.DataFrame(rows))
-
-
-@contextlib.contextmanager
-def computing(encoders: list[Encoder], world: World) -> Iterator[None]:
-    """Keep what autocast makes of the weights while inside; on the way out, after Ctrl-C too, write what waits."""
-    import torch
-
-    half = any(encoder.precision == "bf16" for encoder in encoders)
-    try:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
-            yield
-    finally:
-        for encoder in encoders:
-            encoder.store.flush()
 
 
 def decoded(pictures: Iterable[Job], sizes: set[int], config: EmbeddingConfig, world: World) -> Iterator[tuple]:
@@ -630,15 +618,11 @@ def embed_texts(texts: dict[str, str], encoders: list[Encoder], world: World) ->
             jobs.append(Job(digest, f"the text '{text}'", text, [e for e in encoders if e.store.claim(digest)]))
     jobs = sorted((job for job in jobs if job.encoders), key=lambda job: len(job.content))  # few lengths in a batch
 
-    def encoded() -> Iterator[Job]:
-        with computing(encoders, world):
-            for batch in common.batches(jobs, FLUSH_VECTORS):
-                for encoder in encoders:
-                    if wanted := [job for job in batch if encoder in job.encoders]:
-                        encoder.store.add(wanted, encoder.texts([job.content for job in wanted]))
-                yield from batch
+    def encode(encoder: Encoder, some: list[Job], places: list[int]):
+        return encoder.texts([some[i].content for i in places])
 
-    return sum(1 for _ in common.progress(encoded(), "encoding", len(jobs), "text")) if jobs else 0
+    made = compute(((some, some) for some in common.batches(jobs, FLUSH_VECTORS)), encode, encoders, world)
+    return sum(1 for _ in common.progress(made, "encoding", len(jobs), "text")) if jobs else 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -752,7 +736,7 @@ def write_master(path: Path, rows, encoders: Sequence[Encoder], facts: dict[str,
                for text, of in (("", "image"), ("text_", "text")) for kind, encoder in kinds]  # fmt: skip
     rows = rows[rows["reason"] == ""]
     fields = [pa.field(name, pa.string()) for name in COLUMNS]
-    fields += [pa.field(name, pa.list_(pa.float32(), store.width())) for name, store, _ in vectors]
+    fields += [pa.field(name, pa.list_(pa.float32(), encoders[0].width)) for name, *_ in vectors]
     schema = pa.schema(fields, metadata=facts)
     compression = {f"{name}.list.element": "none" for name, _, _ in vectors} | dict.fromkeys(COLUMNS, "zstd")
     options = {"compression": compression, "use_dictionary": ["split", *ATTRIBUTES], "write_statistics": list(COLUMNS)}
@@ -910,17 +894,34 @@ def by_type(scores: dict[str, Any], types: Sequence[str]) -> dict[str, dict]:
     return found
 
 
-def compare_models(about: list[dict], scores: list[dict], types: Sequence[str], clusters) -> dict[str, Any]:
-    """What report.json says of models, the base first, by the scores of the same N queries.
+def compare_with_first(
+    names: Sequence[str], scores: list[dict], clusters, labels: dict[str, str], headline: str
+) -> dict:
+    """What report.json says of models, or of ways to search, against the first of them, by the same N queries.
 
-    about: name, fingerprint and precision of each; scores: {metric: float64 [N]}; types: object type, N texts.
+    scores: {metric: float64 [N]} of each, for the metrics of labels.
     """
-    about = [one | {"by_type": by_type(score, types)} for one, score in zip(about, scores, strict=True)]
-    compared = zip(about[1:], compare(scores[0], scores[1:], clusters), strict=True)
-    runs = [run | {"metrics": found, "verdict": verdict(run["name"], found["mrr"])} for run, found in compared]
-    facts = {"split": "test", "items": len(types), "independent": int(clusters.max()) + 1, "headline": "mrr"}
+    import numpy as np
+
+    measure, runs = labels[headline].split("  ")[-1], []
+    for name, found in zip(names[1:], compare(scores[0], scores[1:], clusters, labels), strict=True):
+        runs.append({"name": name, "metrics": found, "verdict": verdict(name, found[headline], measure, names[0])})
+    base = {"name": names[0], "metrics": {name: mean(scores[0][name]) for name in labels}}
+    return {"independent": len(np.unique(clusters)), "base": base, "runs": runs}
+
+
+def compare_models(about: list[dict], scores: list[dict], types: Sequence[str], clusters) -> dict[str, Any]:
+    """What report.json says of models, the base first, on the N items of the test split.
+
+    about: name, fingerprint and precision of each; types: object type, N texts.
+    """
+    names = ["zero-shot", *(one["name"] for one in about[1:])]
+    facts = {"split": "test", "items": len(types), "headline": "mrr"}
     facts["settings"] = {"draws": common.DRAWS, "seed": common.SEED, "nearest": NEAREST}
-    return facts | {"base": about[0] | {"metrics": {name: mean(scores[0][name]) for name in METRICS}}, "runs": runs}
+    facts |= compare_with_first(names, scores, clusters, METRICS, "mrr")
+    for one, own, score in zip([facts["base"], *facts["runs"]], about, scores, strict=True):
+        one |= own | {"by_type": by_type(score, types)}
+    return facts
 
 
 def verdict(name: str, facts: dict, measure: str = "MRR", base: str = "zero-shot") -> str:
@@ -947,26 +948,6 @@ def shown_interval(facts: dict) -> str:
     if facts["low"] is None:
         return "no query differs" if facts["difference"] == 0 else "unknown"
     return f"[{facts['low']:+.3f}, {facts['high']:+.3f}]"
-
-
-def table(base: dict[str, Any], runs: list[dict], labels: dict[str, str] = METRICS, name_of_base="zero-shot") -> str:
-    """A line a metric: every run's value, * where Holm's p <= 0.05; a single run's difference and interval, too."""
-    alone = ["difference", "95% interval", "p (Holm)"] if len(runs) == 1 else []
-    lines = [["", name_of_base, *(f"{run['name']} " for run in runs), *alone]]
-    for name, label in labels.items():
-        if base["metrics"][name] is not None:
-            facts = [run["metrics"][name] for run in runs]
-            stars = ("*" if fact.get("p_holm", 1) <= ALPHA else " " for fact in facts)
-            values = [f"{fact['value']:.3f}{star}" for fact, star in zip(facts, stars, strict=True)]
-            if alone:
-                p = f"{facts[0]['p_holm']:.4f}" if "p_holm" in facts[0] else "few"
-                values += [f"{facts[0]['difference']:+.3f}", shown_interval(facts[0]), p]
-            lines.append([label, f"{base['metrics'][name]:.3f}", *values])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    if runs:
-        shown.append(f"* differs from {name_of_base}: p <= 0.05 after Holm's correction over every difference shown")
-    return "\n".join(line.rstrip() for line in shown)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1104,31 +1085,12 @@ def vectors_by(encoder: Encoder, digests) -> Callable:
     return lambda rows: encoder.store.get(digests[rows])
 
 
-def compare_searches(names: Sequence[str], scores: list[dict], judged, clusters) -> dict[str, Any] | None:
-    """Ways to search against the first one on the judged queries, for report.json; None where there are none."""
-    import numpy as np
-
-    if not judged.any():
-        return None
-    scores = [{name: score[name][judged] for name in QUERY_METRICS} for score in scores]
-    compared = zip(names[1:], compare(scores[0], scores[1:], clusters[judged], QUERY_METRICS), strict=True)
-    runs = [{"name": name, "metrics": found, "verdict": verdict(name, found["ndcg@10"], "nDCG@10", names[0])}
-            for name, found in compared]  # fmt: skip
-    base = {"name": names[0], "metrics": {name: mean(values) for name, values in scores[0].items()}}
-    return {"queries": int(judged.sum()), "independent": len(np.unique(clusters[judged])), "base": base, "runs": runs}
-
-
-def asked_vectors(encoder: Encoder, asked: Asked):
-    """float32 [Q, D] of the queries' words."""
-    return encoder.store.get([text_digest(text) for text in asked.texts])
-
-
 def search_with_words(asked: Asked, left, chooses, items, encoder: Encoder) -> tuple[list[dict], float]:
     """measure() of each of WAYS for the queries that are left, and the mixture's weight: best for those that choose it.
 
     left, chooses: masks [Q].
     """
-    titles, texts = items["title"].map(title_text), asked_vectors(encoder, asked)
+    titles, texts = items["title"].map(title_text), encoder.store.get(list(map(text_digest, asked.texts)))
     by_picture, by_title = (vectors_by(encoder, some) for some in (items["image_digest"], titles.map(text_digest)))
 
     def judge(chosen, vectors: Callable) -> dict[str, Any]:
@@ -1161,9 +1123,13 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
     scores = []
     for encoder in encoders:
         by_picture = vectors_by(encoder, items["image_digest"])
-        scores.append(judge_vectors(asked, asked_vectors(encoder, asked), by_picture, len(items)))
-    facts["judged"] = compare_searches(["zero-shot", *names[1:]], scores, judged, clusters)
-    facts |= {"beside": [], "ways": None}
+        texts = encoder.store.get(list(map(text_digest, asked.texts)))
+        scores.append(judge_vectors(asked, texts, by_picture, len(items)))
+    facts |= {"judged": None, "beside": [], "ways": None}
+    if judged.any():
+        own = [{metric: score[metric][judged] for metric in QUERY_METRICS} for score in scores]
+        found = compare_with_first(["zero-shot", *names[1:]], own, clusters[judged], QUERY_METRICS, "ndcg@10")
+        facts["judged"] = {"queries": int(judged.sum())} | found
     for part, some in (("all", trained == total), ("some", (trained > 0) & (trained < total))):
         means = {name: {metric: mean(score[metric][some]) for metric in QUERY_METRICS}
                  for name, score in zip(names, scores, strict=True)}  # fmt: skip
@@ -1172,8 +1138,9 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
     chooses &= chooses.sum() >= CHOOSING
     if (left := judged & ~chooses).any():
         ways, weight = search_with_words(asked, left, chooses, items, encoders[best])
-        facts["ways"] = compare_searches(WAYS, ways, left[left], clusters[left])
-        facts["ways"] |= {"run": names[best], "weight": weight, "chosen_on": int(chooses.sum())}
+        facts["ways"] = compare_with_first(WAYS, ways, clusters[left], QUERY_METRICS, "ndcg@10")
+        about = {"run": names[best], "weight": weight, "chosen_on": int(chooses.sum())}
+        facts["ways"] |= {"queries": int(left.sum())} | about
     first = asked.item[np.searchsorted(asked.query, np.arange(len(total)))]
     ranks = pd.DataFrame({"number": range(len(total)), "item": first, "prompt": asked.texts, "right_answers": total})
     ranks = ranks.assign(zero_shot_rank=scores[0]["rank"], rank=scores[best]["rank"])[judged]
@@ -1181,35 +1148,6 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
     worst = ranks[ranks["rank"] > 1].sort_values("rank", ascending=False, kind="stable")[:MOVED]
     facts["moved"] = {"run": names[best]} | most_moved(ranks) | {"worst": worst.to_dict("records")}
     return facts, asked
-
-
-def print_queries(facts: dict[str, Any]) -> None:
-    """What report.json says of the queries that people type."""
-    left_out = ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items()) or "nothing left out"
-    print(f"\nwhat shoppers type: {facts['queries']} queries of {facts['file']}, {facts['rows']} rows ({left_out})")
-    if facts["made_up"]:
-        print(f"{facts['made_up']} of the queries are made up from the catalogue's attributes: nobody typed them")
-    judged, ways = facts["judged"], facts["ways"]
-    if judged:
-        print(f"{judged['queries']} judge: none of their right answers was in the training split\n")
-        print(table(judged["base"], judged["runs"], QUERY_METRICS))
-        print("", *(run["verdict"] for run in judged["runs"]), sep="\n")
-    else:
-        print("none can judge: each has a right answer in the training split, which the models have seen")
-    for beside in facts["beside"]:
-        if beside["queries"]:
-            values = ", ".join(f"{name} {means['ndcg@10']:.3f}" for name, means in beside["means"].items())
-            print(f"not judged, {beside['in_training']} of their right answers were trained on: "
-                  f"{beside['queries']} queries, nDCG@10 {values}")  # fmt: skip
-    if ways:
-        chosen = f"best for {ways['chosen_on']} others, of the validation split" if ways["chosen_on"] else "not chosen"
-        print(f"\nwhat {ways['run']} adds to words in titles: {ways['queries']} queries; in both, the picture's share "
-              f"is {ways['weight']:g} ({chosen})\n")  # fmt: skip
-        print(table(ways["base"], ways["runs"], QUERY_METRICS, ways["base"]["name"]))
-        print("", *(run["verdict"] for run in ways["runs"]), sep="\n")
-        values = [way["metrics"]["ndcg@10"]["value"] for way in ways["runs"]]
-        if values[2] == max(ways["base"]["metrics"]["ndcg@10"], *values) and ways["weight"] < 1:
-            print(f"both together find most: `export --mixture {ways['weight']:g}` writes such vectors")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1296,14 +1234,9 @@ def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
     names = [common.digest(["centre crop", digest]) for digest in tested["image_digest"]]
     lacking = [base.store.claim(name) for name in names]
 
-    def crops() -> Iterator[tuple[int, Any]]:
-        for number, some in tested[lacking].groupby("shard"):
-            places = dict(zip(some["place"], some.index, strict=True))
-            for row, jpg in read_shard(shards, number):
-                if (i := places.get(row["place"])) is not None:
-                    yield i, centre_crop(common.decode_jpeg(jpg, base.clip.size))
-
-    for some in common.batches(crops(), base.batch_size):
+    pictures = pictures_of(shards, tested[lacking])
+    crops = ((i, centre_crop(common.decode_jpeg(jpg, base.clip.size))) for i, jpg in pictures)
+    for some in common.batches(crops, base.batch_size):
         square, oblong = ([(i, crop) for i, crop in some if (crop is None) == kind] for kind in (True, False))
         for part in filter(None, (square, oblong)):
             own = torch.from_numpy(framed[[i for i, _ in part]])
@@ -1336,19 +1269,13 @@ def vectors_of(encoder: Encoder, rows) -> tuple[Any, Any]:
 
 
 def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -> None:
-    """The table and the verdicts of report.json; where no difference is shown, how small a one would be."""
-    print(f"\ntest split: {facts['items']} items, {facts['independent']} of them independent of each other\n")
-    print(table(facts["base"], facts["runs"]))
-    print("", *(run["verdict"] for run in facts["runs"]), f"report: {folder / 'report.html'}", sep="\n", flush=True)
+    """What report.json says, by templates/report.txt; where no difference is shown, how small a one would be."""
     headlines = [run["metrics"]["mrr"] for run in facts["runs"]]
     widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
-    if suggest_proof and widest and not any(one.get("p_holm", 1) <= ALPHA for one in headlines):
-        print(f"{facts['items']} test items show only differences beyond about {widest / 2:.2f}; `make proof` tests on "
-              "every product, fold by fold", flush=True)  # fmt: skip
-    if note := centre_crop_note(facts):
-        print(f"NOTE: {note}", flush=True)
-    if "queries" in facts:
-        print_queries(facts["queries"])
+    unsure = suggest_proof and not any(one.get("p_holm", 1) <= ALPHA for one in headlines)
+    shown = {"facts": facts, "labels": METRICS, "query_labels": QUERY_METRICS, "interval": shown_interval}
+    shown |= {"page": folder / "report.html", "smallest": unsure and widest / 2, "note": centre_crop_note(facts)}
+    print(render("report.txt", **shown), end="", flush=True)
 
 
 def most_moved(queries) -> dict[str, list[dict]]:
@@ -1371,41 +1298,46 @@ def show_moved(moved: dict, right: Callable, shards: Shards, items, encoders: Se
 
     right(query): the rows of its right answers.
     """
-    kinds = [kind for kind in ("gained", "lost", "worst") if moved.get(kind)]
-    queries, found = [query for kind in kinds for query in moved[kind]], []
+    kinds = {kind: [dict(query) for query in moved.get(kind, ())] for kind in ("gained", "lost", "worst")}
+    queries = [query for some in kinds.values() for query in some]
     if not queries:
         return moved
+    found = []
     for encoder in encoders:
         texts = encoder.store.get([text_digest(query["prompt"]) for query in queries])
-        pictures = (encoder.store.get(some) for some in common.batches(items["image_digest"], GALLERY))
-        found.append(common.top_k(texts, pictures, NEAREST)[1].tolist())
-    wanted = {*(query["item"] for query in queries), *(j for lists in found for some in lists for j in some if j >= 0)}
+        vectors = (encoder.store.get(some) for some in common.batches(items["image_digest"], GALLERY))
+        found.append([[j for j in rows if j >= 0] for rows in common.top_k(texts, vectors, NEAREST)[1].tolist()])
+    wanted = {*(query["item"] for query in queries), *(j for lists in found for some in lists for j in some)}
     pictures = thumbnails(shards, items, wanted)
-
-    def shown(j: int, right: set[int]) -> dict[str, Any]:
-        return {"picture": pictures.get(j, ""), "title": items.at[j, "title"], "right": j in right}
-
-    pages = []
     for query, *lists in zip(queries, *found, strict=True):
-        results = [[shown(j, {*right(query).tolist()}) for j in some if j >= 0] for some in lists]
-        pages.append(query | {"picture": pictures.get(query["item"], ""), "zero_shot": results[0], "run": results[1]})
-    pages = iter(pages)
-    return moved | {kind: list(itertools.islice(pages, len(moved[kind]))) for kind in kinds}
+        rows = {*right(query).tolist()}
+        query["picture"] = pictures.get(query["item"], "")
+        for name, some in zip(("zero_shot", "run"), lists, strict=True):
+            query[name] = [{"picture": pictures.get(j, ""), "title": items.at[j, "title"], "right": j in rows}
+                           for j in some]  # fmt: skip
+    return moved | kinds
 
 
 def thumbnails(shards: Shards, items, wanted: set[int]) -> dict[int, str]:
     """{row: a small JPEG in base64} of some rows; what cannot be read is left out."""
     found = {}
-    for number, some in items.loc[sorted(wanted)].groupby("shard"):
-        rows = dict(zip(some["place"], some.index, strict=True))
-        for row, jpg in read_shard(shards, number):
-            if row["place"] in rows and not row["reason"]:
-                with contextlib.suppress(BadImage):  # Pillow may refuse what torchvision read
-                    image, buffer = common.load_image(jpg), io.BytesIO()
-                    image.thumbnail((THUMBNAIL, THUMBNAIL))
-                    image.save(buffer, "JPEG", quality=80)
-                    found[rows[row["place"]]] = base64.b64encode(buffer.getvalue()).decode()
+    for i, jpg in pictures_of(shards, items.loc[sorted(wanted)]):
+        with contextlib.suppress(BadImage):  # Pillow may refuse what torchvision read
+            image, buffer = common.load_image(jpg), io.BytesIO()
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            image.save(buffer, "JPEG", quality=80)
+            found[i] = base64.b64encode(buffer.getvalue()).decode()
     return found
+
+
+def render(template: str, **values: Any) -> str:
+    """A page or a text by one of templates/."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    templates = FileSystemLoader(Path(__file__).parent / "templates")
+    pages = Environment(loader=templates, autoescape=template.endswith(".html"), **options)
+    return pages.get_template(template).render(**values)
 
 
 def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], moved: dict, typed: dict) -> None:
@@ -1413,22 +1345,23 @@ def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], m
 
     curves: each run's curves.png; moved, of prompts, and typed, of people's queries: see show_moved.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from matplotlib.ticker import MaxNLocator
 
     measured = [name for name in METRICS if facts["base"]["metrics"][name] is not None]
-    charted = [name for name in measured if len(facts["runs"]) == 1 or name in CHARTED]
-    chart = [(METRICS[name], [run["metrics"][name] for run in facts["runs"]]) for name in charted]
+    chart = [(METRICS[name], [run["metrics"][name] for run in facts["runs"]]) for name in measured]
     ends = [fact.get(name) or 0.0 for _, some in chart for fact in some for name in ("difference", "low", "high")]
     ticks = [round(tick, 10) + 0.0 for tick in MaxNLocator(5).tick_values(min([0.0, *ends]), max([0.01, *ends]))]
-    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, **options)
     images = {name: base64.b64encode(png.read_bytes()).decode() for name, png in curves.items() if png.is_file()}
-    page = pages.get_template("report.html").render(
-        facts=facts, labels=METRICS, shown=measured, chart=chart, ticks=ticks, curves=images, moved=moved, typed=typed,
-        headline="mrr", interval=shown_interval, query_labels=QUERY_METRICS, note=centre_crop_note(facts),
-        agreements=[name for name in measured if name.startswith("agreement")],
-    )  # fmt: skip
+    agreements = [name for name in measured if name.startswith("agreement")]
+    shown = {
+        "facts": facts,
+        "labels": METRICS,
+        "shown": measured,
+        "agreements": agreements,
+        "query_labels": QUERY_METRICS,
+    }
+    shown |= {"chart": chart, "ticks": ticks, "curves": images, "moved": moved, "typed": typed, "headline": "mrr"}
+    page = render("report.html", interval=shown_interval, note=centre_crop_note(facts), **shown)
     common.atomic_write(folder / "report.html", page)
     common.write_json(folder / "report.json", facts)
 
@@ -1452,15 +1385,9 @@ def fill_card(run: Run, report: dict[str, Any]) -> None:
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     if begin not in card or end not in card:
         return
-    lines = [f"On the test split, {report['items']} products by which nothing was chosen:", ""]
-    lines += ["| | base | this model | difference | 95% interval | p (Holm) |", "|---|---|---|---|---|---|"]
-    for name, facts in report["runs"][0]["metrics"].items():
-        if facts.get("p_holm") is not None:
-            cells = [METRICS[name], f"{facts['value'] - facts['difference']:.3f}", f"{facts['value']:.3f}"]
-            cells += [f"{facts['difference']:+.3f}", shown_interval(facts), f"{facts['p_holm']:.4f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+    numbers = render("card.md", report=report, labels=METRICS, interval=shown_interval)
     with contextlib.suppress(OSError):  # a model that may only be read goes without
-        common.atomic_write(path, "\n".join([card.partition(begin)[0] + begin, *lines, end + card.partition(end)[2]]))
+        common.atomic_write(path, f"{card.partition(begin)[0]}{begin}\n{numbers}{end}{card.partition(end)[2]}")
 
 
 def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
@@ -1473,12 +1400,12 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     with working_alone(place, world):
         clips = [load_run(base, world)]
         clips.append(load_run(run, world, clips[0]))
-        ours, theirs = (common.encode(clip, captions=["a"]).shape[1] for clip in clips)
+        shards = open_shards(args.shards, SPLITS, local_copy(place), config)
+        encoders = [open_encoder(clip, shards, place, config, world) for clip in clips]
+        ours, theirs = (encoder.width for encoder in encoders)
         if ours != theirs:
             problem = f"makes vectors of width {theirs}, the base {clips[0].name} of {ours}"
             raise Fail(f"{clips[1].name}: {problem}; give the --model that it was fine-tuned from")
-        shards = open_shards(args.shards, SPLITS, local_copy(place), config)
-        encoders = [open_encoder(clip, shards, place, config, world) for clip in clips]
         rows, computed = make_vectors(shards, encoders, config, world, args.queries)
         if world.main:
             write_rejects(output, f"{output.name}.rejects.jsonl", rows, config.max_failed)

@@ -1,6 +1,7 @@
 """Stage 5: people vote, blind, on which of two models searches better.
 
-Reads   embeddings/master.parquet (stage 4) and the photos; with two --embeddings, their fine-tuned models are compared
+Reads   embeddings/master.parquet (stage 4), or a folder of its parts, and the photos; of two --embeddings, the
+        fine-tuned models are compared
 Writes  arena.sqlite: trials and votes, inserted only; arena.sqlite.cache/ and arena.sqlite.keys.json beside it
 
 serve   the voting page (A, B, T tie, N skip, U undo, Q quit), and the results page behind the admin link it prints
@@ -974,11 +975,9 @@ class Arena:
             return self.placeholder
 
     def results(self, named: bool) -> dict[str, Any]:
-        """The results of all votes so far, computed again when there is another; `named` with the judges' names."""
+        """The results of all votes so far, computed again when there is another; `named` with the judges."""
         found = self.computed(tuple(self.log.one("SELECT * FROM state")))
-        judges = [row | {"name": f"judge {number}"} for number, row in enumerate(found["judges"], start=1)]
-        judges = [{name: value for name, value in row.items() if name != "judge"} for row in judges]
-        return found if named else found | {"judges": judges}
+        return found if named else found | {"judges": []}
 
 
 def search(models: list[Model], clips: list, words: str = "", picture=None, k: int = 8) -> list[tuple[str, list[dict]]]:
@@ -1349,7 +1348,7 @@ def print_log(args: argparse.Namespace, settings: ArenaConfig) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("serve", "stats", "votes"), help="what to do")
-    two = "master.parquet of stage 4; twice to compare the fine-tuned models of two"
+    two = "master.parquet of stage 4, or its folder of parts; twice to compare the fine-tuned models of two"
     parser.add_argument("--embeddings", action="append", help=two)
     parser.add_argument("--images", help="folder that image_path is relative to")
     parser.add_argument("--database", required=True, help="SQLite file of trials and votes; made if it is not there")

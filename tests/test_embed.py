@@ -549,8 +549,8 @@ def test_a_damaged_store_is_named_and_made_again(world, out, capsys):
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
 
 
-def test_two_processes_share_the_work_and_give_the_same_bytes(world, out):
-    command = [sys.executable, str(ROOT / "4_embed.py"), *arguments(world, out)]
+def test_two_processes_share_the_work_and_give_the_same_rows(world, out):
+    command = [sys.executable, str(ROOT / "4_embed.py"), *parts_arguments(world, out / "master")]
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["OMP_NUM_THREADS"] = "1"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -560,10 +560,12 @@ def test_two_processes_share_the_work_and_give_the_same_bytes(world, out):
     ]
     printed = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], printed[0][-3000:]
-    assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
+    assert pq.read_table(out / "master").equals(pq.read_table(world / "out/master.parquet"))
+    assert names(out / "master") == part_names(2)
     assert "encoding: 40 pictures" in printed[0] and "encoding: 32 pictures" in printed[1]  # its own shards
     prompts = {row["txt"] for some in items_of().values() for row in some}
-    assert computed(out) == {"image": 72, "text": len(prompts)}
+    made = json.loads((out / "master.json").read_text())["counts"]["computed"]
+    assert made == {"image": 72, "text": len(prompts)}
     assert "test split" in printed[0] and "test split" not in printed[1]
 
 
@@ -683,7 +685,10 @@ def test_a_folder_of_parts_holds_the_rows_of_the_one_file(world, out, monkeypatc
         assert max(last) == last[0], "the list of the parts is written last"
     assert (out / "report.json").read_bytes() == (world / "out/report.json").read_bytes()
     counts = json.loads((out / "master.json").read_text())["counts"]
-    assert (counts["input"], counts["written"]) == (72, 72) and not list((out / "master").glob("*.json.*"))
+    assert (counts["input"], counts["written"], counts["rejected"]) == (72, 72, 0)
+    with monkeypatch.context() as patch:
+        assert Processes(2, out, patch)(arguments(world, out)) == [0, 0]  # one file by several processes
+    assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
 
 
 def test_search_export_and_queries_read_a_folder_as_they_read_the_file(world, out, monkeypatch, capsys):
@@ -1239,7 +1244,7 @@ def test_holm_is_over_every_difference_shown():
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, None, None, 1)
 
 
-def test_an_attribute_that_few_queries_know_is_shown_but_counts_in_no_correction():
+def test_an_attribute_that_few_queries_know_is_shown_but_counts_in_no_correction(capsys):
     rng = np.random.default_rng(0)
     base = {name: rng.random(60) for name in stage.METRICS}
     few, enough = ("agreement@4_style", 19), ("agreement@4_color", 20)
@@ -1251,9 +1256,10 @@ def test_an_attribute_that_few_queries_know_is_shown_but_counts_in_no_correction
     assert found[enough[0]]["queries"] == 20 and min(facts["p_holm"] for facts in found.values() if "p" in facts) == (
         pytest.approx(min(facts["p"] for facts in found.values() if "p" in facts) * (len(stage.METRICS) - 1))
     )
-    means = {name: stage.mean(values) for name, values in base.items()}
-    line = next(line for line in stage.table({"metrics": means}, [{"name": "run", "metrics": found}]).splitlines()
-                if "style" in line)  # fmt: skip
+    about = [{"name": name, "fingerprint": "", "precision": ""} for name in ("zero_shot", "run")]
+    facts = stage.compare_models(about, [base, run], ["chair"] * 60, np.arange(60))
+    stage.print_comparison(facts | {"base": facts["base"] | {"centre_crop": {}}}, Path(), suggest_proof=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "style" in line)
     assert line.endswith("few") and f"{found[few[0]]['value']:.3f}" in line and "*" not in line
 
 
