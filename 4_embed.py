@@ -271,7 +271,8 @@ class VectorStore:
             if known - there:
                 with self.database:
                     self.database.execute("DELETE FROM vectors")
-                    known = self.database.execute("DELETE FROM objects") and set()
+                    self.database.execute("DELETE FROM objects")
+                known = set()
         new = sorted(there - known)
         for name in common.progress(new, "fetching vectors", len(new), "object") if new else ():
             self._insert(read_vectors(common.join(self.objects, name)), name)
@@ -1456,6 +1457,7 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         if world.main:
             write_rejects(Output(args.output, "", True), "rejects.jsonl", rows, config.max_failed)
             make_report(shards, rows, models, output, crop, args.queries)
+        if world.local_rank == 0:
             shutil.rmtree(shards.cache, ignore_errors=True)
     return DONE
 
