@@ -558,7 +558,7 @@ def test_two_processes_share_the_work_and_give_the_same_rows(world, out):
         subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT, **pipes)
         for rank in "01"
     ]
-    printed = [process.communicate(timeout=120)[0] for process in ranks]
+    printed = [process.communicate(timeout=600)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], printed[0][-3000:]
     assert pq.read_table(out / "master").equals(pq.read_table(world / "out/master.parquet"))
     assert names(out / "master") == part_names(2)
@@ -608,7 +608,7 @@ class Processes:
     """
 
     def __init__(self, size: int, folder: Path, monkeypatch):
-        barrier, values, own = threading.Barrier(size, timeout=200), [None] * size, threading.local()
+        barrier, values, own = threading.Barrier(size, timeout=600), [None] * size, threading.local()
 
         class World(common.World):
             def __init__(self, device: str):
