@@ -131,16 +131,21 @@ FREE_SETTINGS = (  # may differ when a run goes on: they change nothing of what 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", required=True, help="folder or s3://bucket/prefix made by 2_prepare.py")
-    parser.add_argument("--output", required=True, type=Path, help="folder of this run, such as data/runs/dual_lora")
+    parser.add_argument("--shards", help="folder or s3://bucket/prefix made by 2_prepare.py")
+    parser.add_argument("--output", type=Path, help="folder of this run, such as data/runs/dual_lora")
+    parser.add_argument("--check", action="store_true", help="only see whether --model can be trained in --scenario")
     common.add_flags(parser, TrainingConfig)
     return parser
 
 
 def read_flags(argv: list[str] | None) -> tuple[TrainingConfig, str, Path]:
-    """(settings, --shards, --output)."""
-    args = build_parser().parse_args(argv)
-    return common.from_flags(TrainingConfig, args), args.shards, args.output
+    """(settings, --shards, --output); with --check the last two are empty."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.check and not (args.shards and args.output):
+        parser.error("--shards and --output are needed")
+    config = common.from_flags(TrainingConfig, args)
+    return (config, "", Path()) if args.check else (config, args.shards, args.output)
 
 
 # --help and mistakes are answered here: what is imported next takes seconds.
@@ -1393,7 +1398,8 @@ class State:
     updates: int = 0  # steps that changed the weights: fp16 skips those whose gradient overflowed
     bad: dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable training samples found so far
     search: dict[str, Any] = dataclasses.field(default_factory=dict)  # what search_rates() found
-    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metrics and weights with the best MRR
+    mean: dict[str, Any] = dataclasses.field(default_factory=dict)  # average_weights() of the epochs so far
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, metrics and averaged weights, best MRR
     lines: list[str] = dataclasses.field(default_factory=list)  # of metrics.jsonl: none is lost or written twice
 
 
@@ -1567,6 +1573,15 @@ def update(run: Run, state: State, optimizer, scaler, batch: Batch, total_update
     return dict(zip(("loss", "gradient_norm", "logit_scale"), numbers, strict=True)) | rates
 
 
+def average_weights(mean: dict[str, Tensor], now: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
+    """The mean of the weights after each of `epoch` epochs, later ones counting more: the k-th k times.
+
+    It lies nearer to the middle of what fits than the last weights do, and nearer to the base (Shamir and Zhang 2013,
+    arXiv 1212.1824; Izmailov et al. 2018, arXiv 1803.05407).
+    """
+    return {name: torch.lerp(mean.get(name, now[name]), now[name], 2 / (epoch + 1)) for name in now}
+
+
 def train(run: Run, state: State, checkpoint: dict[str, Any] | None = None) -> State:
     """All epochs, or those that are left; returns the state with the best epoch in it, 0 for the weights of before."""
     config, towers = run.config, run.towers
@@ -1593,9 +1608,13 @@ def train(run: Run, state: State, checkpoint: dict[str, Any] | None = None) -> S
     while state.epoch < config.epochs and state.epoch - state.best.get("epoch", 0) < config.patience:
         train_epoch(run, state, optimizer, scaler)
         state.epoch, state.batch = state.epoch + 1, 0
+        now = towers.copy()
+        state.mean = average_weights(state.mean, now, state.epoch)
+        towers.interpolate(1.0, state.mean)
         metrics = evaluate(run, run.validation)
+        towers.interpolate(1.0, now)
         if metrics["mrr"] > state.best.get("metrics", {}).get("mrr", -1):
-            state.best = {"epoch": state.epoch, "metrics": metrics, "weights": towers.copy()}
+            state.best = {"epoch": state.epoch, "metrics": metrics, "weights": state.mean}
         log(run, state, kind="validation", epoch=state.epoch, step=state.step, **metrics)
         run.print(f"  validation: loss {metrics['loss']:.4f}, MRR {metrics['mrr']:.4f}")
         save_checkpoint(run, state, optimizer, scaler)
@@ -1861,6 +1880,11 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     config, shards, output = read_flags(argv)
+    if not shards:  # --check
+        clip = common.load_clip(config.model, config.pretrained, World(config.device).device)
+        Towers(clip, config).check_lora_gradients()
+        print(f"{clip.name} can be trained: {config.scenario}")
+        return DONE
     helping = bool(int(os.environ.get("RANK", 0)))  # the first process holds the lock for all of torchrun's
     with contextlib.nullcontext(True) if helping else common.exclusive(output / ".lock") as mine:
         if not mine:

@@ -1,12 +1,12 @@
 """Stage 4: the vectors of every item under the base and the fine-tuned model, and the proof of which finds better.
 
 Reads   --shards: a folder or s3://bucket/prefix from 2_prepare.py; the base model; --finetuned: a run of 3_train.py
-Writes  --output: master.parquet, one row an item; beside it report.json, report.html, queries.parquet (the scores of
-        each query), rejects, and vectors/: one SQLite file a model, so that no vector is ever computed twice
+Writes  --output: master.parquet, one row an item, or a folder, local or on S3, of one part a process; beside it
+        report.json, report.html, queries.parquet (the scores of each query), rejects, and vectors/: kept ones
 
     python 4_embed.py --shards data/shards --model ViT-B-32 \\
         --finetuned data/runs/dual_lora/model --output data/embeddings/master.parquet
-    torchrun --nproc-per-node 8 4_embed.py ...                 the same, on eight GPUs
+    torchrun --nproc-per-node 8 4_embed.py ... --output s3://shop/master/     the same, on eight GPUs or several nodes
     python 4_embed.py report --shards data/shards --model local-dir:tests/small_clip \\
         --run data/runs/zero_shot --run data/runs/dual_lora --output data/report         any number of runs; a minute
     python 4_embed.py pool --report data/folds/5/0/report-dual_lora --report ... --output data/proof
@@ -52,30 +52,19 @@ LEAST_COSINE = 0.999  # that bf16 must reach against float32
 EVEN_ROWS = 16  # batches are filled up to a multiple: matrix products of fewer rows add up in another order
 
 NEAREST = 4  # results of a picture that are judged, as many as the arena shows
+RANKED = {"recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10", "mrr": "MRR"}
 METRICS = {  # of the report, in the order of its tables, and their labels
-    "text_to_image_recall@1": "text → image  recall@1",
-    "text_to_image_recall@5": "text → image  recall@5",
-    "text_to_image_recall@10": "text → image  recall@10",
-    "text_to_image_mrr": "text → image  MRR",
-    "image_to_text_recall@1": "image → text  recall@1",
-    "image_to_text_recall@5": "image → text  recall@5",
-    "image_to_text_recall@10": "image → text  recall@10",
-    "image_to_text_mrr": "image → text  MRR",
-    "agreement@4_object_type": "image → image  agreement@4 object type",
-    "agreement@4_style": "image → image  agreement@4 style",
-    "agreement@4_material": "image → image  agreement@4 material",
-    "agreement@4_color": "image → image  agreement@4 color",
-    "agreement@4_all": "image → image  agreement@4 all",
+    **{f"text_to_image_{name}": f"text → image  {label}" for name, label in RANKED.items()},
+    **{f"image_to_text_{name}": f"image → text  {label}" for name, label in RANKED.items()},
+    **{f"agreement@{NEAREST}_{name}": f"image → image  agreement@{NEAREST} {name.replace('_', ' ')}"
+       for name in ("object_type", "style", "material", "color", "all")},
     "mrr": "both ways  MRR",
-}
-QUERY_METRICS = {"ndcg@10": "nDCG@10", "recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10",
-                 "mrr": "MRR"}  # fmt: skip
+}  # fmt: skip
+QUERY_METRICS = {"ndcg@10": "nDCG@10"} | RANKED
 WAYS = ("words in titles", "CLIP on titles", "CLIP on pictures", "CLIP on both")  # to search; the first is the base
 WEIGHTS = tuple(number / 10 for number in range(11))  # of the picture in the mixture
 CHOOSING = 10  # queries of the validation split, at least, that choose the weight; fewer leave it at a half
 GALLERY = 4096  # items whose vectors are in memory at once
-CHARTED = {"mrr", "text_to_image_recall@1", "text_to_image_mrr", "image_to_text_recall@1", "image_to_text_mrr",
-           "agreement@4_object_type", "agreement@4_all"}  # where there are several runs  # fmt: skip
 
 FEW = 20  # queries; an agreement judged on fewer is shown, but not tested
 MOVED = 10  # queries shown that gained or lost most
@@ -167,9 +156,15 @@ class Shards:
         """Local paths of some of the entries."""
         return common.local_shards(self.root, [self.entries[n][1] for n in numbers], self.cache, self.cache_gb)
 
+    def own(self, world: World) -> list[int]:
+        """The numbers of those that this process reads and writes: a stretch, so that parts hold the rows in order."""
+        samples = [entry["samples"] for _, entry in self.entries]
+        middles = [end - count / 2 for end, count in zip(itertools.accumulate(samples), samples, strict=True)]
+        return [n for n, middle in enumerate(middles) if int(middle * world.size / sum(samples)) == world.rank]
+
 
 def open_shards(root: str, splits: tuple[str, ...], folder: Path, config: EmbeddingConfig) -> Shards:
-    """The manifest's shards of these splits. Fail where there is nothing to test on."""
+    """The manifest's shards of these splits; copies of what lies on S3 go to `folder`. Fail where none is to test."""
     manifest = common.load_manifest(root)
     shards = ((split, entry) for split in splits for entry in manifest["splits"].get(split, {}).get("shards", []))
     entries = [(split, entry) for split, entry in shards if entry["samples"]]
@@ -207,6 +202,15 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[dict[str, Any], by
         yield blank | {"place": lost, "reason": "damaged shard", "detail": f"{entry['name']}: {problem}"}, b""
 
 
+def pictures_of(shards: Shards, rows) -> Iterator[tuple[int, bytes]]:
+    """(index, JPEG) of some rows of a DataFrame, shard by shard."""
+    for number, some in rows.groupby("shard"):
+        places = dict(zip(some["place"], some.index, strict=True))
+        for row, jpg in read_shard(shards, number):
+            if row["place"] in places and not row["reason"]:
+                yield places[row["place"]], jpg
+
+
 def sample_columns(sample: dict[str, bytes]) -> dict[str, Any]:
     """COLUMNS and view of one sample. Raises KeyError, TypeError or ValueError for what 2_prepare.py did not write."""
     record, prompt = json.loads(sample["json"]), sample["txt"].decode()
@@ -232,21 +236,53 @@ class Job:
     problem: BadImage | None = None
 
 
+def local_copy(place: str | Path) -> Path:
+    """The local folder for what lies at a place: itself, or one that holds copies of what lies on S3."""
+    return Path("data/s3", common.digest(place)[:16]) if common.is_s3(place) else Path(place)
+
+
 class VectorStore:
     """The vectors of one model, in one SQLite table: sha256 of a picture or prompt -> float32 vector.
 
-    Several processes may use it at once. Vectors are written 1,024 at a time or every 30 seconds.
+    Several processes may use it at once. Vectors are written 1,024 at a time or every 30 seconds. Where the place is on
+    S3, each such block is an object, put there first; the table is this machine's copy of them all.
     """
 
-    def __init__(self, path: Path, model: str):
-        self.path, self.model = path, model
+    def __init__(self, place: str | Path, key: str, model: str):
+        self.path, self.model = local_copy(place) / f"{key}.sqlite", model
+        self.objects = common.join(place, key) if common.is_s3(place) else None
         self.claimed: set[str] = set()  # digests whose vectors are in the making
         self.waiting: list[tuple[list[Job], Any]] = []  # vectors that are not written yet
         self.flushed = time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._explain_damage():
-            self.database = sqlite3.connect(path, timeout=600)  # another process may be writing
+            self.database = sqlite3.connect(self.path, timeout=600)  # another process may be writing
             self.database.execute("CREATE TABLE IF NOT EXISTS vectors (digest TEXT PRIMARY KEY, vector BLOB)")
+            if self.objects:
+                self.database.execute("CREATE TABLE IF NOT EXISTS objects (name TEXT PRIMARY KEY)")
+
+    def fetch(self) -> None:
+        """Copy what other machines put on S3; what S3 has lost is forgotten here, too, for others would lack it."""
+        if not self.objects:
+            return
+        there = {name for name, _ in common.list_files(self.objects)}
+        with self._explain_damage():
+            known = {name for (name,) in self.database.execute("SELECT name FROM objects")}
+            if known - there:
+                with self.database:
+                    self.database.execute("DELETE FROM vectors")
+                    self.database.execute("DELETE FROM objects")
+                known = set()
+        new = sorted(there - known)
+        for name in common.progress(new, "fetching vectors", len(new), "object") if new else ():
+            self._insert(read_vectors(common.join(self.objects, name)), name)
+
+    def _insert(self, rows: list[tuple[str, bytes]], name: str) -> None:
+        """Write (digest, vector), and the name of their object, if they are on S3."""
+        with self._explain_damage(), self.database:
+            self.database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
+            if self.objects:
+                self.database.execute("INSERT OR IGNORE INTO objects VALUES (?)", [name])
 
     @contextlib.contextmanager
     def _explain_damage(self) -> Iterator[None]:
@@ -288,8 +324,10 @@ class VectorStore:
             name, length = jobs[wrong[0]].name, lengths[wrong[0]]
             raise Fail(f"{self.model}: the vector of {name} has length {length}; the model is broken: train it again")
         rows = [(job.digest, vector.tobytes()) for job, vector in zip(jobs, vectors, strict=True)]
-        with self._explain_damage(), self.database:
-            self.database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
+        name = f"{common.digest([digest for digest, _ in rows])}.parquet"
+        if self.objects:
+            write_vectors(rows, common.join(self.objects, name))
+        self._insert(rows, name)
         self.claimed.difference_update(digest for digest, _ in rows)
 
     def get(self, digests: Sequence[str]) -> Any:
@@ -301,7 +339,29 @@ class VectorStore:
             marks = ",".join("?" * len(some))
             with self._explain_damage():
                 found.update(self.database.execute(f"SELECT * FROM vectors WHERE digest IN ({marks})", some))
+        if len(found) < len({*digests}):
+            needs = "several machines need --vectors (that is, --output) on S3 or a shared disk"
+            raise Fail(f"{self.path}: lacks vectors that another process made; {needs}")
         return np.frombuffer(b"".join(found[digest] for digest in digests), np.float32).reshape(len(digests), -1)
+
+
+def write_vectors(rows: list[tuple[str, bytes]], path: str) -> None:
+    """Put (digest, vector's bytes) on S3, as Parquet."""
+    import pandas as pd
+
+    buffer = io.BytesIO()
+    pd.DataFrame(rows, columns=["digest", "vector"]).to_parquet(buffer, index=False)
+    common.upload_atomic(buffer.getvalue(), path)
+
+
+def read_vectors(path: str) -> list[tuple[str, bytes]]:
+    """What write_vectors wrote."""
+    import pandas as pd
+
+    try:
+        return list(pd.read_parquet(io.BytesIO(common.read_bytes(path))).itertuples(index=False, name=None))
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise Fail(f"{path}: damaged ({error}); remove it and run again: its vectors are made again") from None
 
 
 class Encoder:
@@ -313,11 +373,11 @@ class Encoder:
     another order. (On a GPU the kernel depends on the number of rows as well: there every batch is filled up.)
     """
 
-    def __init__(self, clip: Clip, precision: str, folder: Path, batch_size: int):
+    def __init__(self, clip: Clip, precision: str, place: str | Path, batch_size: int):
         key = [VECTORS_FORMAT, clip.fingerprint, clip.size, list(clip.mean), list(clip.std), precision]
         self.clip, self.precision, self.batch_size = clip, precision, batch_size
-        self.key = common.digest(key)[:24]
-        self.store = VectorStore(folder / f"{self.key}.sqlite", clip.name)
+        self.key, self.width = common.digest(key)[:24], common.encode(clip, captions=["a"]).shape[1]
+        self.store = VectorStore(place, self.key, clip.name)
 
     def autocast(self):
         """bfloat16 where that is the precision. Its copy of the weights lasts as long as the outermost context."""
@@ -352,14 +412,14 @@ class Encoder:
         return inputs[[*range(len(inputs)), *[0] * lacking]] if lacking else inputs
 
 
-def open_encoder(clip: Clip, shards: Shards, folder: Path, config: EmbeddingConfig, world: World) -> Encoder:
+def open_encoder(clip: Clip, shards: Shards, place: str | Path, config: EmbeddingConfig, world: World) -> Encoder:
     """A model with its store, in bf16 where that is wanted and agrees with float32 on the first pictures and prompts.
 
     The agreement is kept beside the vectors, with the model's name and fingerprint.
     """
     precision = common.auto_precision(world.device.type) if config.precision == "auto" else config.precision
     if precision == "bf16":
-        half, whole = (Encoder(clip, name, folder, config.batch_size) for name in ("bf16", "fp32"))
+        half, whole = (Encoder(clip, name, place, config.batch_size) for name in ("bf16", "fp32"))
         note = half.store.path.with_suffix(".json")
         if world.main and not note.is_file():
             facts = {"model": clip.name, "fingerprint": clip.fingerprint, "cosine": bf16_cosine(half, whole, shards)}
@@ -369,7 +429,7 @@ def open_encoder(clip: Clip, shards: Shards, folder: Path, config: EmbeddingConf
             return half
         if world.main:
             print(f"{clip.name}: bf16 agrees with float32 to a cosine of {cosine:.5f} only; float32 is used")
-    return Encoder(clip, "fp32", folder, config.batch_size)
+    return Encoder(clip, "fp32", place, config.batch_size)
 
 
 def bf16_cosine(half: Encoder, whole: Encoder, shards: Shards) -> float:
@@ -401,6 +461,14 @@ def title_text(title: str) -> str:
     return title or "product"
 
 
+def exchange(encoders: list[Encoder], world: World) -> None:
+    """Wait until every process has made its vectors; then every machine has those of all."""
+    world.share(None)
+    for encoder in encoders if world.local_rank == 0 else ():
+        encoder.store.fetch()
+    world.share(None)
+
+
 def make_vectors(
     shards: Shards, encoders: list[Encoder], config: EmbeddingConfig, world: World, queries: str | None = None
 ) -> tuple[Any, dict]:
@@ -411,16 +479,17 @@ def make_vectors(
     """
     import pandas as pd
 
+    exchange(encoders, world)
     rows, pictures = embed_pictures(shards, encoders, config, world)
     shared = world.share((rows, pictures))
     rows = pd.concat([part for part, _ in shared], ignore_index=True)
-    rows = rows.sort_values(["shard", "place"], kind="stable", ignore_index=True)
     good = rows[rows["reason"] == ""]
     texts = dict(zip(good["text_digest"], good["prompt"], strict=True))
     if queries:
         more = [*good["title"].map(title_text), *common.read_queries(queries)[0]["query"]]
         texts |= {text_digest(text): text for text in more}
-    computed = sum(world.share(embed_texts(texts, encoders, world)))  # when all have done theirs, all is there
+    computed = sum(world.share(embed_texts(texts, encoders, world)))
+    exchange(encoders, world)
     return merge_views(rows, encoders, world), {"image": sum(count for _, count in shared), "text": computed}
 
 
@@ -446,6 +515,7 @@ def merge_views(rows, encoders: list[Encoder], world: World) -> Any:
             jobs = [Job(key, "a product with several photos", b"", []) for key, _ in batch]
             encoder.store.add(jobs, torch.from_numpy(means))
         encoder.store.flush()
+    exchange(encoders, world)
     return rows
 
 
@@ -457,6 +527,24 @@ def mean_vectors(encoder: Encoder, photos: Iterable[list[str]]):
     return np.stack([(one / np.linalg.norm(one)).astype(np.float32) for one in means])
 
 
+def compute(batches: Iterable[tuple], encode: Callable, encoders: list[Encoder], world: World) -> Iterator[Job]:
+    """The jobs of batches of (jobs, inputs), whose vectors are made: encode(encoder, inputs, places in the batch)."""
+    import torch
+
+    half = any(encoder.precision == "bf16" for encoder in encoders)
+    try:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=half):  # keeps the weights' copies in bf16
+            for batch, inputs in batches:
+                for encoder in encoders:
+                    places = [i for i, job in enumerate(batch) if encoder in job.encoders and not job.problem]
+                    if places:
+                        encoder.store.add([batch[i] for i in places], encode(encoder, inputs, places))
+                yield from batch
+    finally:  # after Ctrl-C, too
+        for encoder in encoders:
+            encoder.store.flush()
+
+
 def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingConfig, world: World) -> tuple[Any, int]:
     """Read this process's shards from end to end and make the vectors of pictures that a store lacks.
 
@@ -465,24 +553,18 @@ def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingCon
     """
     import pandas as pd
 
-    numbers = range(world.rank, len(shards.entries), world.size)
+    numbers = shards.own(world)
     shards.paths(numbers)  # from S3, several at once
     sizes = {encoder.clip.size for encoder in encoders}
     tables, problems, computed = [pd.DataFrame(columns=[*COLUMNS, "view", "reason", "detail", "shard", "place"])], {}, 0
 
-    def encoded() -> Iterator[Job]:
-        with computing(encoders, world):
-            for batch, pixels in decoded(lacking_pictures(shards, numbers, encoders, tables), sizes, config, world):
-                for encoder in encoders:
-                    places = [i for i, job in enumerate(batch) if encoder in job.encoders and not job.problem]
-                    if places:
-                        some = pixels[encoder.clip.size]
-                        some = some if len(places) == len(some) else some[places]
-                        encoder.store.add([batch[i] for i in places], encoder.images(some))
-                yield from batch
+    def encode(encoder: Encoder, pixels: dict[int, Any], places: list[int]):
+        some = pixels[encoder.clip.size]
+        return encoder.images(some if len(places) == len(some) else some[places])
 
     total = sum(shards.entries[number][1]["samples"] for number in numbers)
-    for job in common.progress(encoded(), "encoding", total, "picture"):
+    batches = decoded(lacking_pictures(shards, numbers, encoders, tables), sizes, config, world)
+    for job in common.progress(compute(batches, encode, encoders, world), "encoding", total, "picture"):
         computed += job.problem is None
         if job.problem:
             problems[job.digest] = job.problem
@@ -506,20 +588,6 @@ def lacking_pictures(shards: Shards, numbers: Iterable[int], encoders: list[Enco
                 name = f"{shards.entries[number][1]['name']}, sample {row['place']}"
                 yield Job(row["image_digest"], name, jpg, wanted)
         tables.append(pd.DataFrame(rows))
-
-
-@contextlib.contextmanager
-def computing(encoders: list[Encoder], world: World) -> Iterator[None]:
-    """Keep what autocast makes of the weights while inside; on the way out, after Ctrl-C too, write what waits."""
-    import torch
-
-    half = any(encoder.precision == "bf16" for encoder in encoders)
-    try:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=half):
-            yield
-    finally:
-        for encoder in encoders:
-            encoder.store.flush()
 
 
 def decoded(pictures: Iterable[Job], sizes: set[int], config: EmbeddingConfig, world: World) -> Iterator[tuple]:
@@ -557,37 +625,72 @@ def embed_texts(texts: dict[str, str], encoders: list[Encoder], world: World) ->
             jobs.append(Job(digest, f"the text '{text}'", text, [e for e in encoders if e.store.claim(digest)]))
     jobs = sorted((job for job in jobs if job.encoders), key=lambda job: len(job.content))  # few lengths in a batch
 
-    def encoded() -> Iterator[Job]:
-        with computing(encoders, world):
-            for batch in common.batches(jobs, FLUSH_VECTORS):
-                for encoder in encoders:
-                    if wanted := [job for job in batch if encoder in job.encoders]:
-                        encoder.store.add(wanted, encoder.texts([job.content for job in wanted]))
-                yield from batch
+    def encode(encoder: Encoder, some: list[Job], places: list[int]):
+        return encoder.texts([some[i].content for i in places])
 
-    return sum(1 for _ in common.progress(encoded(), "encoding", len(jobs), "text")) if jobs else 0
+    made = compute(((some, some) for some in common.batches(jobs, FLUSH_VECTORS)), encode, encoders, world)
+    return sum(1 for _ in common.progress(made, "encoding", len(jobs), "text")) if jobs else 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # What cannot be read, and master.parquet
 
 
-def write_rejects(path: str, rows, max_failed: float) -> None:
+@dataclasses.dataclass
+class Output:
+    """Where master.parquet goes: one file, or a folder, local or on S3, of which each process writes one part."""
+
+    place: str  # the folder or S3 prefix that it lies in, and the report beside it
+    name: str
+    is_folder: bool
+
+    @property
+    def work(self) -> Path:
+        """The local folder in which files are made: the place itself, or that of its copies."""
+        return local_copy(self.place)
+
+    def part(self, rank: int, world: World) -> str:
+        """The name, in the place, of the part that the process of this rank writes."""
+        return f"{self.name}/part-{rank:05d}-of-{world.size:05d}.parquet"
+
+    def publish(self, *names: str) -> None:
+        """Where the place is on S3, copy finished files there, in this order."""
+        for name in names if common.is_s3(self.place) else ():
+            common.upload_atomic(self.work / name, common.join(self.place, name))
+
+
+def find_output(path: str) -> Output:
+    """What --output means: a folder of parts on S3, with a slash at its end, or without .parquet; else one file."""
+    if common.is_s3(path):
+        place, _, name = path.rstrip("/").rpartition("/")
+        if not place.removeprefix("s3:/").strip("/"):
+            raise Fail(f"--output {path}: names no folder in the bucket; write s3://bucket/master/", USAGE)
+        return Output(place, name, True)
+    target = Path(path)
+    is_folder = path.endswith("/") or target.is_dir() or (target.suffix != ".parquet" and not target.is_file())
+    return Output(str(target.parent), target.name, is_folder)
+
+
+def write_rejects(output: Output, name: str, rows, max_failed: float) -> None:
     """Name the rows that are left out, each with its reason; Fail where they are too many."""
+    path = common.join(output.place, name)
     bad = rows.loc[rows["reason"] != "", ["image_id", "reason", "detail", "image_path", "title"]]
     bad = bad.rename(columns={"image_id": "id", "title": "name"}).reset_index(names="row")
-    if len(bad) or Path(path).is_file():
-        common.atomic_write(path, "".join(json.dumps(line) + "\n" for line in bad.to_dict("records")))
+    if len(bad) or common.exists(path):
+        common.atomic_write(output.work / name, "".join(json.dumps(line) + "\n" for line in bad.to_dict("records")))
+        output.publish(name)
     if len(bad) > max_failed * len(rows):
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad["reason"].value_counts().items())
         problem = f"{len(bad)} of {len(rows)} pictures are unreadable ({reasons}; first {bad['detail'].iloc[0][:120]})"
         raise Fail(f"{problem}, named in {path}; make or copy the shards again, or raise --max-failed")
 
 
-def master_facts(shards: Shards, rows, encoders: list[Encoder], run: Run, args: argparse.Namespace) -> dict[str, str]:
-    """master.parquet's metadata. No path of this machine is among it, so that the same work gives the same bytes."""
+def master_facts(shards: Shards, rows, encoders: list[Encoder], run: Run, output: Output) -> dict[str, str]:
+    """master.parquet's metadata. The model is named by its way from there, so that the data can be moved."""
     base, finetuned = encoders
-    folder = os.path.relpath(Path(run.model.removeprefix(LOCAL)).resolve(), Path(args.output).parent.resolve())
+    folder = run.model.removeprefix(LOCAL)
+    if not common.is_s3(output.place):
+        folder = os.path.relpath(Path(folder).resolve(), Path(output.place).resolve())
     entries = [(split, entry["sha256"]) for split, entry in shards.entries]
     inputs = [entries, base.key, finetuned.key, COLUMNS, rows.index[rows["reason"] != ""].tolist()]
     origin = f"{LOCAL}{base.clip.folder}" if base.clip.folder else base.clip.name
@@ -598,19 +701,40 @@ def master_facts(shards: Shards, rows, encoders: list[Encoder], run: Run, args: 
     }  # fmt: skip
 
 
-def holds(output: Path, facts: dict[str, str]) -> bool:
-    """Whether master.parquet is there, whole, with these facts."""
+def holds(path: Path, facts: dict[str, str]) -> bool:
+    """Whether a Parquet file is there, whole, with these facts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     there = {}
     with contextlib.suppress(OSError, pa.ArrowInvalid):  # not there, or damaged
-        there = pq.read_schema(output).metadata or {}
+        there = pq.read_schema(path).metadata or {}
     return there.items() >= {key.encode(): value.encode() for key, value in facts.items()}.items()
 
 
-def write_master(output: Path, rows, encoders: Sequence[Encoder], facts: dict[str, str]) -> None:
-    """Write master.parquet, row group by row group: COLUMNS, then base and finetuned embedding and text embedding."""
+def prepare_output(output: Output, facts: dict[str, str], world: World) -> bool:
+    """Whether there is something to write. A folder of other facts loses its list of parts first, then those parts.
+
+    So nobody reads it before all parts are there, and no part of another run or number of processes stays beside them.
+    """
+    if not output.is_folder:
+        return not holds(output.work / output.name, facts)
+    folder = common.join(output.place, output.name)
+    found, listed = {name for name, _ in common.list_files(folder)}, {}
+    if common.PARTS in found:
+        with contextlib.suppress(ValueError):
+            listed = json.loads(common.read_bytes(common.join(folder, common.PARTS)))
+    if listed and listed["facts"] == facts and {*listed["parts"]} <= found:
+        return False
+    ours = {Path(output.part(rank, world)).name for rank in range(world.size)}
+    for name in sorted(found - ours):  # the list's name comes first
+        if name == common.PARTS or name.startswith("part-"):
+            common.remove(common.join(folder, name))
+    return True
+
+
+def write_master(path: Path, rows, encoders: Sequence[Encoder], facts: dict[str, str]) -> None:
+    """Write rows of master.parquet, shard by shard: COLUMNS, then base and finetuned embedding and text embedding."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -618,13 +742,12 @@ def write_master(output: Path, rows, encoders: Sequence[Encoder], facts: dict[st
     vectors = [(f"{kind}_{text}embedding", encoder.store, f"{of}_digest")
                for text, of in (("", "image"), ("text_", "text")) for kind, encoder in kinds]  # fmt: skip
     rows = rows[rows["reason"] == ""]
-    widths = [store.get([rows[digest].iloc[0]]).shape[1] for _, store, digest in vectors]
     fields = [pa.field(name, pa.string()) for name in COLUMNS]
-    fields += [pa.field(name, pa.list_(pa.float32(), width)) for (name, *_), width in zip(vectors, widths, strict=True)]
+    fields += [pa.field(name, pa.list_(pa.float32(), encoders[0].width)) for name, *_ in vectors]
     schema = pa.schema(fields, metadata=facts)
     compression = {f"{name}.list.element": "none" for name, _, _ in vectors} | dict.fromkeys(COLUMNS, "zstd")
     options = {"compression": compression, "use_dictionary": ["split", *ATTRIBUTES], "write_statistics": list(COLUMNS)}
-    with common.atomic_file(output) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
+    with common.atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         pieces = [shard[start : start + ROW_GROUP]
                   for _, shard in rows.groupby("shard") for start in range(0, len(shard), ROW_GROUP)]  # fmt: skip
         for some in common.progress(pieces, "writing", len(pieces), "row group"):
@@ -633,6 +756,23 @@ def write_master(output: Path, rows, encoders: Sequence[Encoder], facts: dict[st
                 matrix = store.get(some[digest].tolist())
                 columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1])
             writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
+
+
+def write_part(output: Output, rows, encoders: Sequence[Encoder], facts: dict[str, str], world: World) -> None:
+    """Write this process's part, unless an earlier run that was killed has written it."""
+    name = output.part(world.rank, world)
+    if not holds(output.work / name, facts):
+        write_master(output.work / name, rows, encoders, facts)
+    output.publish(name)
+
+
+def finish_output(output: Output, rows, encoders: Sequence[Encoder], facts: dict[str, str], world: World) -> None:
+    """Write what is last, so that where it is, all is: the list of the parts, or the one file."""
+    if not output.is_folder:
+        return write_master(output.work / output.name, rows, encoders, facts)
+    parts = [Path(output.part(rank, world)).name for rank in range(world.size)]
+    common.write_json(output.work / output.name / common.PARTS, {"parts": parts, "facts": facts})
+    output.publish(f"{output.name}/{common.PARTS}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -761,17 +901,34 @@ def by_type(scores: dict[str, Any], types: Sequence[str]) -> dict[str, dict]:
     return found
 
 
-def compare_models(about: list[dict], scores: list[dict], types: Sequence[str], clusters) -> dict[str, Any]:
-    """What report.json says of models, the base first, by the scores of the same N queries.
+def compare_with_first(
+    names: Sequence[str], scores: list[dict], clusters, labels: dict[str, str], headline: str
+) -> dict:
+    """What report.json says of models, or of ways to search, against the first of them, by the same N queries.
 
-    about: name, fingerprint and precision of each; scores: {metric: float64 [N]}; types: object type, N texts.
+    scores: {metric: float64 [N]} of each, for the metrics of labels.
     """
-    about = [one | {"by_type": by_type(score, types)} for one, score in zip(about, scores, strict=True)]
-    compared = zip(about[1:], compare(scores[0], scores[1:], clusters), strict=True)
-    runs = [run | {"metrics": found, "verdict": verdict(run["name"], found["mrr"])} for run, found in compared]
-    facts = {"split": "test", "items": len(types), "independent": int(clusters.max()) + 1, "headline": "mrr"}
+    import numpy as np
+
+    measure, runs = labels[headline].split("  ")[-1], []
+    for name, found in zip(names[1:], compare(scores[0], scores[1:], clusters, labels), strict=True):
+        runs.append({"name": name, "metrics": found, "verdict": verdict(name, found[headline], measure, names[0])})
+    base = {"name": names[0], "metrics": {name: mean(scores[0][name]) for name in labels}}
+    return {"independent": len(np.unique(clusters)), "base": base, "runs": runs}
+
+
+def compare_models(about: list[dict], scores: list[dict], types: Sequence[str], clusters) -> dict[str, Any]:
+    """What report.json says of models, the base first, on the N items of the test split.
+
+    about: name, fingerprint and precision of each; types: object type, N texts.
+    """
+    names = ["zero-shot", *(one["name"] for one in about[1:])]
+    facts = {"split": "test", "items": len(types), "headline": "mrr"}
     facts["settings"] = {"draws": common.DRAWS, "seed": common.SEED, "nearest": NEAREST}
-    return facts | {"base": about[0] | {"metrics": {name: mean(scores[0][name]) for name in METRICS}}, "runs": runs}
+    facts |= compare_with_first(names, scores, clusters, METRICS, "mrr")
+    for one, own, score in zip([facts["base"], *facts["runs"]], about, scores, strict=True):
+        one |= own | {"by_type": by_type(score, types)}
+    return facts
 
 
 def verdict(name: str, facts: dict, measure: str = "MRR", base: str = "zero-shot") -> str:
@@ -798,26 +955,6 @@ def shown_interval(facts: dict) -> str:
     if facts["low"] is None:
         return "no query differs" if facts["difference"] == 0 else "unknown"
     return f"[{facts['low']:+.3f}, {facts['high']:+.3f}]"
-
-
-def table(base: dict[str, Any], runs: list[dict], labels: dict[str, str] = METRICS, name_of_base="zero-shot") -> str:
-    """A line a metric: every run's value, * where Holm's p <= 0.05; a single run's difference and interval, too."""
-    alone = ["difference", "95% interval", "p (Holm)"] if len(runs) == 1 else []
-    lines = [["", name_of_base, *(f"{run['name']} " for run in runs), *alone]]
-    for name, label in labels.items():
-        if base["metrics"][name] is not None:
-            facts = [run["metrics"][name] for run in runs]
-            stars = ("*" if fact.get("p_holm", 1) <= ALPHA else " " for fact in facts)
-            values = [f"{fact['value']:.3f}{star}" for fact, star in zip(facts, stars, strict=True)]
-            if alone:
-                p = f"{facts[0]['p_holm']:.4f}" if "p_holm" in facts[0] else "few"
-                values += [f"{facts[0]['difference']:+.3f}", shown_interval(facts[0]), p]
-            lines.append([label, f"{base['metrics'][name]:.3f}", *values])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    if runs:
-        shown.append(f"* differs from {name_of_base}: p <= 0.05 after Holm's correction over every difference shown")
-    return "\n".join(line.rstrip() for line in shown)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -955,31 +1092,12 @@ def vectors_by(encoder: Encoder, digests) -> Callable:
     return lambda rows: encoder.store.get(digests[rows])
 
 
-def compare_searches(names: Sequence[str], scores: list[dict], judged, clusters) -> dict[str, Any] | None:
-    """Ways to search against the first one on the judged queries, for report.json; None where there are none."""
-    import numpy as np
-
-    if not judged.any():
-        return None
-    scores = [{name: score[name][judged] for name in QUERY_METRICS} for score in scores]
-    compared = zip(names[1:], compare(scores[0], scores[1:], clusters[judged], QUERY_METRICS), strict=True)
-    runs = [{"name": name, "metrics": found, "verdict": verdict(name, found["ndcg@10"], "nDCG@10", names[0])}
-            for name, found in compared]  # fmt: skip
-    base = {"name": names[0], "metrics": {name: mean(values) for name, values in scores[0].items()}}
-    return {"queries": int(judged.sum()), "independent": len(np.unique(clusters[judged])), "base": base, "runs": runs}
-
-
-def asked_vectors(encoder: Encoder, asked: Asked):
-    """float32 [Q, D] of the queries' words."""
-    return encoder.store.get([text_digest(text) for text in asked.texts])
-
-
 def search_with_words(asked: Asked, left, chooses, items, encoder: Encoder) -> tuple[list[dict], float]:
     """measure() of each of WAYS for the queries that are left, and the mixture's weight: best for those that choose it.
 
     left, chooses: masks [Q].
     """
-    titles, texts = items["title"].map(title_text), asked_vectors(encoder, asked)
+    titles, texts = items["title"].map(title_text), encoder.store.get(list(map(text_digest, asked.texts)))
     by_picture, by_title = (vectors_by(encoder, some) for some in (items["image_digest"], titles.map(text_digest)))
 
     def judge(chosen, vectors: Callable) -> dict[str, Any]:
@@ -1012,9 +1130,13 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
     scores = []
     for encoder in encoders:
         by_picture = vectors_by(encoder, items["image_digest"])
-        scores.append(judge_vectors(asked, asked_vectors(encoder, asked), by_picture, len(items)))
-    facts["judged"] = compare_searches(["zero-shot", *names[1:]], scores, judged, clusters)
-    facts |= {"beside": [], "ways": None}
+        texts = encoder.store.get(list(map(text_digest, asked.texts)))
+        scores.append(judge_vectors(asked, texts, by_picture, len(items)))
+    facts |= {"judged": None, "beside": [], "ways": None}
+    if judged.any():
+        own = [{metric: score[metric][judged] for metric in QUERY_METRICS} for score in scores]
+        found = compare_with_first(["zero-shot", *names[1:]], own, clusters[judged], QUERY_METRICS, "ndcg@10")
+        facts["judged"] = {"queries": int(judged.sum())} | found
     for part, some in (("all", trained == total), ("some", (trained > 0) & (trained < total))):
         means = {name: {metric: mean(score[metric][some]) for metric in QUERY_METRICS}
                  for name, score in zip(names, scores, strict=True)}  # fmt: skip
@@ -1023,8 +1145,9 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
     chooses &= chooses.sum() >= CHOOSING
     if (left := judged & ~chooses).any():
         ways, weight = search_with_words(asked, left, chooses, items, encoders[best])
-        facts["ways"] = compare_searches(WAYS, ways, left[left], clusters[left])
-        facts["ways"] |= {"run": names[best], "weight": weight, "chosen_on": int(chooses.sum())}
+        facts["ways"] = compare_with_first(WAYS, ways, clusters[left], QUERY_METRICS, "ndcg@10")
+        about = {"run": names[best], "weight": weight, "chosen_on": int(chooses.sum())}
+        facts["ways"] |= {"queries": int(left.sum())} | about
     first = asked.item[np.searchsorted(asked.query, np.arange(len(total)))]
     ranks = pd.DataFrame({"number": range(len(total)), "item": first, "prompt": asked.texts, "right_answers": total})
     ranks = ranks.assign(zero_shot_rank=scores[0]["rank"], rank=scores[best]["rank"])[judged]
@@ -1032,35 +1155,6 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
     worst = ranks[ranks["rank"] > 1].sort_values("rank", ascending=False, kind="stable")[:MOVED]
     facts["moved"] = {"run": names[best]} | most_moved(ranks) | {"worst": worst.to_dict("records")}
     return facts, asked
-
-
-def print_queries(facts: dict[str, Any]) -> None:
-    """What report.json says of the queries that people type."""
-    left_out = ", ".join(f"{count} {reason}" for reason, count in facts["left_out"].items()) or "nothing left out"
-    print(f"\nwhat shoppers type: {facts['queries']} queries of {facts['file']}, {facts['rows']} rows ({left_out})")
-    if facts["made_up"]:
-        print(f"{facts['made_up']} of the queries are made up from the catalogue's attributes: nobody typed them")
-    judged, ways = facts["judged"], facts["ways"]
-    if judged:
-        print(f"{judged['queries']} judge: none of their right answers was in the training split\n")
-        print(table(judged["base"], judged["runs"], QUERY_METRICS))
-        print("", *(run["verdict"] for run in judged["runs"]), sep="\n")
-    else:
-        print("none can judge: each has a right answer in the training split, which the models have seen")
-    for beside in facts["beside"]:
-        if beside["queries"]:
-            values = ", ".join(f"{name} {means['ndcg@10']:.3f}" for name, means in beside["means"].items())
-            print(f"not judged, {beside['in_training']} of their right answers were trained on: "
-                  f"{beside['queries']} queries, nDCG@10 {values}")  # fmt: skip
-    if ways:
-        chosen = f"best for {ways['chosen_on']} others, of the validation split" if ways["chosen_on"] else "not chosen"
-        print(f"\nwhat {ways['run']} adds to words in titles: {ways['queries']} queries; in both, the picture's share "
-              f"is {ways['weight']:g} ({chosen})\n")  # fmt: skip
-        print(table(ways["base"], ways["runs"], QUERY_METRICS, ways["base"]["name"]))
-        print("", *(run["verdict"] for run in ways["runs"]), sep="\n")
-        values = [way["metrics"]["ndcg@10"]["value"] for way in ways["runs"]]
-        if values[2] == max(ways["base"]["metrics"]["ndcg@10"], *values) and ways["weight"] < 1:
-            print(f"both together find most: `export --mixture {ways['weight']:g}` writes such vectors")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1183,14 +1277,9 @@ def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
     names = [common.digest(["centre crop", digest]) for digest in tested["image_digest"]]
     lacking = [base.store.claim(name) for name in names]
 
-    def crops() -> Iterator[tuple[int, Any]]:
-        for number, some in tested[lacking].groupby("shard"):
-            places = dict(zip(some["place"], some.index, strict=True))
-            for row, jpg in read_shard(shards, number):
-                if (i := places.get(row["place"])) is not None:
-                    yield i, centre_crop(common.decode_jpeg(jpg, base.clip.size))
-
-    for some in common.batches(crops(), base.batch_size):
+    pictures = pictures_of(shards, tested[lacking])
+    crops = ((i, centre_crop(common.decode_jpeg(jpg, base.clip.size))) for i, jpg in pictures)
+    for some in common.batches(crops, base.batch_size):
         square, oblong = ([(i, crop) for i, crop in some if (crop is None) == kind] for kind in (True, False))
         for part in filter(None, (square, oblong)):
             own = torch.from_numpy(framed[[i for i, _ in part]])
@@ -1223,25 +1312,13 @@ def vectors_of(encoder: Encoder, rows) -> tuple[Any, Any]:
 
 
 def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -> None:
-    """The table and the verdicts of report.json; where no difference is shown, how small a one would be."""
-    print(f"\ntest split: {facts['items']} items, {facts['independent']} of them independent of each other\n")
-    print(table(facts["base"], facts["runs"]))
-    print("", *(run["verdict"] for run in facts["runs"]), f"report: {folder / 'report.html'}", sep="\n", flush=True)
+    """What report.json says, by templates/report.txt; where no difference is shown, how small a one would be."""
     headlines = [run["metrics"]["mrr"] for run in facts["runs"]]
     widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
-    if suggest_proof and widest and not any(one.get("p_holm", 1) <= ALPHA for one in headlines):
-        print(f"{facts['items']} test items show only differences beyond about {widest / 2:.2f}; `make proof` tests on "
-              "every product, fold by fold", flush=True)  # fmt: skip
-    if note := centre_crop_note(facts):
-        print(f"NOTE: {note}", flush=True)
-    if photos := facts.get("photos"):
-        print(f"\nwhat further photos bring: recall@10 of {photos['queries']} products by their last photo, with "
-              f"one other photo and with up to {photos['most']}")  # fmt: skip
-        for model in photos["models"]:
-            change = f"{model['difference']:+.3f}, 95% interval {shown_interval(model)}"
-            print(f"{model['name']}: {model['one_photo']:.3f} and {model['value']:.3f}, {change}", flush=True)
-    if "queries" in facts:
-        print_queries(facts["queries"])
+    unsure = suggest_proof and not any(one.get("p_holm", 1) <= ALPHA for one in headlines)
+    shown = {"facts": facts, "labels": METRICS, "query_labels": QUERY_METRICS, "interval": shown_interval}
+    shown |= {"page": folder / "report.html", "smallest": unsure and widest / 2, "note": centre_crop_note(facts)}
+    print(render("report.txt", **shown), end="", flush=True)
 
 
 def most_moved(queries) -> dict[str, list[dict]]:
@@ -1264,41 +1341,46 @@ def show_moved(moved: dict, right: Callable, shards: Shards, items, encoders: Se
 
     right(query): the rows of its right answers.
     """
-    kinds = [kind for kind in ("gained", "lost", "worst") if moved.get(kind)]
-    queries, found = [query for kind in kinds for query in moved[kind]], []
+    kinds = {kind: [dict(query) for query in moved.get(kind, ())] for kind in ("gained", "lost", "worst")}
+    queries = [query for some in kinds.values() for query in some]
     if not queries:
         return moved
+    found = []
     for encoder in encoders:
         texts = encoder.store.get([text_digest(query["prompt"]) for query in queries])
-        pictures = (encoder.store.get(some) for some in common.batches(items["image_digest"], GALLERY))
-        found.append(common.top_k(texts, pictures, NEAREST)[1].tolist())
-    wanted = {*(query["item"] for query in queries), *(j for lists in found for some in lists for j in some if j >= 0)}
+        vectors = (encoder.store.get(some) for some in common.batches(items["image_digest"], GALLERY))
+        found.append([[j for j in rows if j >= 0] for rows in common.top_k(texts, vectors, NEAREST)[1].tolist()])
+    wanted = {*(query["item"] for query in queries), *(j for lists in found for some in lists for j in some)}
     pictures = thumbnails(shards, items, wanted)
-
-    def shown(j: int, right: set[int]) -> dict[str, Any]:
-        return {"picture": pictures.get(j, ""), "title": items.at[j, "title"], "right": j in right}
-
-    pages = []
     for query, *lists in zip(queries, *found, strict=True):
-        results = [[shown(j, {*right(query).tolist()}) for j in some if j >= 0] for some in lists]
-        pages.append(query | {"picture": pictures.get(query["item"], ""), "zero_shot": results[0], "run": results[1]})
-    pages = iter(pages)
-    return moved | {kind: list(itertools.islice(pages, len(moved[kind]))) for kind in kinds}
+        rows = {*right(query).tolist()}
+        query["picture"] = pictures.get(query["item"], "")
+        for name, some in zip(("zero_shot", "run"), lists, strict=True):
+            query[name] = [{"picture": pictures.get(j, ""), "title": items.at[j, "title"], "right": j in rows}
+                           for j in some]  # fmt: skip
+    return moved | kinds
 
 
 def thumbnails(shards: Shards, items, wanted: set[int]) -> dict[int, str]:
     """{row: a small JPEG in base64} of some rows; what cannot be read is left out."""
     found = {}
-    for number, some in items.loc[sorted(wanted)].groupby("shard"):
-        rows = dict(zip(some["place"], some.index, strict=True))
-        for row, jpg in read_shard(shards, number):
-            if row["place"] in rows and not row["reason"]:
-                with contextlib.suppress(BadImage):  # Pillow may refuse what torchvision read
-                    image, buffer = common.load_image(jpg), io.BytesIO()
-                    image.thumbnail((THUMBNAIL, THUMBNAIL))
-                    image.save(buffer, "JPEG", quality=80)
-                    found[rows[row["place"]]] = base64.b64encode(buffer.getvalue()).decode()
+    for i, jpg in pictures_of(shards, items.loc[sorted(wanted)]):
+        with contextlib.suppress(BadImage):  # Pillow may refuse what torchvision read
+            image, buffer = common.load_image(jpg), io.BytesIO()
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            image.save(buffer, "JPEG", quality=80)
+            found[i] = base64.b64encode(buffer.getvalue()).decode()
     return found
+
+
+def render(template: str, **values: Any) -> str:
+    """A page or a text by one of templates/."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    templates = FileSystemLoader(Path(__file__).parent / "templates")
+    pages = Environment(loader=templates, autoescape=template.endswith(".html"), **options)
+    return pages.get_template(template).render(**values)
 
 
 def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], moved: dict, typed: dict) -> None:
@@ -1306,22 +1388,23 @@ def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], m
 
     curves: each run's curves.png; moved, of prompts, and typed, of people's queries: see show_moved.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from matplotlib.ticker import MaxNLocator
 
     measured = [name for name in METRICS if facts["base"]["metrics"][name] is not None]
-    charted = [name for name in measured if len(facts["runs"]) == 1 or name in CHARTED]
-    chart = [(METRICS[name], [run["metrics"][name] for run in facts["runs"]]) for name in charted]
+    chart = [(METRICS[name], [run["metrics"][name] for run in facts["runs"]]) for name in measured]
     ends = [fact.get(name) or 0.0 for _, some in chart for fact in some for name in ("difference", "low", "high")]
     ticks = [round(tick, 10) + 0.0 for tick in MaxNLocator(5).tick_values(min([0.0, *ends]), max([0.01, *ends]))]
-    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, **options)
     images = {name: base64.b64encode(png.read_bytes()).decode() for name, png in curves.items() if png.is_file()}
-    page = pages.get_template("report.html").render(
-        facts=facts, labels=METRICS, shown=measured, chart=chart, ticks=ticks, curves=images, moved=moved, typed=typed,
-        headline="mrr", interval=shown_interval, query_labels=QUERY_METRICS, note=centre_crop_note(facts),
-        agreements=[name for name in measured if name.startswith("agreement")],
-    )  # fmt: skip
+    agreements = [name for name in measured if name.startswith("agreement")]
+    shown = {
+        "facts": facts,
+        "labels": METRICS,
+        "shown": measured,
+        "agreements": agreements,
+        "query_labels": QUERY_METRICS,
+    }
+    shown |= {"chart": chart, "ticks": ticks, "curves": images, "moved": moved, "typed": typed, "headline": "mrr"}
+    page = render("report.html", interval=shown_interval, note=centre_crop_note(facts), **shown)
     common.atomic_write(folder / "report.html", page)
     common.write_json(folder / "report.json", facts)
 
@@ -1331,14 +1414,12 @@ def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], m
 
 
 @contextlib.contextmanager
-def vectors_folder(path: Path, world: World) -> Iterator[Path]:
-    """The folder of vectors; a second command is kept out of it."""
-    with common.exclusive(path / ".lock") if world.main else contextlib.nullcontext(True) as free:
+def working_alone(place: str, world: World) -> Iterator[None]:
+    """Keep a second command out of a place of vectors; on S3, out of this machine's copy."""
+    with common.exclusive(local_copy(place) / ".lock") if world.main else contextlib.nullcontext(True) as free:
         if not free:
-            raise Fail(f"{path}: another 4_embed.py is working there; wait until it has ended")
-        if world.main and (path / "index").is_dir():
-            print(f"{path}: its folders are of an earlier version and not read any more; remove them", flush=True)
-        yield path
+            raise Fail(f"{place}: another 4_embed.py is working there; wait until it has ended")
+        yield
 
 
 def fill_card(run: Run, report: dict[str, Any]) -> None:
@@ -1347,51 +1428,53 @@ def fill_card(run: Run, report: dict[str, Any]) -> None:
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     if begin not in card or end not in card:
         return
-    lines = [f"On the test split, {report['items']} products by which nothing was chosen:", ""]
-    lines += ["| | base | this model | difference | 95% interval | p (Holm) |", "|---|---|---|---|---|---|"]
-    for name, facts in report["runs"][0]["metrics"].items():
-        if facts.get("p_holm") is not None:
-            cells = [METRICS[name], f"{facts['value'] - facts['difference']:.3f}", f"{facts['value']:.3f}"]
-            cells += [f"{facts['difference']:+.3f}", shown_interval(facts), f"{facts['p_holm']:.4f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+    numbers = render("card.md", report=report, labels=METRICS, interval=shown_interval)
     with contextlib.suppress(OSError):  # a model that may only be read goes without
-        common.atomic_write(path, "\n".join([card.partition(begin)[0] + begin, *lines, end + card.partition(end)[2]]))
+        common.atomic_write(path, f"{card.partition(begin)[0]}{begin}\n{numbers}{end}{card.partition(end)[2]}")
 
 
 def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     """Vectors of all items under both models, master.parquet, and the report of the two."""
-    start, output = time.monotonic(), Path(args.output)
+    start, output = time.monotonic(), find_output(args.output)
     base, run = Run("zero_shot", args.model, args.pretrained), read_run(args.finetuned, args)
     if run.model == args.model:
         raise Fail(f"{args.finetuned}: that run is the base model itself; choose a --finetuned that was trained")
-    world = World(config.device)
-    with vectors_folder(Path(args.vectors or output.parent / "vectors"), world) as folder:
+    world, place = World(config.device), args.vectors or common.join(output.place, "vectors")
+    with working_alone(place, world):
         clips = [load_run(base, world)]
         clips.append(load_run(run, world, clips[0]))
-        ours, theirs = (common.encode(clip, captions=["a"]).shape[1] for clip in clips)
+        shards = open_shards(args.shards, SPLITS, local_copy(place), config)
+        encoders = [open_encoder(clip, shards, place, config, world) for clip in clips]
+        ours, theirs = (encoder.width for encoder in encoders)
         if ours != theirs:
             problem = f"makes vectors of width {theirs}, the base {clips[0].name} of {ours}"
             raise Fail(f"{clips[1].name}: {problem}; give the --model that it was fine-tuned from")
-        shards = open_shards(args.shards, SPLITS, folder, config)
-        encoders = [open_encoder(clip, shards, folder, config, world) for clip in clips]
         rows, computed = make_vectors(shards, encoders, config, world, args.queries)
-        if not world.main:
-            return DONE
-        write_rejects(f"{output}.rejects.jsonl", rows, config.max_failed)
-        crop, models = judge_centre_crop(shards, rows, encoders[0]), list(zip((base, run), encoders, strict=True))
-        make_report(shards, rows, models, output.parent, crop, args.queries)
-        fill_card(run, common.read_json(output.parent / "report.json"))
-        rejected = int((rows["reason"] != "").sum())
-        counts = {"input": len(rows), "written": len(rows) - rejected, "rejected": rejected, "computed": computed}
-        facts = master_facts(shards, rows, encoders, run, args)
-        if not holds(output, facts):
-            packages = common.versions("torch", "open_clip_torch", "pyarrow", "numpy")
-            inputs, seconds = {"shards": args.shards} | facts, time.monotonic() - start
-            common.write_sidecar(f"{output}.json", config, counts, inputs, seconds, versions=packages)
-            write_master(output, rows, encoders, facts)  # last: where it is, all is
-        shutil.rmtree(shards.cache, ignore_errors=True)  # copies of what lies on S3
-        print(f"{output}: input {len(rows)} = written {counts['written']} + rejected {rejected}", flush=True)
-        print("computed: {image} pictures, {text} texts; the rest was there".format(**computed), flush=True)
+        if world.main:
+            write_rejects(output, f"{output.name}.rejects.jsonl", rows, config.max_failed)
+        facts = master_facts(shards, rows, encoders, run, output)
+        lacking = world.share(world.main and prepare_output(output, facts, world))[0]
+        if lacking and output.is_folder:
+            write_part(output, rows[rows["shard"].isin(shards.own(world))], encoders, facts, world)
+        world.share(None)  # every part is there
+        if world.main:
+            crop, models = judge_centre_crop(shards, rows, encoders[0]), list(zip((base, run), encoders, strict=True))
+            make_report(shards, rows, models, output.work, crop, args.queries)
+            output.publish("report.json", "report.html", "queries.parquet")
+            fill_card(run, common.read_json(output.work / "report.json"))
+            rejected = int((rows["reason"] != "").sum())
+            counts = {"input": len(rows), "written": len(rows) - rejected, "rejected": rejected, "computed": computed}
+            if lacking:
+                packages = common.versions("torch", "open_clip_torch", "pyarrow", "numpy")
+                about, sidecar = {"shards": args.shards} | facts, f"{output.name}.json"
+                seconds = time.monotonic() - start
+                common.write_sidecar(output.work / sidecar, config, counts, about, seconds, versions=packages)
+                output.publish(sidecar)
+                finish_output(output, rows, encoders, facts, world)
+            print(f"{args.output}: input {len(rows)} = written {counts['written']} + rejected {rejected}", flush=True)
+            print("computed: {image} pictures, {text} texts; the rest was there".format(**computed), flush=True)
+        if world.local_rank == 0:
+            shutil.rmtree(shards.cache, ignore_errors=True)  # copies of what lies on S3
     return DONE
 
 
@@ -1400,22 +1483,25 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     output = Path(args.output)
     runs = list({run.folder.resolve(): run for run in (read_run(path, args) for path in args.run)}.values())
     world = World(config.device)
-    with vectors_folder(Path(args.vectors or output.parent / "embeddings" / "vectors"), world) as folder:
+    place = args.vectors or str(output.parent / "embeddings" / "vectors")
+    with working_alone(place, world):
         several = common.load_manifest(args.shards).get("settings", {}).get("photos", 1) > 1  # all are searched, too
-        shards = open_shards(args.shards, SPLITS if args.queries or several else ("test",), folder, config)
+        splits = SPLITS if args.queries or several else ("test",)
+        shards = open_shards(args.shards, splits, local_copy(place), config)
         models: list[tuple[Run, Encoder]] = []
         base = Run("zero_shot", args.model, args.pretrained)
         for run in (base, *(run for run in runs if run.model != args.model)):
             clip = load_run(run, world, models[0][1].clip if models else None)
-            encoder = open_encoder(clip, shards, folder, config, world)
+            encoder = open_encoder(clip, shards, place, config, world)
             rows, _ = make_vectors(shards, [encoder], config, world, args.queries)
             if world.main and run is base:
                 crop = judge_centre_crop(shards, rows, encoder)
             clip.model = None  # one model in memory at a time
             models.append((run, encoder))
         if world.main:
-            write_rejects(str(output / "rejects.jsonl"), rows, config.max_failed)
+            write_rejects(Output(args.output, "", True), "rejects.jsonl", rows, config.max_failed)
             make_report(shards, rows, models, output, crop, args.queries)
+        if world.local_rank == 0:
             shutil.rmtree(shards.cache, ignore_errors=True)
     return DONE
 
@@ -1462,30 +1548,6 @@ def pool(args: argparse.Namespace) -> int:
 # A slim file to serve from, and queries for a shop that has none
 
 
-def open_master(path: str, using: str, *columns: str) -> tuple[Any, dict[str, str], int]:
-    """(pyarrow's file, its metadata, width of the vectors) of a master.parquet with a model's pictures and columns."""
-    (file, facts, types), column = common.open_parquet(path), f"{using}_embedding"
-    width = getattr(types.get(column), "list_size", None)
-    if width is None or not {f"{using}_model", f"{using}_fingerprint", *columns} <= facts.keys() | types.keys():
-        raise Fail(f"{path}: no {column} with its model, or no {', '.join(columns)} in it; make it with 4_embed.py")
-    return file, facts, width
-
-
-@contextlib.contextmanager
-def explain_reading(path: str) -> Iterator[None]:
-    """One line where master.parquet is missing or damaged, which pyarrow finds only when it comes to it."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except FileNotFoundError:
-        raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE) from None
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if getattr(error, "errno", None):  # a full disk and the like: common names these
-            raise
-        raise Fail(f"{path}: not a readable Parquet file ({error}); run 4_embed.py again") from None
-
-
 def export(args: argparse.Namespace) -> int:
     """Id and fine-tuned vector of every item: of its picture, or of picture and title mixed."""
     import pyarrow as pa
@@ -1494,46 +1556,44 @@ def export(args: argparse.Namespace) -> int:
     weight = args.mixture
     if weight is not None and not 0 <= weight <= 1:
         raise Fail(f"--mixture {weight:g}: must be from 0 to 1, the share of the picture", USAGE)
-    with explain_reading(args.embeddings), contextlib.ExitStack() as open_files:
-        file, facts, width = open_master(args.embeddings, "finetuned", "image_id", "title")
-        titles = title_vectors(args, facts, file, open_files) if weight is not None else None
+    master = common.Master(args.embeddings, "image_id", "title", "finetuned_embedding")
+    items, start = master.text("image_id", "title"), 0
+    with contextlib.ExitStack() as open_files:
+        titles = title_vectors(args, master, items["title"], open_files) if weight is not None else None
         holds = "picture" if weight is None else f"{weight:g} picture + {1 - weight:g} title"
-        about = {name: facts[f"finetuned_{name}"] for name in ("model", "fingerprint")} | {"vector": holds}
+        about = dict(zip(("model", "fingerprint"), master.model("finetuned"), strict=True)) | {"vector": holds}
+        width = master.width("finetuned_embedding")
         kind = pa.list_(pa.float16() if args.dtype == "float16" else pa.float32(), width)
         schema = pa.schema([("id", pa.string()), ("vector", kind)], metadata=about)
         temporary = open_files.enter_context(common.atomic_file(args.output))
         writer = open_files.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
-        for piece in file.iter_batches(GALLERY, columns=["image_id", "title", "finetuned_embedding"]):
-            ids, names, vectors = piece.columns
-            matrix = vectors.flatten().to_numpy().reshape(-1, width)
+        for matrix in master.vectors("finetuned_embedding"):
+            some, start = items.slice(start, len(matrix)), start + len(matrix)
             if titles:
-                texts = [text_digest(title_text(name or "")) for name in names.to_pylist()]
+                texts = [text_digest(title_text(name or "")) for name in some["title"].to_pylist()]
                 matrix = mixed(matrix, titles.store.get(texts), weight)
-            values = pa.array(matrix.astype(args.dtype).ravel())
-            writer.write_table(pa.table([ids, pa.FixedSizeListArray.from_arrays(values, width)], schema=schema))
-    print(f"{args.output}: {file.metadata.num_rows} items, {args.dtype} [{width}] of {holds}")
+            vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.astype(args.dtype).ravel()), width)
+            writer.write_table(pa.table([some["image_id"], vectors], schema=schema))
+    print(f"{args.output}: {master.rows} items, {args.dtype} [{width}] of {holds}")
     return DONE
 
 
-def title_vectors(args: argparse.Namespace, facts: dict, file, open_files: contextlib.ExitStack) -> Encoder:
+def title_vectors(args: argparse.Namespace, master: common.Master, titles, open_files: contextlib.ExitStack) -> Encoder:
     """The encoder that made the fine-tuned vectors, with those of all titles in its store."""
     world = World(args.device)
-    folder = Path(args.vectors or Path(args.embeddings).parent / "vectors")
-    open_files.enter_context(vectors_folder(folder, world))
-    clip = load_recorded(args, "finetuned", facts, world)
-    encoder = Encoder(clip, facts["precision"].split("/")[-1], folder, EmbeddingConfig.batch_size)
-    titles = (title_text(title or "") for title in file.read(columns=["title"])["title"].to_pylist())
+    place = args.vectors or str(master.path.parent / "vectors")
+    open_files.enter_context(working_alone(place, world))
+    clip = master.load_model("finetuned", model_flags(args), world.device)
+    encoder = Encoder(clip, master.facts.get("precision", "fp32").split("/")[-1], place, EmbeddingConfig.batch_size)
+    exchange([encoder], world)
+    titles = map(title_text, titles.fill_null("").to_pylist())
     embed_texts({text_digest(title): title for title in titles}, [encoder], world)
     return encoder
 
 
-def load_recorded(args: argparse.Namespace, using: str, facts: dict[str, str], world: World) -> Clip:
-    """The model that made the vectors of master.parquet: where that says, or args.model. Fail where it is another."""
-    recorded = common.model_place(facts[f"{using}_model"], args.embeddings)
-    clip = common.load_clip(*((args.model, args.pretrained) if args.model else recorded), world.device)
-    if clip.fingerprint != facts[f"{using}_fingerprint"]:
-        raise Fail(f"{clip.name}: not the model that made the vectors of {args.embeddings}; set --model")
-    return clip
+def model_flags(args: argparse.Namespace) -> tuple[str, str | None] | None:
+    """--model and --pretrained, where they say another place of a model than master.parquet does."""
+    return (args.model, args.pretrained) if args.model else None
 
 
 def write_queries(args: argparse.Namespace) -> int:
@@ -1543,9 +1603,8 @@ def write_queries(args: argparse.Namespace) -> int:
         raise Fail(f"--count {args.count}: must be at least 1", USAGE)
     if output.exists():
         raise Fail(f"{output}: is there already, and may hold somebody's corrections; give another --output", USAGE)
-    with explain_reading(args.embeddings):
-        columns = ["image_id", "split", "object_type", *common.DETAILS]
-        items = open_master(args.embeddings, "finetuned", *columns)[0].read(columns=columns).to_pandas().fillna("")
+    columns = ["image_id", "split", "object_type", *common.DETAILS]
+    items = common.Master(args.embeddings, *columns).text(*columns).to_pandas().fillna("")
     lines, text = list(invent_queries(items, args.count, args.seed)), io.StringIO()
     writer = common.csv_writer(text)
     writer.writerow(["query", "id", "source"])
@@ -1597,29 +1656,27 @@ def search(args: argparse.Namespace) -> int:
     """Print the items nearest to words, to a picture, or to both together."""
     if args.top_k < 1 or not (args.words or args.image):
         raise Fail("search for what? give words, or --image FILE, and a --top-k of at least 1", USAGE)
-    with explain_reading(args.embeddings):
-        lines = nearest_items(args)
+    lines = nearest_items(args)
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for line in lines:  # outside: a closed pipe says nothing about the file
+    for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return DONE
 
 
 def nearest_items(args: argparse.Namespace) -> list[tuple[str, ...]]:
     """(place, score, id, title, path) of each item that is found, best first."""
-    file, facts, width = open_master(args.embeddings, args.using, "image_id", "title", "image_path")
-    query = query_vector(args, facts)
-    if query.shape[1] != width:
-        raise Fail(f"{args.embeddings}: vectors of width {width}, the query's has {query.shape[1]}")
-    pieces = file.iter_batches(GALLERY, columns=[f"{args.using}_embedding"])
-    blocks = (piece.column(0).flatten().to_numpy().reshape(-1, width) for piece in pieces)
-    scores, rows = common.top_k(query, blocks, args.top_k)
-    items = file.read(columns=["image_id", "title", "image_path"]).take(rows[0][rows[0] >= 0]).to_pydict()
-    cells = zip(*items.values(), strict=True)
+    column = f"{args.using}_embedding"
+    master = common.Master(args.embeddings, "image_id", "title", "image_path", column)
+    query = query_vector(args, master)
+    if query.shape[1] != master.width(column):
+        raise Fail(f"{args.embeddings}: vectors of width {master.width(column)}, the query's has {query.shape[1]}")
+    scores, rows = common.top_k(query, master.vectors(column), args.top_k)
+    items = master.text("image_id", "title", "image_path").take(rows[0][rows[0] >= 0])
+    cells = zip(*(items[name].to_pylist() for name in ("image_id", "title", "image_path")), strict=True)
     return [(str(i + 1), f"{scores[0, i]:.3f}", *(str(text or "") for text in row)) for i, row in enumerate(cells)]
 
 
-def query_vector(args: argparse.Namespace, facts: dict[str, str]):
+def query_vector(args: argparse.Namespace, master: common.Master):
     """float32 [1, D] of words, of a picture, or of both: the middle between the two."""
     import numpy as np
     import torch
@@ -1628,7 +1685,7 @@ def query_vector(args: argparse.Namespace, facts: dict[str, str]):
         picture = common.load_image(Path(args.image)) if args.image else None
     except BadImage as error:
         raise Fail(f"{args.image}: {error}", USAGE) from None
-    clip = load_recorded(args, args.using, facts, World("cpu"))
+    clip = master.load_model(args.using, model_flags(args))
     parts = [common.encode(clip, captions=[args.words])] if args.words else []
     if picture is not None:
         square = torch.from_numpy(np.array(common.letterbox(picture, clip.size))).permute(2, 0, 1)
@@ -1649,12 +1706,15 @@ def build_parser() -> argparse.ArgumentParser:
     shards.add_argument("--model", required=True, help="base: open_clip name, hf-hub:USER/NAME, or local-dir:FOLDER")
     shards.add_argument("--pretrained", help="open_clip tag or weights file (unset: the usual weights of --model)")
     shards.add_argument("--queries", help="CSV of what people type: columns query, id, and grade or weight, if any")
-    shards.add_argument("--vectors", help="folder in which vectors are kept (default: that of master.parquet)")
+    shards.add_argument("--vectors", help="folder or s3://bucket/prefix of kept vectors (default: beside the output)")
     common.add_flags(shards, EmbeddingConfig)
 
     one = commands.add_parser("embed", parents=[shards], help="vectors of all items under two models, and the report")
     one.add_argument("--finetuned", required=True, help="run of 3_train.py, or the model folder in it")
-    one.add_argument("--output", required=True, help="such as data/embeddings/master.parquet")
+    file = (
+        "data/embeddings/master.parquet; or a folder of parts, one a process: data/embeddings/master/ or s3://…/master/"
+    )
+    one.add_argument("--output", required=True, help=file)
     many = commands.add_parser("report", parents=[shards], help="compare any number of runs on the test split")
     many.add_argument("--run", action="append", required=True, help="folder of a run; may be given several times")
     several = commands.add_parser("pool", help="one report of several, whose test splits are folds of one catalogue")
@@ -1670,7 +1730,7 @@ def build_parser() -> argparse.ArgumentParser:
     slim.add_argument("--output", required=True, help="such as data/vectors.parquet")
     slim.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
     slim.add_argument("--mixture", type=float, metavar="W", help="W of each vector is the picture, the rest its title")
-    slim.add_argument("--vectors", help="folder in which vectors of titles are kept (default: that of master.parquet)")
+    slim.add_argument("--vectors", help="folder or s3://… of kept vectors (default: beside --embeddings)")
     slim.add_argument("--device", default="auto", help="where titles are encoded (default auto)")
     made = commands.add_parser("queries", help="a first file of queries, made up from attributes, for you to correct")
     made.add_argument("--output", default="queries.csv", help="the CSV (default queries.csv)")
@@ -1693,6 +1753,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] not in ("embed", "report", *alone, "-h", "--help"):
         argv = ["embed", *argv]
     args = build_parser().parse_args(argv)
+    if args.command != "embed" and common.is_s3(getattr(args, "output", "")):
+        raise Fail(f"--output {args.output}: {args.command} writes to a local disk; give a local path", USAGE)
     if args.command in alone:
         return alone[args.command](args)
     config = common.from_flags(EmbeddingConfig, args)

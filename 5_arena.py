@@ -1,6 +1,7 @@
 """Stage 5: people vote, blind, on which of two models searches better.
 
-Reads   embeddings/master.parquet (stage 4) and the photos; with two --embeddings, their fine-tuned models are compared
+Reads   embeddings/master.parquet (stage 4), or a folder of its parts, and the photos; of two --embeddings, the
+        fine-tuned models are compared
 Writes  arena.sqlite: trials and votes, inserted only; arena.sqlite.cache/ and arena.sqlite.keys.json beside it
 
 serve   the voting page (A, B, T tie, N skip, U undo, Q quit), and the results page behind the admin link it prints
@@ -288,39 +289,16 @@ class Log:
 # What is compared: items, two models, queries, and each model's answers
 
 COLUMNS = ("image_id", "split", "image_path", "title", "prompt", "group", "image_digest")  # ATTRIBUTES may be missing
-CHUNK = 1_024  # vectors read at once: the row groups of 4_embed.py
 
 
-class Items:
-    """The rows of master.parquet: text in memory, vectors read from the file, block by block.
-
-    table: the columns of text, as pyarrow reads them (a DataFrame would take twice the bytes).
-    """
+class Items(common.Master):
+    """The rows of master.parquet; table: its columns of text, as pyarrow reads them (half the bytes of a DataFrame)."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE)
-        with self._readable():
-            self.file, self.facts, self.types = common.open_parquet(self.path)
-            if missing := [name for name in (*COLUMNS, "base_embedding") if name not in self.types]:
-                raise Fail(f"{path}: no column {', '.join(missing)}; make it with 4_embed.py")
-            texts = [*COLUMNS, *(name for name in ATTRIBUTES if name in self.types)]
-            self.table = self.file.read(columns=texts).combine_chunks()
-            self.table.validate(full=True)  # that every text is UTF-8
+        super().__init__(path, *COLUMNS, "base_embedding")
+        self.table = self.text(*COLUMNS, *(name for name in ATTRIBUTES if name in self.types))
 
-    @contextlib.contextmanager
-    def _readable(self) -> Iterator[None]:
-        """One line for what pyarrow says in several."""
-        import pyarrow as pa
-
-        try:
-            yield
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            why = " ".join(str(error).split())
-            raise Fail(f"{self.path}: not a readable Parquet file ({why}); run 4_embed.py again") from None
-
-    def text(self, column: str, row: int) -> str:
+    def value(self, column: str, row: int) -> str:
         """One value; "" where it is missing, as in the column of an attribute that is newer than the file."""
         return self.table[column][row].as_py() or "" if column in self.types else ""
 
@@ -340,20 +318,6 @@ class Items:
         """int [N]: equal for items of one duplicate group."""
         return self.table["group"].combine_chunks().dictionary_encode().indices.to_numpy()
 
-    def vectors(self, column: str) -> Iterator:
-        """The column's vectors in blocks, float32 [n, D]."""
-        import numpy as np
-
-        width = getattr(self.types.get(column), "list_size", 0)
-        if not width:
-            raise Fail(f"{self.path}: no column {column} of fixed-size lists; make it with 4_embed.py")
-        with self._readable():
-            for batch in self.file.iter_batches(CHUNK, columns=[column]):
-                block = batch.column(0).flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-                if block.size != batch.num_rows * width or not np.isfinite(block).all():
-                    raise Fail(f"{self.path}: {column} has missing or not finite vectors; run 4_embed.py again")
-                yield block.reshape(-1, width)
-
 
 @dataclass(frozen=True)
 class Model:
@@ -369,14 +333,6 @@ class Model:
         """Its vectors of all pictures, in blocks."""
         return self.items.vectors(f"{self.kind}_embedding")
 
-    def load(self):
-        """Its CLIP. Raises Fail where the weights are not those that made the vectors."""
-        name = self.items.facts.get(f"{self.kind}_model", "")
-        clip = common.load_clip(*common.model_place(name, self.items.path))
-        if clip.fingerprint != self.fingerprint:
-            raise Fail(f"{name}: not the model that made the vectors any more; run 4_embed.py again")
-        return clip
-
 
 def read_models(files: list[Items]) -> list[Model]:
     """[base, challenger]: the two models of one file, or the fine-tuned ones of two files."""
@@ -386,10 +342,8 @@ def read_models(files: list[Items]) -> list[Model]:
     for items, kind in ((files[0], "base" if len(files) == 1 else "finetuned"), (files[-1], "finetuned")):
         if items.digest != files[0].digest:
             raise Fail(f"{items.path} and {files[0].path} hold different items; embed the same shards for both models")
-        fingerprint = items.facts.get(f"{kind}_fingerprint")
-        if not fingerprint:
-            raise Fail(f"{items.path}: no {kind}_fingerprint in its metadata; make it with 4_embed.py")
-        name = (items.facts.get("scenario") if kind == "finetuned" else "") or items.facts.get(f"{kind}_model") or kind
+        name, fingerprint = items.model(kind)
+        name = (items.facts.get("scenario") if kind == "finetuned" else "") or name
         models.append(Model(Path(name).name if name.startswith(common.LOCAL) else name, fingerprint, items, kind))
     base, challenger = models
     if base.fingerprint == challenger.fingerprint:
@@ -419,7 +373,7 @@ def item_queries(items: Items, by_words: bool) -> list[Query]:
         raise Fail(f"{items.path}: no row of the test split; there is nothing to ask about")
     first = {items.groups[row]: row for row in reversed(rows)}
     names = ("image_id", "object_type", "prompt")
-    texts = ((row, *(items.text(name, row) for name in names)) for row in sorted(first.values()))
+    texts = ((row, *(items.value(name, row) for name in names)) for row in sorted(first.values()))
     return [Query(id, [row], kind or "other", prompt if by_words else None) for row, id, kind, prompt in texts]
 
 
@@ -432,10 +386,10 @@ def file_queries(items: Items, path: str) -> tuple[list[Query], dict[str, Any]]:
     table["row"], queries = table["id"].map(items.row), []
     for _, own in table.groupby(table["query"].str.lower(), sort=False):
         words, rows = own["query"].iloc[0], own["row"].tolist()
-        kinds = Counter(items.text("object_type", row) for row in rows)
+        kinds = Counter(items.value("object_type", row) for row in rows)
         queries.append(Query(words, rows, kinds.most_common(1)[0][0] or "other", words))
     note(f"{path}: {len(queries)} queries" + "".join(f"; left out: {n} rows ({why})" for why, n in left_out.items()))
-    trained = sum(any(items.text("split", row) == "train" for row in query.rows) for query in queries)
+    trained = sum(any(items.value("split", row) == "train" for row in query.rows) for query in queries)
     facts = {"name": Path(path).name, "sha256": common.file_digest(path), "queries": len(queries), "trained": trained}
     return queries, facts | {"made_up": bool(table["made_up"].any())}
 
@@ -489,8 +443,9 @@ class Experiment:
 
         lists, k, groups = [], self.settings.top_k, self.items.groups
         for model in self.models:
-            facts = [model.fingerprint, self.items.digest, *self.asked, k, self.settings.query]
-            target = cache / common.file_digest(model.items.path)[:16] / f"answers-{digest(facts)[:16]}.npy"
+            files = [common.file_digest(part) for part in model.items.parts]
+            facts = [files, model.fingerprint, self.items.digest, *self.asked, k, self.settings.query]
+            target = cache / f"answers-{digest(facts)[:16]}.npy"
             if not target.is_file():
                 own = None if self.file else (groups[self.rows], groups)
                 _, found = common.top_k(self._query_vectors(model), model.gallery, k, own)
@@ -508,7 +463,7 @@ class Experiment:
         import numpy as np
 
         if self.file:
-            clip, words = model.load(), list(self.queries)
+            clip, words = model.items.load_model(model.kind), list(self.queries)
             return np.concatenate([common.encode(clip, captions=words[i : i + 64]) for i in range(0, len(words), 64)])
         found, start, rows = [], 0, np.array(self.rows)  # ascending
         for block in model.items.vectors(f"{model.kind}_{'text_' if self.settings.query == 'text' else ''}embedding"):
@@ -518,17 +473,17 @@ class Experiment:
 
     def trial(self, query: Query, left: int) -> dict[str, Any]:
         """The columns of a trial, with model `left` (0 the base, 1 the challenger) as row A."""
-        columns, facts, text = {"query": query.id, "category": query.category}, {}, self.items.text
+        columns, facts, value = {"query": query.id, "category": query.category}, {}, self.items.value
         for side, model in (("left", left), ("right", 1 - left)):
             rows = self.lists[model, self.places[query.id]].tolist()
             columns[f"{side}_model"] = self.models[model].fingerprint
-            columns[f"{side}_items"] = [text("image_id", row) for row in rows]
+            columns[f"{side}_items"] = [value("image_id", row) for row in rows]
             # By digest, since two items with the same picture look the same to a judge.
-            facts[f"{side}_pictures"] = [text("image_digest", row) for row in rows]
+            facts[f"{side}_pictures"] = [value("image_digest", row) for row in rows]
             facts[f"{side}_attributes"] = {}
             for name in ATTRIBUTES:  # the share of answers that agree with the query, where that is of one kind
-                wanted, *others = {text(name, row) for row in query.rows}
-                share = sum(text(name, row) == wanted for row in rows) / len(rows)
+                wanted, *others = {value(name, row) for row in query.rows}
+                share = sum(value(name, row) == wanted for row in rows) / len(rows)
                 facts[f"{side}_attributes"][name] = share if wanted and not others else None
         a, b = facts["left_pictures"], facts["right_pictures"]
         return columns | {"facts": facts | {"same_set": set(a) == set(b) and a != b}, "identical": int(a == b)}
@@ -616,29 +571,19 @@ def krippendorff_alpha(units: Sequence[Sequence[str]]) -> dict[str, Any]:
 
     units: for each query the labels that its judges gave; units with fewer than two say nothing and are left out.
     alpha = 1 - observed / expected disagreement, None when every label is the same, for then nothing could have
-    disagreed; 95% percentile interval over units drawn with replacement. agreement is the raw share of agreeing pairs
-    of judges, each label weighing the same.
+    disagreed. agreement is the raw share of agreeing pairs of judges, each label weighing the same.
     """
-    import numpy as np
-
     pairable = [Counter(unit) for unit in units if len(unit) >= 2]
-    found = {"units": len(pairable), "labels": sum(unit.total() for unit in pairable)}
-    found |= dict.fromkeys(("agreement", "alpha", "low", "high"))
-    if not pairable:
-        return found
-    labels = sorted({label for unit in pairable for label in unit})
-    counts = np.array([[unit[label] for label in labels] for unit in pairable], dtype=float)  # [units, labels]
-    size = counts.sum(axis=1)
-    apart = (size**2 - (counts**2).sum(axis=1)) / (size - 1)  # ordered disagreeing pairs, each weighing 1 / (m - 1)
-    draws = np.random.default_rng(0).multinomial(len(size), np.full(len(size), 1 / len(size)), size=1_000)
-    times = np.concatenate([np.ones((1, len(size))), draws])  # the units as they are, then resampled: [1001, units]
-    each, total = times @ counts, times @ size
-    expected = (total**2 - (each**2).sum(axis=1)) / (total - 1)
-    alpha = 1 - np.divide(times @ apart, expected, out=np.full(len(total), np.nan), where=expected > 0)
-    found["agreement"] = float(1 - apart.sum() / size.sum())
-    if not np.isnan(alpha[0]):
-        found["alpha"] = float(alpha[0])
-        found["low"], found["high"] = map(float, np.nanquantile(alpha[1:], [ALPHA / 2, 1 - ALPHA / 2]))
+    total = sum(pairable, Counter())
+    labels = total.total()
+    found = {"units": len(pairable), "labels": labels, "agreement": None, "alpha": None}
+    if pairable:
+        apart = 0.0  # ordered pairs of labels of one unit that disagree, each weighing 1 / (m - 1)
+        for unit in pairable:
+            apart += (unit.total() ** 2 - sum(count**2 for count in unit.values())) / (unit.total() - 1)
+        expected = (labels**2 - sum(count**2 for count in total.values())) / (labels - 1)
+        found["agreement"] = 1 - apart / labels
+        found["alpha"] = 1 - apart / expected if expected else None
     return found
 
 
@@ -683,29 +628,22 @@ def tally(votes: list[dict]) -> dict[str, int]:
     return {name: sum(vote["outcome"] == value for vote in votes) for name, value in OUTCOMES.items()}
 
 
-def query_scores(by_query: dict[str, list[dict]]) -> list[float]:
-    """Wins minus losses of each query's votes, from -1 to 1."""
-    return [sum(vote["outcome"] for vote in votes) / len(votes) for votes in by_query.values()]
-
-
 def arena_statistics(votes: list[dict[str, Any]], base: dict[str, str], challenger: dict[str, str]) -> dict[str, Any]:
     """Everything the results page shows, as JSON-ready values (absent numbers are None), from `Log.votes`.
 
     base, challenger: {"name", "fingerprint"}. Rates have "value", "low", "high" (see `vote_rate`), like the net
-    preference: wins minus losses, query by query (see `common.bootstrap_mean`). planned: "p" of the binomial test,
-    "p_binomial" over all votes, and whether these are "independent". For the other parts see the functions below.
+    preference: wins minus losses, query by query (see `common.bootstrap_mean`). For the rest see the functions below.
     """
     mark_votes(votes, base["fingerprint"], challenger["fingerprint"])
     counted = [vote for vote in votes if vote["reason"] is None]
     decided = [vote for vote in counted if vote["outcome"]]
     by_query, counts, n = group(counted, "query"), tally(counted), len(decided)
     first = {query: own[0]["outcome"] for query, own in group(decided, "query").items()}
-    net = common.bootstrap_mean(query_scores(by_query), limit=1)[:3] if by_query else (None,) * 3
+    scores = [sum(vote["outcome"] for vote in own) / len(own) for own in by_query.values()]
+    net = common.bootstrap_mean(scores, limit=1)[:3] if scores else (None,) * 3
     same = group((vote for vote in votes if vote["identical"]), "query").keys() - by_query
     excluded = {reason: sum(vote["reason"] == reason for vote in votes) for reason in REASONS}
     judges, (types, heterogeneity) = _judges(votes), _object_types(counted, first)
-    more = (n + counts["ties"]) / n if n else 1  # votes it takes to have a decided one
-    missing = {rate: max(0, needed - n) for rate, needed in NEEDED.items()}
     counts |= {"votes": len(counted), "abstained": excluded["abstained"], "queries": len(by_query)}
     found = {
         "challenger": challenger["name"],
@@ -716,27 +654,18 @@ def arena_statistics(votes: list[dict[str, Any]], base: dict[str, str], challeng
         "tie_rate": vote_rate(counts["ties"], len(counted), len(by_query)),
         "net": dict(zip(("value", "low", "high"), net, strict=True)),
         "identical": {"queries": len(same), "share": ratio(len(same), len(same) + len(by_query))},
-        "planned": {"p": binomial_test([*first.values()].count(1), len(first)),
-                    "p_binomial": binomial_test(counts["wins"], n), "independent": len(by_query) == len(counted)},
+        "planned": {"p": binomial_test([*first.values()].count(1), len(first))},
         "anytime": _anytime(list(first.values())),
         "position": _position(decided),
         "agreement": krippendorff_alpha([[str(vote["outcome"]) for vote in own] for own in by_query.values()]),
         "judges": judges,
         "categories": types,
         "heterogeneity": heterogeneity,
-        "needed": [{"rate": rate, "needed": NEEDED[rate], "missing": n, "missing_with_ties": math.ceil(n * more)}
-                   for rate, n in missing.items()],
+        "needed": [{"rate": rate, "needed": votes, "missing": max(0, votes - n)} for rate, votes in NEEDED.items()],
         "results": _results_distribution([_rows(own[0], "pictures", challenger) for own in by_query.values()]),
         "attributes": _attributes(decided, challenger),
-        "course": _course(counted),
     }  # fmt: skip
     return found | {"verdict": _verdict(found)}
-
-
-def _looks(count: int) -> list[int]:
-    """At most LOOKS numbers from 0 to count, evenly spread, both ends among them: the points of a plot."""
-    steps = max(1, min(count, LOOKS - 1))
-    return sorted({round(i * count / steps) for i in range(steps + 1)})
 
 
 def _anytime(first: list[int]) -> dict[str, Any]:
@@ -749,22 +678,14 @@ def _anytime(first: list[int]) -> dict[str, Any]:
 
     wins, losses = (np.cumsum([0, *(outcome == value for outcome in first)]) for value in (1, -1))
     log_e, (low, high) = log_e_value(wins, losses), confidence_sequence(wins, losses)
-    log10_e, peak, at = log_e / math.log(10), int(np.argmax(log_e)), _looks(len(first))
+    log10_e, peak = log_e / math.log(10), int(np.argmax(log_e))
+    at = np.unique(np.linspace(0, len(first), LOOKS).round().astype(int)).tolist()
     course = {"n": at, "log10_e": log10_e[at].tolist(), "win_rate": [ratio(int(wins[n]), n) for n in at]}
     course |= {"low": np.minimum(low, high)[at].tolist(), "high": high[at].tolist()}
     found = {"log10_e": float(log10_e[-1]), "max_log10_e": float(log10_e[peak]), "p": math.exp(-float(log_e[peak]))}
     found |= {"direction": int(np.sign(wins[peak] - losses[peak])), "threshold": 1 / ALPHA, "queries": len(first)}
     ends = (float(low[-1]), float(high[-1])) if low[-1] <= high[-1] else (None, None)
     return found | {"win_low": ends[0], "win_high": ends[1], "course": course}
-
-
-def _course(counted: list[dict]) -> dict[str, list]:
-    """How wins, losses and ties came, vote by vote: lists for a plot."""
-    at = _looks(len(counted))
-    course = [tally(counted[:n]) for n in at]
-    return {"n": at, "time": [counted[n - 1]["time"] if n else None for n in at]} | {
-        name: [counts[name] for counts in course] for name in OUTCOMES
-    }
 
 
 def _position(decided: list[dict]) -> dict[str, Any]:
@@ -789,7 +710,7 @@ def _object_types(counted: list[dict], first: dict[str, int]) -> tuple[list[dict
         wins, rate = decided.count(1), vote_rate(counts["wins"], counts["wins"] + counts["losses"], len(decided))
         row = {"category": name, "queries": len(queries), "votes": len(own), "p_holm": None} | counts
         row |= {"win_rate": rate["value"], "win_low": rate["low"], "win_high": rate["high"]}
-        row |= {"net": sum(query_scores(queries)) / len(queries), "first_wins": wins, "first_losses": decided.count(-1)}
+        row |= {"first_wins": wins, "first_losses": decided.count(-1)}
         rows.append(row | {"p": binomial_test(wins, len(decided)) if len(own) >= TYPE_VOTES else None})
     tested = [row for row in rows if row["p"] is not None]
     for row, p in zip(tested, common.holm([row["p"] for row in tested]), strict=True):
@@ -809,13 +730,10 @@ def _rows(vote: dict, fact: str, challenger: dict[str, str]) -> tuple:
 def _results_distribution(lists: list[tuple[list, list]]) -> dict[str, Any]:
     """How the two models' rows differ, from both lists of each query.
 
-    overlap: {shared results: queries}; `differs`[r]: share of queries whose results at rank r + 1 differ;
-    same_set: queries with the same results in another order.
+    overlap: {shared results: queries}; same_set: queries with the same results in another order.
     """
     shared, depth = Counter(len(set(a) & set(b)) for a, b in lists), len(lists[0][0]) if lists else 0
     found = {"queries": len(lists), "k": depth, "overlap": {str(k): shared[k] for k in range(depth + 1)}}
-    found["mean_overlap"] = ratio(sum(k * count for k, count in shared.items()), len(lists))
-    found["differs"] = [sum(a[rank] != b[rank] for a, b in lists) / len(lists) for rank in range(depth)]
     return found | {"same_set": sum(set(a) == set(b) and a != b for a, b in lists)}
 
 
@@ -1047,19 +965,19 @@ class Arena:
     def _jpeg(self, row: int) -> bytes:
         """An item's photo as the browser gets it; grey where there is none."""
         try:
-            path = common.resolve_image(self.folder, self.experiment.items.text("image_path", row))
+            path = common.resolve_image(self.folder, self.experiment.items.value("image_path", row))
             with self.turns:
                 return self.encode(load_image(path, self.settings.picture_size))
         except BadImage as error:
-            note(f"missing picture: item {self.experiment.items.text('image_id', row)!r}: {error}; a grey one is shown")
+            note(
+                f"missing picture: item {self.experiment.items.value('image_id', row)!r}: {error}; a grey one is shown"
+            )
             return self.placeholder
 
     def results(self, named: bool) -> dict[str, Any]:
-        """The results of all votes so far, computed again when there is another; `named` with the judges' names."""
+        """The results of all votes so far, computed again when there is another; `named` with the judges."""
         found = self.computed(tuple(self.log.one("SELECT * FROM state")))
-        judges = [row | {"name": f"judge {number}"} for number, row in enumerate(found["judges"], start=1)]
-        judges = [{name: value for name, value in row.items() if name != "judge"} for row in judges]
-        return found if named else found | {"judges": judges}
+        return found if named else found | {"judges": []}
 
 
 def search(models: list[Model], clips: list, words: str = "", picture=None, k: int = 8) -> list[tuple[str, list[dict]]]:
@@ -1074,7 +992,9 @@ def search(models: list[Model], clips: list, words: str = "", picture=None, k: i
         (scores,), (rows,) = common.top_k(asked, model.gallery, k)
         hits = []
         for row, score in zip(rows[rows >= 0].tolist(), scores, strict=False):
-            hits.append({"row": row, "score": score, **{n: model.items.text(n, row) for n in ("title", "object_type")}})
+            hits.append(
+                {"row": row, "score": score, **{n: model.items.value(n, row) for n in ("title", "object_type")}}
+            )
         found.append((model.name, hits))
     return found
 
@@ -1328,7 +1248,9 @@ def add_search_page(app, arena: Arena) -> None:
     from flask import Response, render_template, request
 
     models, count, lock = arena.experiment.models, arena.experiment.facts["items"], threading.Lock()
-    clips = functools.lru_cache(1)(lambda: [model.load() for model in models])  # by the first search
+    clips = functools.lru_cache(1)(
+        lambda: [model.items.load_model(model.kind) for model in models]
+    )  # by the first search
 
     def page(words: str = "", picture=None):
         with lock:
@@ -1426,7 +1348,7 @@ def print_log(args: argparse.Namespace, settings: ArenaConfig) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("serve", "stats", "votes"), help="what to do")
-    two = "master.parquet of stage 4; twice to compare the fine-tuned models of two"
+    two = "master.parquet of stage 4, or its folder of parts; twice to compare the fine-tuned models of two"
     parser.add_argument("--embeddings", action="append", help=two)
     parser.add_argument("--images", help="folder that image_path is relative to")
     parser.add_argument("--database", required=True, help="SQLite file of trials and votes; made if it is not there")

@@ -103,7 +103,12 @@ asked = $(if $(QUERIES),--queries $(QUERIES))
 columns = $(if $(findstring =,$(COLUMNS)),--columns '$(subst ','\'',$(COLUMNS))')
 clean_flags = --input $(CATALOGUE) --images $(IMAGES) --workspace $(DATA)/batch --output $(CLEANED) $(columns) \
   --poll-interval $(if $(API),$(POLL_INTERVAL),0) $(if $(MAX_COST),--max-cost $(MAX_COST)) $(CLEAN_FLAGS)
-$(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV)
+# That the model cannot be trained so is told before stage 1 spends anything.
+TRAINABLE := $(and $(API),$(filter all train embed arena ablation report proof sweep,$(GOALS)),$(SETTINGS)/trainable-$(SCENARIO))
+$(SETTINGS)/trainable-$(SCENARIO): $(SETTINGS)/train | $(VENV)
+	$(PYTHON) 3_train.py --check --scenario $(SCENARIO) $(judged)
+	@touch $@
+$(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV) $(TRAINABLE)
 	@$(if $(API),true,echo 'No OPENAI_API_KEY and CATALOGUE of your own: a local stand-in answers from title keywords and colours, at no cost.')
 	$(STANDIN)$(PYTHON) 1_clean.py run $(clean_flags)
 	@touch -c $@

@@ -1,5 +1,5 @@
 """What two or more of the five scripts share, in sections: errors and exits, settings, progress, files, S3, shards,
-catalogue, metadata and prompts, photos, processes, CLIP, search, statistics.
+catalogue, metadata and prompts, photos, processes, CLIP, master.parquet, search, statistics.
 
 Importing it costs little: numpy, pandas, Pillow, boto3 and torch are imported by the functions that need them.
 """
@@ -437,6 +437,14 @@ def upload_atomic(source: bytes | Path, path: str | Path) -> None:
             client.upload_fileobj(stream, bucket, key, **config)
 
     s3_call(str(path), act, transfer=True)
+
+
+def remove(path: str | Path) -> None:
+    """Delete a file or object if it is there."""
+    if is_s3(path):
+        s3_call(str(path), lambda client, bucket, key: client.delete_object(Bucket=bucket, Key=key))
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def list_files(prefix: str | Path) -> list[tuple[str, int]]:
@@ -1528,14 +1536,100 @@ def encode(clip: Clip, pixels=None, captions=None):
         return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
-def open_parquet(path: str | Path) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """(pyarrow's file, its metadata, {column: type}) of a file of vectors, such as master.parquet."""
-    import pyarrow.parquet
+# --------------------------------------------------------------------------------------------------------------------
+# master.parquet: every item's text and vectors, one file or a folder of parts
 
-    # With its default pre_buffer, pyarrow would keep every column of vectors that was read.
-    file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
-    facts = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-    return file, facts, {field.name: field.type for field in file.schema_arrow}
+PARTS = "_parts.json"  # names the parts of a folder; written last. Arrow passes over names that begin with "_"
+VECTOR_ROWS = 1024  # vectors read at once
+
+
+class Master:
+    """What stage 4 wrote, a file or a folder of parts, as one table: text is read whole, vectors block by block.
+
+    Raises Fail where it is missing or damaged, which pyarrow finds only when it comes to it, or lacks a column.
+    """
+
+    def __init__(self, path: str | Path, *columns: str):
+        import pyarrow.parquet
+
+        self.path = Path(path)
+        with self._explain():
+            # With its default pre_buffer, pyarrow would keep every column of vectors that was read.
+            self.parts = self._find_parts(str(path))
+            self.files = [pyarrow.parquet.ParquetFile(part, pre_buffer=False) for part in self.parts]
+            schemas = [file.schema_arrow for file in self.files]
+            if any(not schema.equals(schemas[0], check_metadata=True) for schema in schemas):
+                raise Fail(f"{path}: holds parts of different runs; run 4_embed.py again")
+            self.facts = {key.decode(): value.decode() for key, value in (schemas[0].metadata or {}).items()}
+        self.types = {field.name: field.type for field in schemas[0]}
+        self.rows = sum(file.metadata.num_rows for file in self.files)
+        if missing := [name for name in columns if name not in self.types]:
+            raise Fail(f"{path}: no column {', '.join(missing)}; make it with 4_embed.py")
+
+    def _find_parts(self, path: str) -> list[Path]:
+        if is_s3(path):
+            raise Fail(f"{path}: is read from a local disk; copy it there first (aws s3 sync)", USAGE)
+        if self.path.is_file():
+            return [self.path]
+        if not self.path.is_dir():
+            raise Fail(f"{path}: no such file; run 4_embed.py first, or check --embeddings", USAGE)
+        if not (self.path / PARTS).is_file():
+            raise Fail(f"{path}: no {PARTS} in it, so its parts are not finished; run 4_embed.py again")
+        return [self.path / name for name in read_json(self.path / PARTS)["parts"]]
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        """One line for what pyarrow says in several."""
+        import pyarrow
+
+        try:
+            yield
+        except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+            if getattr(error, "errno", None) in SYSTEM_ERRORS:
+                raise
+            why = " ".join(str(error).split())
+            raise Fail(f"{self.path}: not a readable Parquet file ({why}); run 4_embed.py again") from None
+
+    def text(self, *columns: str) -> Any:
+        """pyarrow's table of some columns."""
+        import pyarrow
+
+        with self._explain():
+            table = pyarrow.concat_tables(file.read(columns=list(columns)) for file in self.files).combine_chunks()
+            table.validate(full=True)  # that every text is UTF-8
+            return table
+
+    def vectors(self, column: str) -> Iterator:
+        """The column's vectors in blocks, float32 [n, width]."""
+        import numpy as np
+
+        width = self.width(column)
+        with self._explain():
+            for batch in (batch for file in self.files for batch in file.iter_batches(VECTOR_ROWS, columns=[column])):
+                block = batch.column(0).flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+                if block.size != batch.num_rows * width or not np.isfinite(block).all():
+                    raise Fail(f"{self.path}: {column} has missing or not finite vectors; run 4_embed.py again")
+                yield block.reshape(-1, width)
+
+    def width(self, column: str) -> int:
+        """The length of the column's vectors."""
+        if width := getattr(self.types.get(column), "list_size", 0):
+            return width
+        raise Fail(f"{self.path}: no column {column} of fixed-size lists; make it with 4_embed.py")
+
+    def model(self, kind: str) -> tuple[str, str]:
+        """(name, fingerprint) of the "base" or "finetuned" model."""
+        if not self.facts.get(f"{kind}_fingerprint"):
+            raise Fail(f"{self.path}: no {kind}_fingerprint in its metadata; make it with 4_embed.py")
+        return self.facts.get(f"{kind}_model", kind), self.facts[f"{kind}_fingerprint"]
+
+    def load_model(self, kind: str, place: tuple[str, str | None] | None = None, device: Any = "cpu") -> Clip:
+        """That model: where the metadata says, or at another place (model, pretrained). Fail where it is another."""
+        name, fingerprint = self.model(kind)
+        clip = load_clip(*(place or model_place(name, self.path)), device)
+        if clip.fingerprint != fingerprint:
+            raise Fail(f"{clip.name}: not the model that made the vectors of {self.path}; run 4_embed.py again")
+        return clip
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def batches(args: argparse.Namespace, clip) -> dict:
     import torch
 
     stage = importlib.import_module("3_train")
-    config, found = stage.TrainingConfig(captions="fixed"), {}
+    config, found = stage.TrainingConfig(captions="fixed", augment="none"), {}
     for name, split in common.load_manifest(args.shards)["splits"].items():
         entries = split["shards"]
         data = stage.Split(name, entries, [args.shards / entry["name"] for entry in entries], clip, config)

@@ -997,7 +997,7 @@ def test_plots_keep_to_their_box(app):
         judge.vote(["A", *CHOICES][number % (1 + len(CHOICES))])
         lines = re.findall(r' points="([^"]+)"', admin.get("/results").text)
         points = [tuple(map(float, point.split(","))) for line in lines for point in line.split()]
-        assert len(lines) >= 5 and all(0 <= x <= 540 and 0 <= y <= 180 for x, y in points)
+        assert len(lines) >= 2 and all(0 <= x <= 540 and 0 <= y <= 180 for x, y in points)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1271,7 +1271,7 @@ def test_vectors_stay_on_disk_and_answers_are_kept(tmp_path, monkeypatch):
     master, images = make_world(tmp_path, pictures=False)
     place = arena.Arena(world.setup(master, images, tmp_path / "a.sqlite"))
     blocks = place.experiment.models[0].items.vectors("base_embedding")
-    assert max(map(len, blocks)) <= arena.CHUNK
+    assert max(map(len, blocks)) <= common.VECTOR_ROWS
     import pyarrow as pa
 
     items = arena.Items(write_master(tmp_path / "large.parquet", world.random_vectors(4000, 128)))
@@ -1287,6 +1287,21 @@ def test_vectors_stay_on_disk_and_answers_are_kept(tmp_path, monkeypatch):
     changed = arena.Arena(world.setup(master, images, tmp_path / "a.sqlite"))
     assert (changed.experiment.lists != place.experiment.lists).any()
     assert os.listdir(tmp_path / "a.sqlite.cache")
+
+
+def test_a_folder_of_parts_is_the_same_experiment_as_the_file(catalogue, tmp_path):
+    import pyarrow.parquet
+
+    (master, images), folder = catalogue, tmp_path / "master"
+    folder.mkdir()
+    table, parts = pyarrow.parquet.read_table(master), ["part-0.parquet", "part-1.parquet"]
+    for name, part in zip(parts, (table.slice(0, 90), table.slice(90)), strict=True):
+        pyarrow.parquet.write_table(part, folder / name)
+    (folder / "part-9.parquet").write_bytes(b"of an earlier run")
+    (folder / common.PARTS).write_text(json.dumps({"parts": parts}))
+    one, two = (arena.Arena(world.setup(path, images, tmp_path / "a.sqlite")) for path in (master, folder))
+    assert one.number == two.number and (one.experiment.lists == two.experiment.lists).all()
+    assert one.folder == two.folder and one.experiment.items.row == two.experiment.items.row
 
 
 def test_trials_of_answers_that_have_changed_can_still_be_shown(tmp_path):
@@ -1542,7 +1557,6 @@ def test_krippendorff_on_the_example_of_its_author():
     result = arena.krippendorff_alpha(units)
     assert result["alpha"] == pytest.approx(0.743, abs=0.0005)
     assert (result["units"], result["labels"]) == (11, 40)
-    assert result["low"] < 0.743 < result["high"]
 
 
 def test_krippendorff_by_the_coincidence_matrix_and_at_its_edges():
@@ -1616,8 +1630,7 @@ def found_in(votes: list[dict]) -> dict:
 def test_the_fixture_reads_not_yet():
     found = found_in(a_log(120, 80, 25))
     assert found["counts"]["votes"] == found["counts"]["queries"] == 225
-    assert found["planned"]["p"] == found["planned"]["p_binomial"] == pytest.approx(0.0057, abs=5e-5)
-    assert found["planned"]["independent"]
+    assert found["planned"]["p"] == pytest.approx(0.0057, abs=5e-5)
     assert (round(found["win_rate"]["low"], 3), round(found["win_rate"]["high"], 3)) == (0.531, 0.665)
     assert 10 ** found["anytime"]["log10_e"] == pytest.approx(11.74, abs=0.005)
     assert found["anytime"]["p"] == pytest.approx(10 ** -found["anytime"]["max_log10_e"])
@@ -1665,7 +1678,6 @@ def test_judges_who_always_agree_are_worth_one():
         assert {k: five[part][k] for k in ("value", "low", "high")} == pytest.approx(
             {k: once[part][k] for k in ("value", "low", "high")}
         )
-    assert five["planned"]["p_binomial"] < 0.01 < once["planned"]["p_binomial"] and not five["planned"]["independent"]
     assert five["anytime"]["queries"] == 48 and five["agreement"]["alpha"] == 1.0
     assert (five["categories"][0]["win_low"], five["categories"][0]["p"]) == pytest.approx(
         (once["categories"][0]["win_low"], once["categories"][0]["p"])
@@ -1710,7 +1722,7 @@ def test_object_types_are_compared_by_chi_square_and_corrected_where_they_were_t
     found = found_in([a_vote(n, choice, category=name) for n, (name, choice) in enumerate(votes)])
     bed, desk, sofa = found["categories"]
     assert bed["p"] == pytest.approx(binomtest(18, 20).pvalue) and bed["p_holm"] == pytest.approx(2 * bed["p"])
-    assert (desk["p"], desk["p_holm"], desk["net"], desk["votes"]) == (None, None, 1.0, 5)
+    assert (desk["p"], desk["p_holm"], desk["votes"]) == (None, None, 5)
     assert sofa["p"] == 1.0 and (sofa["wins"], sofa["losses"], sofa["ties"]) == (12, 12, 0)
     theirs = chi2_contingency([[18, 2], [12, 12]], correction=False).pvalue
     assert found["heterogeneity"] == {"p": pytest.approx(theirs), "categories": 2}
@@ -1722,26 +1734,19 @@ def test_object_types_are_compared_by_chi_square_and_corrected_where_they_were_t
 def test_what_the_rows_held():
     found = found_in([a_vote(0, "A"), a_vote(1, "B"), a_vote(2, "A")])
     held = found["results"]
-    assert held["overlap"] == {"0": 0, "1": 0, "2": 3, "3": 0, "4": 0} and held["mean_overlap"] == 2.0
-    assert held["differs"] == [0, 0, 1, 1] and (held["k"], held["same_set"], held["queries"]) == (4, 0, 3)
+    assert held["overlap"] == {"0": 0, "1": 0, "2": 3, "3": 0, "4": 0}
+    assert (held["k"], held["same_set"], held["queries"]) == (4, 0, 3)
     (color,) = found["attributes"]  # the challenger's rows say nothing of style
     assert (color["attribute"], color["votes"]) == ("color", 3)
     assert (color["won"], color["lost"], color["difference"]) == pytest.approx((2.5 / 3, 2 / 3, 0.5 / 3))
     other = a_vote(0, "A")
     other["facts"] |= {"left_pictures": [*"ab"], "right_pictures": [*"ba"]}
     assert found_in([other])["results"]["same_set"] == 1
-    assert found_in([])["results"]["mean_overlap"] is None and found_in([])["attributes"] == []
+    assert found_in([])["results"]["overlap"] == {"0": 0} and found_in([])["attributes"] == []
 
 
 def test_courses_for_the_plots():
-    found = found_in([*a_log(300, 200, 100), a_vote(1000, "N")])
-    votes, queries = found["course"], found["anytime"]["course"]
-    assert votes["n"][0] == 0 and votes["n"][-1] == 600 and len(votes["n"]) == arena.LOOKS
-    assert (votes["wins"][-1], votes["losses"][-1], votes["ties"][-1]) == (300, 200, 100)
-    assert all(
-        w + n + t == at for w, n, t, at in zip(*(votes[k] for k in ("wins", "losses", "ties", "n")), strict=True)
-    )
-    assert votes["time"][0] is None and votes["time"][-1] == 1599
+    queries = found_in([*a_log(300, 200, 100), a_vote(1000, "N")])["anytime"]["course"]
     assert queries["log10_e"][-1] == pytest.approx(arena.log_e_value(300, 200) / math.log(10))
     assert queries["n"][-1] == 500 and queries["win_rate"][-1] == 0.6
     low, high = np.array(queries["low"]), np.array(queries["high"])
@@ -1759,7 +1764,7 @@ def test_figures_end_where_their_quantities_end():
                for n, choice in enumerate(chance.choices(CHOICES, weights, k=count))]  # fmt: skip
         found = found_in(log)
         rows = [(-1, found["net"]), *((-1, dict(row, value=row["difference"])) for row in found["attributes"])]
-        rows += [(0, found["win_rate"]), (0, found["tie_rate"]), (-1, dict(found["agreement"], value=None))]
+        rows += [(0, found["win_rate"]), (0, found["tie_rate"])]
         rows += [(0, {end: row[f"win_{end}"] for end in ("low", "high")} | {"value": row["win_rate"]})
                  for row in found["categories"]]  # fmt: skip
         rows += [(0, {"low": found["anytime"]["win_low"], "high": found["anytime"]["win_high"], "value": None})]

@@ -429,7 +429,7 @@ def test_axe_finds_nothing_serious_and_targets_are_large(browser, served, catalo
 def test_the_search_page_is_as_accessible(browser, catalogue, tmp_path, monkeypatch):
     """With answers that need no models: what is under test is the page."""
     hits = [{"row": row, "score": 0.5, "title": "<i>Sofa</i>", "object_type": "sofa"} for row in range(8)]
-    monkeypatch.setattr(arena.Model, "load", lambda _: None)
+    monkeypatch.setattr(arena.Items, "load_model", lambda *_: None)
     monkeypatch.setattr(arena, "search", lambda *_: [("one", hits), ("two", hits)])
     one = Served(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
     for width, dark in ((1280, False), (320, True)):

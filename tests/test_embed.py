@@ -9,15 +9,19 @@ import importlib
 import io
 import json
 import os
+import pickle
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -545,8 +549,8 @@ def test_a_damaged_store_is_named_and_made_again(world, out, capsys):
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
 
 
-def test_two_processes_share_the_work_and_give_the_same_bytes(world, out):
-    command = [sys.executable, str(ROOT / "4_embed.py"), *arguments(world, out)]
+def test_two_processes_share_the_work_and_give_the_same_rows(world, out):
+    command = [sys.executable, str(ROOT / "4_embed.py"), *parts_arguments(world, out / "master")]
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment["OMP_NUM_THREADS"] = "1"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -554,12 +558,14 @@ def test_two_processes_share_the_work_and_give_the_same_bytes(world, out):
         subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT, **pipes)
         for rank in "01"
     ]
-    printed = [process.communicate(timeout=120)[0] for process in ranks]
+    printed = [process.communicate(timeout=600)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], printed[0][-3000:]
-    assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
-    assert "encoding: 38 pictures" in printed[0] and "encoding: 34 pictures" in printed[1]  # every other shard
+    assert pq.read_table(out / "master").equals(pq.read_table(world / "out/master.parquet"))
+    assert names(out / "master") == part_names(2)
+    assert "encoding: 40 pictures" in printed[0] and "encoding: 32 pictures" in printed[1]  # its own shards
     prompts = {row["txt"] for some in items_of().values() for row in some}
-    assert computed(out) == {"image": 72, "text": len(prompts)}
+    made = json.loads((out / "master.json").read_text())["counts"]["computed"]
+    assert made == {"image": 72, "text": len(prompts)}
     assert "test split" in printed[0] and "test split" not in printed[1]
 
 
@@ -589,6 +595,139 @@ def test_memory_stays_flat_at_ten_times_the_rows(world, tmp_path, monkeypatch):
         tracemalloc.stop()
         assert computed_["image"] == len(rows) == count + 32 and computed_["text"] > count / 2
     assert peaks[2] <= 1.1 * peaks[1] + 2048 * 2700, peaks
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts: a folder that several processes write
+
+
+class Processes:
+    """Runs 4_embed.py several times at once, as threads that know of each other only what World.share says.
+
+    Each has a machine of its own: another folder for its copies of what lies on S3.
+    """
+
+    def __init__(self, size: int, folder: Path, monkeypatch):
+        barrier, values, own = threading.Barrier(size, timeout=600), [None] * size, threading.local()
+
+        class World(common.World):
+            def __init__(self, device: str):
+                super().__init__("cpu")
+                self.rank, self.size, self.main = own.rank, size, own.rank == 0
+
+            def share(self, value):
+                values[self.rank] = pickle.dumps(value)
+                barrier.wait()
+                shared = list(map(pickle.loads, values))
+                barrier.wait()
+                return shared
+
+        def local_copy(place):
+            machine = folder / f"machine-{getattr(own, 'rank', 0)}"
+            return machine / common.digest(place)[:16] if common.is_s3(place) else Path(place)
+
+        def run(rank: int, command: list[str]) -> int:
+            own.rank = rank
+            try:
+                code = stage.main(command)
+            except threading.BrokenBarrierError:
+                code = common.FAILED
+            if code:
+                barrier.abort()
+            return code
+
+        monkeypatch.setattr(stage, "World", World)
+        monkeypatch.setattr(stage, "local_copy", local_copy)
+        self.size, self.run = size, run
+
+    def __call__(self, command: list[str]) -> list[int]:
+        """The exit codes."""
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(self.run, range(self.size), [command] * self.size))
+
+
+def parts_arguments(world: Path, output: str | Path, *more: str, shards: str | None = None) -> list[str]:
+    command = arguments(world, world, *more, shards=shards)
+    command[command.index("--output") + 1] = f"{output}/"
+    return command
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def part_names(size: int) -> list[str]:
+    return [common.PARTS, *(f"part-{rank:05d}-of-{size:05d}.parquet" for rank in range(size))]
+
+
+def test_a_folder_of_parts_holds_the_rows_of_the_one_file(world, out, monkeypatch, capsys):
+    whole, folder = pq.read_table(world / "out/master.parquet"), out / "master"
+    with monkeypatch.context() as patch:  # two processes, of which the first dies before its last write
+        patch.setattr(stage, "finish_output", lambda *_: (_ for _ in ()).throw(common.Fail("killed")))
+        assert Processes(2, out, patch)(parts_arguments(world, folder)) == [1, 0]
+        assert names(folder) == part_names(2)[1:]
+    capsys.readouterr()
+    one_line(capsys, stage.main(["search", "x", "--embeddings", str(folder)]), "not finished", "4_embed.py again")
+    written = (folder / "part-00001-of-00002.parquet").stat().st_mtime_ns
+    for size in (2, 4, 4):
+        with monkeypatch.context() as patch:
+            assert Processes(size, out, patch)(parts_arguments(world, folder)) == [0] * size
+        if size == 2:
+            assert (folder / "part-00001-of-00002.parquet").stat().st_mtime_ns == written, "it is not written again"
+            (folder / "part-00001-of-00002.parquet").unlink()  # a copy that lacks a part
+            capsys.readouterr()
+            one_line(capsys, stage.main(["search", "x", "--embeddings", str(folder)]), "00001-of-00002", "again")
+            continue
+        assert names(folder) == part_names(4), "no part of another number of processes stays"
+        assert pq.read_table(folder).equals(whole) and pd.read_parquet(folder).shape == (72, len(stage.COLUMNS) + 4)
+        assert pq.read_schema(folder / part_names(4)[1]).metadata == whole.schema.metadata
+        last = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+        assert max(last) == last[0], "the list of the parts is written last"
+    assert (out / "report.json").read_bytes() == (world / "out/report.json").read_bytes()
+    counts = json.loads((out / "master.json").read_text())["counts"]
+    assert (counts["input"], counts["written"], counts["rejected"]) == (72, 72, 0)
+    with monkeypatch.context() as patch:
+        assert Processes(2, out, patch)(arguments(world, out)) == [0, 0]  # one file by several processes
+    assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
+
+
+def test_search_export_and_queries_read_a_folder_as_they_read_the_file(world, out, monkeypatch, capsys):
+    assert stage.main(parts_arguments(world, out / "master", "--vectors", str(world / "out/vectors"))) == 0
+    found = []
+    for place in (world / "out/master.parquet", out / "master"):
+        capsys.readouterr()
+        assert stage.main(["search", "red chair", "--embeddings", str(place)]) == 0
+        found.append([capsys.readouterr().out])
+        for command, name in (("export", "vectors.parquet"), ("queries", "queries.csv")):
+            path = out / place.stem / name
+            path.parent.mkdir(exist_ok=True)
+            assert stage.main([command, "--embeddings", str(place), "--output", str(path)]) == 0
+            found[-1].append(path.read_bytes())
+            path.unlink()
+    assert found[0] == found[1]
+    other = pq.read_table(out / "master/part-00000-of-00001.parquet").replace_schema_metadata({"base_model": "other"})
+    pq.write_table(other, out / "master/other.parquet")
+    (out / "master" / common.PARTS).write_text('{"parts": ["part-00000-of-00001.parquet", "other.parquet"]}')
+    one_line(capsys, stage.main(["search", "x", "--embeddings", str(out / "master")]), "parts of different runs")
+    one_line(capsys, stage.main(["search", "x", "--embeddings", "s3://shop/master"]), "local disk", "copy it")
+
+
+def test_each_process_has_a_stretch_of_the_shards(world, tmp_path):
+    shards = stage.open_shards(str(world / "shards"), common.SPLITS, tmp_path, stage.EmbeddingConfig())
+    for size in range(1, 20):
+        worlds = [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
+        assert [number for one in worlds for number in shards.own(one)] == [*range(len(shards.entries))], size
+    encoder = stage.Encoder(common.load_clip(f"local-dir:{world / 'base'}"), "fp32", world / "out/vectors", 16)
+    nothing = pd.DataFrame(columns=[*stage.COLUMNS, "shard", "reason"])
+    stage.write_master(tmp_path / "empty.parquet", nothing, [encoder, encoder], {})  # more processes than shards
+    assert pq.read_table(tmp_path / "empty.parquet").schema.field("base_embedding").type.list_size == 16
+
+
+@pytest.mark.parametrize("output", ["s3://shop", "s3://shop/", "s3://"])
+def test_an_output_on_s3_needs_a_folder(world, capsys, output):
+    one_line(capsys, stage.main(parts_arguments(world, output)), "names no folder", "s3://bucket/master/")
+    code = stage.main([*report_arguments(world, Path("x"), "dual_lora"), "--output", output])
+    one_line(capsys, code, "writes to a local disk")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -624,6 +763,52 @@ def test_shards_on_s3_give_the_same_bytes(world, out, bucket):
     assert bucket.cuts and bucket.refusals, "nothing was spoilt: the test proves nothing"
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
     assert not list(out.rglob("*.tar")), "no copy of a shard stays"
+
+
+def test_machines_find_each_others_vectors_on_s3_and_write_the_same_rows(world, tmp_path, bucket, monkeypatch, capsys):
+    """No machine has a disk in common with another: all that they share lies on S3."""
+    bucket.cut, bucket.refuse = 0.1, 0.05
+    command = parts_arguments(world, "s3://shop/out/master", shards="s3://shop/shards")
+    monkeypatch.setattr(stage, "FLUSH_VECTORS", 16)
+    images, calls = stage.Encoder.images, []
+
+    def interrupted(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 4:
+            raise common.Fail("killed")
+        return images(self, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.Encoder, "images", interrupted)
+        assert 1 in Processes(2, tmp_path / "first", patch)([*command, "--batch-size", "16"])
+    found = [f"s3://shop/out/vectors/{name}" for name, _ in common.list_files("s3://shop/out/vectors")]
+    kept = sum(len(stage.read_vectors(path)) for path in found)
+    assert kept and not common.exists(f"s3://shop/out/master/{common.PARTS}")
+    for size, machines in ((2, "second"), (4, "third")):
+        made = []
+        with monkeypatch.context() as patch:
+            patch.setattr(stage.Encoder, "images", watched(images, made))
+            assert Processes(size, tmp_path / machines, patch)(command) == [0] * size
+        assert sum(count for _, count in made) == (2 * 72 - kept if size == 2 else 0), "never made twice"
+        if size == 2:
+            common.remove(f"s3://shop/out/master/{common.PARTS}")  # what an end before the last write leaves
+        copy = tmp_path / f"copy-{size}"
+        for name, _ in common.list_files("s3://shop/out"):
+            common.download_atomic(f"s3://shop/out/{name}", copy / name)
+        assert names(copy / "master") == part_names(size)[1 if size == 2 else 0 :]
+        assert pq.read_table(copy / "master").equals(pq.read_table(world / "out/master.parquet"))
+        assert json.loads((copy / "report.json").read_text()) == json.loads((world / "out/report.json").read_text())
+        assert {"master", "master.json", "queries.parquet", "report.html", "report.json", "vectors"} == {*names(copy)}
+    assert common.Master(copy / "master").rows == 72
+    assert not list(tmp_path.glob("[st]*/**/*.tar")), "no copy of a shard stays"
+    name = common.list_files("s3://shop/out/vectors")[0][0]
+    common.upload_atomic(b"no vectors", f"s3://shop/out/vectors/{name}")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        one_line(capsys, *Processes(1, tmp_path / "fourth", patch)(command), Path(name).name, "damaged", "remove it")
+        common.remove(f"s3://shop/out/vectors/{name}")  # what S3 lost is made again, though this machine has a copy
+        assert Processes(1, tmp_path / "third", patch)(command) == [0]
+    assert "computed: 0 pictures, 0 texts" not in capsys.readouterr().out
 
 
 def test_shards_on_s3_that_need_more_disk_than_allowed_are_refused(world, out, bucket, capsys):
@@ -1060,7 +1245,7 @@ def test_holm_is_over_every_difference_shown():
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, None, None, 1)
 
 
-def test_an_attribute_that_few_queries_know_is_shown_but_counts_in_no_correction():
+def test_an_attribute_that_few_queries_know_is_shown_but_counts_in_no_correction(capsys):
     rng = np.random.default_rng(0)
     base = {name: rng.random(60) for name in stage.METRICS}
     few, enough = ("agreement@4_style", 19), ("agreement@4_color", 20)
@@ -1072,9 +1257,10 @@ def test_an_attribute_that_few_queries_know_is_shown_but_counts_in_no_correction
     assert found[enough[0]]["queries"] == 20 and min(facts["p_holm"] for facts in found.values() if "p" in facts) == (
         pytest.approx(min(facts["p"] for facts in found.values() if "p" in facts) * (len(stage.METRICS) - 1))
     )
-    means = {name: stage.mean(values) for name, values in base.items()}
-    line = next(line for line in stage.table({"metrics": means}, [{"name": "run", "metrics": found}]).splitlines()
-                if "style" in line)  # fmt: skip
+    about = [{"name": name, "fingerprint": "", "precision": ""} for name in ("zero_shot", "run")]
+    facts = stage.compare_models(about, [base, run], ["chair"] * 60, np.arange(60))
+    stage.print_comparison(facts | {"base": facts["base"] | {"centre_crop": {}}}, Path(), suggest_proof=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "style" in line)
     assert line.endswith("few") and f"{found[few[0]]['value']:.3f}" in line and "*" not in line
 
 

@@ -181,11 +181,13 @@ def test_a_key_and_a_catalogue_mean_the_real_job(finished, tmp_path):
     plan = make(tmp_path / "data", "-n", "all", "OPENAI_API_KEY=sk-x", f"CATALOGUE={tmp_path}/shop.csv").stdout
     assert "openai_standin" not in plan and "--model ViT-B-32" in plan and "--pretrained" not in plan
     assert "sk-x" not in plan
+    assert plan.index("3_train.py --check --scenario dual_lora") < plan.index("1_clean.py run")
 
 
 def test_a_key_without_a_catalogue_pays_for_no_drawn_products(tmp_path):
     plan = make(tmp_path / "data", "-n", "all", "OPENAI_API_KEY=sk-x").stdout
     assert "openai_standin.py --state" in plan and "--poll-interval 0" in plan and "small_clip" in plan
+    assert "--check " not in plan
 
 
 def test_every_model_is_trained_by_the_same_flags(tmp_path):

@@ -1344,6 +1344,27 @@ def test_bad_settings_say_what_to_do(base, tmp_path, capsys, monkeypatch):
     assert "--micro-batch-size" in capsys.readouterr().err
 
 
+def test_check_says_whether_a_model_can_be_trained_without_any_data(base, tmp_path, capsys, monkeypatch):
+    model = ("--model", str(base / "clip"))
+    assert stage.main(["--check", "--scenario", "text_lora", *model]) == 0
+    assert "can be trained: text_lora" in capsys.readouterr().out
+    clip = dataclasses.replace(common.load_clip(str(base / "clip")), model=small("timm convolutions", tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "load_clip", lambda *_: clip)
+        assert stage.main(["--check", "--scenario", "dual_lora", "--model", "convolutions"]) == 1
+    assert "use --scenario text_lora" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        stage.main(["--scenario", "text_lora", *model])
+    assert "--shards and --output are needed" in capsys.readouterr().err
+
+
+def test_weights_are_averaged_over_the_epochs_the_later_ones_more():
+    mean = {}
+    for epoch, value in enumerate((6.0, 3.0, 12.0), 1):
+        mean = stage.average_weights(mean, {"w": torch.tensor([value, -value])}, epoch)
+    torch.testing.assert_close(mean["w"], torch.tensor([8.0, -8.0]))  # (1 * 6 + 2 * 3 + 3 * 12) / 6
+
+
 def test_a_tower_that_lora_cannot_reach_says_so(base, tmp_path):
     for kind, says in (
         ("resnet", r"ResNet picture towers are not supported.*ViT-B-32"),
