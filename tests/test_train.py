@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -697,7 +698,11 @@ def killed(flags, environment, moment):
 @pytest.fixture(scope="module")
 def kill_9():
     """Run killed() in a process of its own; a server that has imported all forks them in no time."""
-    context = tiny.fork_server("test_train", "peft")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_train", "peft"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        multiprocessing.forkserver.ensure_running()
 
     def run(flags, moment):
         aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
