@@ -7,6 +7,7 @@ Writes  --output, a folder or s3://bucket/prefix: {train,validation,test,mini_tr
 
     python 2_prepare.py --input data/cleaned.csv --images data/photos --output data/shards
     python 2_prepare.py --input data/cleaned.csv --images data/photos --output /tmp/first --limit 50 --image-size 64
+    torchrun --nnodes 4 --nproc-per-node 1 ... 2_prepare.py ...     the same bytes, by four machines with the same files
     python 2_prepare.py --verify --output data/shards
 """
 
@@ -21,8 +22,9 @@ import io
 import itertools
 import json
 import os
-import struct
+import shutil
 import sys
+import tarfile
 import tempfile
 import textwrap
 import time
@@ -34,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
-from common import DONE, FAILED, SPLITS, USAGE, BadImage, Fail, is_s3, join, setting
+from common import DONE, FAILED, SPLITS, USAGE, BadImage, Fail, World, is_s3, join, setting
 
 FORMAT = 3  # of shards, records and manifest; with a new number every photo is scanned and every shard written again
 SHARD_SAMPLES, SHARD_BYTES = 1000, 500_000_000  # at most, tar headers counted
@@ -89,24 +91,7 @@ def copy_atomic(source: str, target: str) -> None:
         try:
             os.link(source, temporary)
         except OSError:  # a file system without hard links
-            import shutil
-
             shutil.copyfile(source, temporary)
-
-
-@contextlib.contextmanager
-def atomic_output(path: str, scratch: Path) -> Iterator[Path]:
-    """Give a temporary local path; on a clean exit its content stands at `path`, local or on S3, whole."""
-    if not is_s3(path):
-        with common.atomic_file(path) as temporary:
-            yield temporary
-        return
-    temporary = scratch / "upload.tmp"
-    try:
-        yield temporary
-        common.upload_atomic(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def abort_uploads(folder: str) -> None:
@@ -181,8 +166,8 @@ def _gradients(grey) -> bytes:
     return np.packbits(np.stack([across, down])).tobytes()
 
 
-def near_pairs(gradients, colors) -> Iterator[tuple[int, int]]:
-    """Pairs of near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors, without comparing all pairs.
+def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
+    """Near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors, as two arrays of numbers at a time.
 
     Candidates agree in one of 32 bands of 16 gradients (of copies, most bands do). A band without any gradient is
     plain ground and says nothing; in a crowded band each picture meets its 64 neighbors in order of all gradients.
@@ -190,34 +175,36 @@ def near_pairs(gradients, colors) -> Iterator[tuple[int, int]]:
     import numpy as np
 
     words = gradients.view(np.uint64)  # (N, 8)
-    weight = np.bitwise_count(words).sum(axis=1, dtype=np.int32)
+    weight = np.bitwise_count(words).sum(axis=1, dtype=np.int16)
     ranked = np.argsort(gradients.view(f"S{GRADIENT_BYTES}").ravel()).astype(np.uint32)  # in order of all gradients
     for band in range(GRADIENT_BYTES // 2):
         key = gradients[ranked, 2 * band].astype(np.uint16) << 8 | gradients[ranked, 2 * band + 1]
         order = np.argsort(key, kind="stable").astype(np.uint32)
         key, order = key[order], ranked[order]
-        plain = np.searchsorted(key, 1)
-        key, order = key[plain:], order[plain:]
-        for gap in range(1, min(NEIGHBORS + 1, len(order))):
-            same = np.flatnonzero(key[:-gap] == key[gap:])
-            if not len(same):
-                break
-            for start in range(0, len(same), PAIRS):
-                place = same[start : start + PAIRS]
-                a, b = order[place], order[place + gap]
-                differ = np.bitwise_count(words[a] ^ words[b]).sum(axis=1, dtype=np.int32)
-                near = differ <= GRADIENT_DISTANCE * (weight[a] + weight[b])
-                a, b = a[near], b[near]
+        for start in range(int(np.searchsorted(key, 1)), len(order), PAIRS):
+            some, same = order[start : start + PAIRS + NEIGHBORS], key[start : start + PAIRS + NEIGHBORS]
+            count = weight[some]
+            bits = np.ascontiguousarray(words[some].T)  # numpy adds up rows six times as fast as columns
+            for gap in range(1, min(NEIGHBORS + 1, len(some))):
+                a, b = slice(min(PAIRS, len(some) - gap)), slice(gap, gap + PAIRS)
+                if not (near := same[a] == same[b]).any():
+                    break
+                differ = np.bitwise_count(bits[:, a] ^ bits[:, b]).sum(axis=0, dtype=np.int16)
+                near &= differ <= GRADIENT_DISTANCE * (count[a] + count[b])
+                a, b = some[a][near], some[b][near]
                 cells = np.abs(colors[a].astype(np.int16) - colors[b]).reshape(len(a), GRID * GRID, 3).max(axis=2)
                 near = np.partition(cells, -COLOR_CELLS, axis=1)[:, -COLOR_CELLS] <= COLOR_DISTANCE
-                yield from zip(a[near].tolist(), b[near].tolist(), strict=True)
+                yield a[near], b[near]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Scan: what each photo holds, kept between runs
+# Scan: what each photo holds, kept in parts between runs, which all processes of torchrun read
 
 
 UNREADABLE = "unreadable file"  # perhaps only now, as from a network disk: tried again by the next run
+PART_PHOTOS, PART_PIXELS = 256, 1 << 26  # of a part, at most; a killed process loses the one that it was making
+PLACE = ["part", "offset", "length", "crc"]  # where a photo's JPEG lies, and its crc32
+FACTS = ["source", "views", "offset", "length", "crc"]  # of each photo, kept in memory
 
 
 class Photo(NamedTuple):
@@ -242,12 +229,8 @@ def photo_key(images: Path, image_path: str) -> str:
     return f"{stat.st_size}:{stat.st_mtime_ns}:{path}"
 
 
-def scan_photos(keys: list[str], config: PrepConfig) -> list[Photo]:
-    """Decode each photo once, and make of it all that is needed. Runs in the workers."""
-    return [_scan_photo(key, config) for key in keys]
-
-
-def _scan_photo(key: str, config: PrepConfig) -> Photo:
+def scan_photo(key: str, config: PrepConfig) -> Photo:
+    """Decode a photo once, and make of it all that is needed."""
     try:
         data = Path(key.split(":", 2)[2]).read_bytes()
         # A JPEG is decoded at 1/2, 1/4 or 1/8 where that is still large enough, in half the time.
@@ -261,80 +244,173 @@ def _scan_photo(key: str, config: PrepConfig) -> Photo:
         return Photo(key, "", UNREADABLE, error.strerror or str(error))
 
 
-class PhotoCache:
-    """Photos by key in one scratch file, so that a later run decodes only what is new.
+def store_part(photos: list[Photo], made_with: str, place: str, local: Path) -> str:
+    """Write one part (see PhotoParts); returns its name."""
+    import pyarrow.parquet
 
-    The file begins with a digest of what its photos depend on; each record is the length and crc32 of its payload, and
-    the payload. It is only appended to; what a killed run left unfinished, or a damaged disk spoilt, is cut off.
+    packed, facts, out = io.BytesIO(), [], io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, photo in enumerate(photos):
+            member = tarfile.TarInfo(f"{number:04d}.jpg")
+            member.size = len(photo.jpeg)
+            at = tar.offset + tarfile.BLOCKSIZE, member.size, zlib.crc32(photo.jpeg)
+            facts.append((*photo[:-1], *at, len(photo.gradients) // GRADIENT_BYTES))
+            tar.addfile(member, io.BytesIO(photo.jpeg))
+    columns = list(map(list, zip(*facts, strict=True)))
+    pyarrow.parquet.write_table(pyarrow.table(columns, [*Photo._fields[:-1], *PLACE[1:], "views"]), out)
+    name = f"{made_with}-{common.digest(out.getvalue())[:16]}"
+    if is_s3(place):
+        common.atomic_write(local / f"{name}.jpegs", packed.getvalue())
+    common.upload_atomic(packed.getvalue(), join(place, f"{name}.jpegs"))
+    common.upload_atomic(out.getvalue(), join(place, f"{name}.parquet"))
+    return name
+
+
+def scan_part(config: PrepConfig, made_with: str, place: str, local: Path, keys: list[str]) -> list[tuple]:
+    """Scan photos and store them as a part; returns key, reason and detail of each. Runs in the workers."""
+    photos = [scan_photo(key, config) for key in keys]
+    if kept := [photo for photo in photos if photo.reason != UNREADABLE]:
+        store_part(kept, made_with, place, local)
+    return [(photo.key, photo.reason, photo.detail) for photo in photos]
+
+
+class PhotoParts:
+    """Photos that were scanned, by whichever process, in parts below `place`, a folder or an S3 prefix.
+
+    A part is NAME.jpegs, a tar, and, written last, NAME.parquet, all else. NAME is a digest of what photos depend on
+    beside their files, and one of the Parquet file. What lies on S3 is read from copies of whole parts in `local`.
     """
 
-    FRAME = struct.Struct("<II")
-    LARGEST = 1 << 27  # bytes of a payload, more than any JPEG of 4,096 x 4,096 has
+    def __init__(self, place: str, local: Path, config: PrepConfig):
+        self.place, self.local, self.config = place, local, config
+        self.made_with = common.digest([HASH_VERSION, *photo_settings(config)])[:16]
+        self.tables: dict[str, Any] = {}  # FACTS by name of the part
+        self.numbers: dict[str, int] = {}  # by key; photos are counted through all tables
+        self.rejected: dict[str, tuple[str, str]] = {}  # reason and detail of those that cannot be used, by key
 
-    def __init__(self, path: Path, config: PrepConfig):
-        self.path, self.config, self.offsets = path, config, {}
-        head = common.digest([HASH_VERSION, *photo_settings(config)]).encode() + b"\n"
-        path.touch()
-        self.file = open(path, "r+b")
-        if self.file.readline(len(head)) != head:
-            self.file.truncate(0)
-            self.file.seek(0)
-            self.file.write(head)
-            self.file.flush()
-        end = self.file.tell()
-        while (payload := self._next_payload()) is not None:
-            key, _, reason, *_ = json.loads(payload.partition(b"\n")[0])
-            if reason != UNREADABLE:
-                self.offsets[key] = end
-            end += self.FRAME.size + len(payload)
-        if cut := path.stat().st_size - end:
-            print(f"{path}: {cut} bytes at its end are damaged; those photos are scanned again", file=sys.stderr)
-            self.file.truncate(end)
+    def load(self) -> None:
+        """Read the parts that came since the last call."""
+        present, count = dict(common.list_files(self.place)), sum(map(len, self.tables.values()))
+        names = sorted(name.removesuffix(".parquet") for name in present if name.startswith(self.made_with))
+        names = [name for name in names if f"{name}.parquet" in present and name not in self.tables]
+        for name, table in self._read(names, ["key", "reason", "detail", *FACTS]):
+            if isinstance(table, Fail) or f"{name}.jpegs" not in present:
+                print(self._damaged(name), file=sys.stderr)
+                continue
+            columns = (table[column].to_pylist() for column in ("key", "reason", "detail"))
+            for number, (key, reason, detail) in enumerate(zip(*columns, strict=True), count):
+                self.numbers[key] = number
+                if reason:
+                    self.rejected[key] = reason, detail
+            self.tables[name] = table.select(FACTS)
+            count += len(table)
 
-    def __enter__(self) -> PhotoCache:
-        return self
+    def _read(self, names: Iterable[str], columns: list[str] | None = None) -> Iterator[tuple[str, Any]]:
+        """(name, its Parquet file as a table, or the error of a damaged one, which is removed) of each part."""
+        from concurrent.futures import ThreadPoolExecutor
 
-    def __exit__(self, *_) -> None:
-        self.file.close()
+        import pyarrow.parquet
 
-    def _next_payload(self) -> bytes | None:
-        """The payload of the record at the file's position, None where there is none or it is damaged."""
-        frame = self.file.read(self.FRAME.size)
-        if len(frame) < self.FRAME.size:
-            return None
-        length, crc = self.FRAME.unpack(frame)
-        payload = self.file.read(length) if length <= self.LARGEST else b""
-        return payload if len(payload) == length and zlib.crc32(payload) == crc else None
+        def read(name: str) -> Any:
+            data = common.read_bytes(join(self.place, f"{name}.parquet"))
+            if common.digest(data)[:16] != name[-16:]:
+                return self._damaged(name)
+            return pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=columns, use_threads=False)
 
-    def add(self, photo: Photo) -> None:
-        """Append one photo."""
-        facts = json.dumps([*photo[:4], len(photo.gradients), len(photo.colors)]).encode()
-        payload = b"".join((facts, b"\n", *photo[4:]))
-        self.offsets[photo.key] = self.file.seek(0, os.SEEK_END)
-        self.file.write(self.FRAME.pack(len(payload), zlib.crc32(payload)) + payload)
+        with ThreadPoolExecutor(8) as pool:  # an object on S3 takes 20 ms; memory that threads freed stays theirs
+            for some in common.batches(names, 16):
+                yield from zip(some, (pool.map if is_s3(self.place) else map)(read, some), strict=True)
 
-    def read(self, offset: int) -> Photo:
-        """The photo whose record begins there."""
-        self.file.seek(offset)
-        if (payload := self._next_payload()) is None:
-            raise Fail(f"{self.path}: damaged while it was in use; run the same command again")
-        facts, _, rest = payload.partition(b"\n")
-        *names, gradients, colors = json.loads(facts)
-        return Photo(*names, rest[:gradients], rest[gradients : gradients + colors], rest[gradients + colors :])
+    def _damaged(self, name: str) -> Fail:
+        """Remove a part; the error that says so."""
+        for path in (join(self.place, f"{name}.parquet"), str(self.local / f"{name}.jpegs")):
+            remove(path)
+        return Fail(f"{join(self.place, name)}: was damaged and is removed; run again, which scans its photos again")
 
-    def shrink(self, keys: dict[str, Any]) -> None:
-        """Leave out all but these photos, where they are less than half."""
-        if 2 * len(keys) >= len(self.offsets):
-            return
-        with common.atomic_file(self.path) as temporary:
-            temporary.unlink(missing_ok=True)
-            smaller = PhotoCache(temporary, self.config)
-            for key in keys:
-                if key in self.offsets:
-                    smaller.add(self.read(self.offsets[key]))
-            smaller.file.flush()
-        self.file.close()
-        self.file, self.offsets = smaller.file, smaller.offsets
+    def scan(self, keys: list[str], workers: int, world: World) -> None:
+        """Scan these photos and store them; returns when all processes have stored theirs."""
+        if workers <= 1 < world.size:  # as in the workers that there are else
+            common.keep_freed_memory()
+        most = min(PART_PHOTOS, 1 + PART_PIXELS // self.config.image_size**2, max(16, len(keys) // (8 * workers)))
+        work = functools.partial(scan_part, self.config, self.made_with, self.place, self.local)
+        made, what = common.photo_pool(work, common.batches(keys, most), workers), "scan"
+        if world.main:
+            what += f", process 1 of {world.size}" if world.size > 1 else ""
+            made = common.progress(made, what, len(keys), "photo")
+        for some in world.share([photo for photo in made if photo[1] == UNREADABLE]):
+            self.rejected |= {key: (reason, detail) for key, reason, detail in some}
+
+    def places(self, numbers) -> Any:
+        """A DataFrame for these photos: FACTS, part, and photo, the row within the part."""
+        import numpy as np
+        import pandas as pd
+        import pyarrow
+
+        ends = np.cumsum([len(table) for table in self.tables.values()])
+        part = np.searchsorted(ends, numbers, "right")
+        photo = numbers - np.append(0, ends)[part]
+        facts = pyarrow.concat_tables(self.tables.values()).take(pyarrow.array(numbers)).to_pandas()
+        return facts.assign(part=pd.Categorical.from_codes(part, list(self.tables)), photo=photo)
+
+    def looks(self, items) -> tuple[Any, Any, Any]:
+        """(positions int [V], gradients uint8 [V, 64], colors uint8 [V, 192]) of these items' views, in their order."""
+        import numpy as np
+
+        owners = np.repeat(np.arange(len(items), dtype=np.int32), items["views"])
+        views = {"gradients": np.empty((len(owners), GRADIENT_BYTES), np.uint8)}
+        views["colors"] = np.empty((len(owners), COLOR_BYTES), np.uint8)
+        order = np.argsort(items["part"].cat.codes.to_numpy()[owners], kind="stable")  # part by part
+        photos = dict(iter(items.groupby("part", observed=True)["photo"]))
+        for name, table in self._read(photos, list(views)):
+            if isinstance(table, Fail):
+                raise table
+            table = table.take(photos[name].to_numpy())
+            for column, out in views.items():
+                data = np.frombuffer(b"".join(table[column].to_pylist()), np.uint8).reshape(-1, out.shape[1])
+                out[order[: len(data)]] = data
+            order = order[len(data) :]
+        return owners, *views.values()
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Copy the JPEGs of these parts from S3 where they are not here yet."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        files = [f"{name}.jpegs" for name in names if is_s3(self.place)]
+        files = [file for file in files if not (self.local / file).is_file()]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda file: common.download_atomic(join(self.place, file), self.local / file), files))
+
+    def jpeg(self, part: str, offset: int, length: int, crc: int) -> bytes:
+        """The letterboxed JPEG at this place, of a part that was fetched."""
+        path, data = self.local / f"{part}.jpegs", b""
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+        if zlib.crc32(data) != crc:
+            raise self._damaged(part)
+        return data
+
+    def tidy(self, wanted: set[int] | None) -> None:
+        """Remove what no run will read, and write anew the parts of which less than half is wanted (None: all is)."""
+        names = set(self.tables)
+        if wanted is not None:
+            for name, left in self.places(sorted(wanted)).groupby("part", observed=False)["photo"]:
+                if 2 * len(left) < len(self.tables[name]):
+                    names.remove(name)
+                    self.fetch([name])
+                    (_, table), *_ = self._read([name])
+                    if isinstance(table, Fail):
+                        raise table
+                    facts = table.take(left.to_numpy()).to_pylist()
+                    jpegs = [self.jpeg(name, *map(one.get, PLACE[1:])) for one in facts]
+                    photos = [Photo(*map(one.get, Photo._fields[:-1]), jpegs[i]) for i, one in enumerate(facts)]
+                    names |= {store_part(photos, self.made_with, self.place, self.local)} if photos else set()
+        for left in self.local.glob(".*.tmp"):  # by killed runs
+            left.unlink()
+        for place in {self.place, str(self.local)}:
+            for name, _ in common.list_files(place):
+                if name.endswith((".jpegs", ".parquet")) and os.path.splitext(name)[0] not in names:
+                    remove(join(place, name))
 
 
 def read_rows(args: argparse.Namespace, config: PrepConfig) -> tuple[Any, Any]:
@@ -345,28 +421,19 @@ def read_rows(args: argparse.Namespace, config: PrepConfig) -> tuple[Any, Any]:
     return rows.iloc[: config.limit], reasons.iloc[: config.limit]
 
 
-def fields_of(rows, number: int) -> dict[str, str]:
-    """One row as {column: value}."""
-    return rows.loc[number].to_dict()
+def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, workers: int, world: World) -> tuple:
+    """(items, rejects, numbers of all photos that are wanted).
 
-
-def reject(fields: dict[str, str], reason: str, detail: str = "") -> dict[str, str]:
-    """One line of rejects.jsonl; without the row's number, for rows in another order are the same catalogue."""
-    named = {name: fields[name] for name in ("id", "image_path", "name")}
-    return named | {"reason": reason, "detail": detail}
-
-
-def scan(rows, reasons, images: Path, cache: PhotoCache, config: PrepConfig, workers: int) -> tuple[Any, list[dict]]:
-    """(items, rejects). items: a DataFrame of the photos that become samples, in order of ids and of their views.
-
-    Columns: id, row (number), view (from 0 within a product), image_path, type (object type), photo (offset in the
-    cache) and source (sha256 of the photo's file). Of each product the first usable photos count.
+    items: a DataFrame of the photos that become samples, in order of ids and of their views: id, row (number), view
+    (from 0 within a product), image_path, type (object type) and the columns of PhotoParts.places. Of each product the
+    first usable photos count.
     """
     queues: dict[str, list[tuple[int, str]]] = {}  # id -> (row, photo) still to be tried, the first ones last
-    chosen, failed, wanted = defaultdict(list), {}, {}
+    chosen, failed, wanted = defaultdict(list), {}, set()
     for id, candidates in common.products(rows, reasons):
         named = ((number, common.photo_names(images, cells)) for number, _, cells in candidates)
         queues[id] = [(number, name) for number, names in named for name in names][::-1]
+    parts.load()
     while queues:
         turn = []
         for id, queue in queues.items():
@@ -376,40 +443,41 @@ def scan(rows, reasons, images: Path, cache: PhotoCache, config: PrepConfig, wor
                     turn.append((id, number, name, photo_key(images, name)))
                 except BadImage as error:
                     failed.setdefault(number, (error.reason, error.detail))
-        wanted |= (keys := dict.fromkeys(key for *_, key in turn))
-        _scan_new([key for key in keys if key not in cache.offsets], cache, config, workers)
+        new = (key for key in dict.fromkeys(key for *_, key in turn) if key not in parts.rejected)
+        if new := [key for key in new if key not in parts.numbers]:
+            parts.scan(world.deal([new[rank :: world.size] for rank in range(world.size)]), workers, world)
+            parts.load()
         for id, number, name, key in turn:
-            photo = cache.read(cache.offsets[key])
-            if photo.reason:
-                failed.setdefault(number, (photo.reason, photo.detail))
+            if key in parts.numbers:
+                wanted.add(parts.numbers[key])
+            if key in parts.rejected:
+                failed.setdefault(number, parts.rejected[key])
             elif not chosen[id] or rows.at[chosen[id][0][0], "name"] == rows.at[number, "name"]:  # else another product
-                chosen[id].append((number, name, key, photo.source))
+                chosen[id].append((number, name, parts.numbers[key]))
         queues = {id: queue for id, queue in queues.items() if queue and len(chosen[id]) < config.photos}
-    if config.limit is None:  # else the next run, without it, wants the others again
-        cache.shrink(wanted)
+    parts.numbers.clear()  # half of what a row takes
+    world.deal([None] * world.size)  # there is nothing more to scan
     used = {found[0][0] for found in chosen.values() if found}
     why = {number: failed.get(number) or (reason or "missing image_path", "") for number, reason in reasons.items()}
-    rejects = [reject(fields_of(rows, number), *reason) for number, reason in why.items() if number not in used]
-    return _items(rows, chosen, cache), rejects
+    shown = rows.loc[[number for number in why if number not in used], ["id", "image_path", "name"]]
+    found = zip(shown.to_dict("records"), map(why.get, shown.index), strict=True)
+    rejects = [line | {"reason": reason, "detail": detail} for line, (reason, detail) in found]
+    return _items(rows, chosen, parts), rejects, wanted
 
 
-def _scan_new(keys: list[str], cache: PhotoCache, config: PrepConfig, workers: int) -> None:
-    """Add photos to the cache."""
-    made = common.photo_pool(functools.partial(scan_photos, config=config), common.batches(keys, 16), workers)
-    for photo in common.progress(made, "scan", len(keys), "photo"):
-        cache.add(photo)
-
-
-def _items(rows, chosen: dict[str, list[tuple]], cache: PhotoCache):
-    """The items of scan, from {id: [(row, name, key, source)]}."""
+def _items(rows, chosen: dict[str, list[tuple]], parts: PhotoParts):
+    """The items of scan, from {id: [(row, name, photo)]}."""
     import pandas as pd
 
     found = [
-        (id, photos[0][0], view, name, cache.offsets[key], source)
+        (id, photos[0][0], view, name, photo)
         for id, photos in sorted(chosen.items())
-        for view, (_, name, key, source) in enumerate(photos)
+        for view, (_, name, photo) in enumerate(photos)
     ]
-    items = pd.DataFrame(found, columns=["id", "row", "view", "image_path", "photo", "source"])
+    items = pd.DataFrame(found, columns=["id", "row", "view", "image_path", "photo"])
+    if not found:
+        return items
+    items = pd.concat([items.drop(columns="photo"), parts.places(items["photo"])], axis=1)
     # A further photo of many products (a logo, a table of sizes) shows none of them, and would make them one group.
     shared = items.groupby("source")["id"].nunique()
     items = items[(items["view"] == 0) | items["source"].isin(shared.index[shared <= common.SAME_PHOTO])]
@@ -421,66 +489,52 @@ def _items(rows, chosen: dict[str, list[tuple]], cache: PhotoCache):
 # Groups: items that must be on the same side of the split
 
 
-class Groups:
-    """Union-find over 0..n-1; a group is known by its smallest member."""
+def group_items(items, looks: tuple[Any, Any, Any], values: Iterable[str] = ()) -> Any:
+    """The group of each item: the smallest id among its exact and near duplicates, and those with the same value.
 
-    def __init__(self, count: int):
-        self.parent = array("q", range(count))
+    looks: positions of items int [V], gradients uint8 [V, 64] and colors uint8 [V, 192] of views. Union-find, in which
+    a group is known by its smallest member; "" equals nothing.
+    """
+    import numpy as np
+    import pandas as pd
 
-    def find(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
+    parent = array("q", range(len(items)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
         return i
 
-    def join(self, i: int, j: int) -> None:
-        i, j = sorted((self.find(i), self.find(j)))
-        self.parent[j] = i
+    def connect(some: Iterable[int], others: Iterable[int]) -> None:
+        for i, j in zip(some.tolist(), others.tolist(), strict=True):
+            i, j = sorted((find(i), find(j)))
+            parent[j] = i
 
-    def join_equal(self, values: Iterable[str]) -> None:
-        """Join those whose value is the same; "" equals nothing."""
-        first: dict[str, int] = {}
-        for i, value in enumerate(values):
-            if value and (j := first.setdefault(value, i)) != i:
-                self.join(i, j)
-
-
-def group_items(items, cache: PhotoCache, values: Iterable[str] = ()) -> list[str]:
-    """The group of each item: the smallest id among its exact and near duplicates, and those with the same value."""
-    import numpy as np
-
-    groups = Groups(len(items))
-    groups.join_equal(items["id"].tolist())
-    groups.join_equal(items["source"].tolist())
-    groups.join_equal(values)
-    owners, gradients, colors = array("q"), bytearray(), bytearray()
-    distinct = ~items["source"].duplicated().to_numpy()  # items that share a photo are known by the first
-    for position in np.flatnonzero(distinct).tolist():
-        photo = cache.read(int(items["photo"].iat[position]))
-        owners.extend([position] * (len(photo.gradients) // GRADIENT_BYTES))
-        gradients += photo.gradients
-        colors += photo.colors
-    views = (np.frombuffer(gradients, np.uint8).reshape(-1, GRADIENT_BYTES),
-             np.frombuffer(colors, np.uint8).reshape(-1, COLOR_BYTES))  # fmt: skip
-    for i, j in near_pairs(*views):
-        groups.join(owners[i], owners[j])
-    ids = items["id"].tolist()
-    return [ids[groups.find(i)] for i in range(len(ids))]
+    for column in (items["id"], items["source"], values):
+        column = pd.Series(column, dtype="str").reset_index(drop=True)
+        codes = pd.factorize(column)[0]
+        first = np.unique(codes, return_index=True)[1][codes]  # the first item with the same value
+        again = np.flatnonzero((first < np.arange(len(codes))) & (column != ""))
+        connect(first[again], again)
+    owners, *views = looks
+    for a, b in near_pairs(*views):
+        connect(owners[a], owners[b])
+    return items["id"].take([find(i) for i in range(len(items))]).reset_index(drop=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Split
 
 
-def choose_splits(groups: Iterable[tuple[str, str, int, str | None]], shares: dict[str, float]) -> dict[str, str]:
-    """{group: split} for each (group, object type, size, split that it must keep).
+def choose_splits(groups: Iterable[tuple[str, int, str | None]], shares: dict[str, float]) -> list[str]:
+    """The split of each group, given as (object type, size, split that it must keep).
 
     Groups come type by type, the large ones of a type first, those that must stay before all. Each goes where its type
     and the whole together lack most against the shares. So a type is off by an item or two, the whole by less than its
     largest group, and hundreds of one-item types add up right.
     """
-    have, whole, chosen = defaultdict(Counter), Counter(), {}
-    for group, kind, size, split in groups:
+    have, whole, chosen = defaultdict(Counter), Counter(), []
+    for kind, size, split in groups:
         if not split:
             of_kind, of_all = sum(have[kind].values()) + size, sum(whole.values()) + size
             lack = {name: share * (of_kind + of_all) - have[kind][name] - whole[name] for name, share in shares.items()}
@@ -489,8 +543,15 @@ def choose_splits(groups: Iterable[tuple[str, str, int, str | None]], shares: di
             split = max(shares, key=lambda name: lack[name] - (too_large if name != "train" else 0))
         have[kind][split] += size
         whole[split] += size
-        chosen[group] = split
+        chosen.append(split)
     return chosen
+
+
+def draw(values: Iterable[list]) -> Any:
+    """uint64: a number for each value, at random, and the same on every machine."""
+    import numpy as np
+
+    return np.fromiter((int(common.digest(value)[:16], 16) for value in values), np.uint64)
 
 
 def parse_fold(text: str) -> tuple[int, int] | None:
@@ -509,24 +570,28 @@ def split_items(items, seed: int, fold: tuple[int, int] | None = None, kept: dic
     With `fold` (K, N) the catalogue is cut into N equal parts, the same for each K: part K is the test split, the part
     after it the validation split, and so over all K each item is tested on once.
     """
+    import numpy as np
+    import pandas as pd
+
     shares, sides = SHARES, {split: split for split in SPLITS}
     if fold:
         part, parts = fold
         shares = {str(i): 1 / parts for i in range(parts)}
         sides = dict.fromkeys(shares, "train") | {str(part): "test", str((part + 1) % parts): "validation"}
     kept = kept or {}
-    groups: dict[str, list] = {}  # group: [split to keep, object type, size]
-    rows = items[["id", "type", "group"]].to_numpy(object).tolist()
-    for id, kind, group in rows:
-        known = groups.setdefault(group, [kept.get(id), kind, 0])
-        known[0] = min(filter(None, (known[0], kept.get(id))), default=None)
-        known[1], known[2] = min(known[1], kind), known[2] + 1
-    order = sorted(
-        (side is None, side or "", kind, -size, common.digest([seed, group]), group)
-        for group, (side, kind, size) in groups.items()
-    )
-    chosen = choose_splits(((group, kind, -size, side) for _, side, kind, size, _, group in order), shares)
-    return [kept.get(id) or sides[chosen[group]] for id, _, group in rows]
+    own = [kept.get(id) for id in items["id"]] if kept else [None] * len(items)
+    names = [*sorted(set(filter(None, own))), None]  # of splits to keep; a group keeps the first of its items'
+    group, groups = pd.factorize(items["group"])
+    kind, kinds = pd.factorize(items["type"], sort=True)
+    keep, of_type = np.full(len(groups), len(names) - 1), np.full(len(groups), len(kinds))
+    np.minimum.at(keep, group, [names.index(split) for split in own])
+    np.minimum.at(of_type, group, kind)
+    size = np.bincount(group)
+    order = np.lexsort((draw([seed, name] for name in groups), -size, of_type, keep))
+    facts = zip(of_type[order].tolist(), size[order].tolist(), (names[i] for i in keep[order]), strict=True)
+    chosen = np.empty(len(groups), object)
+    chosen[order] = choose_splits(facts, shares)
+    return [split or sides[drawn] for split, drawn in zip(own, chosen[group], strict=True)]
 
 
 def kept_splits(manifest: str | None) -> dict[str, str]:
@@ -552,16 +617,12 @@ def kept_splits(manifest: str | None) -> dict[str, str]:
 
 
 class Shard(NamedTuple):
-    """A shard to be: its name, the number of its first sample, and the rows that go into it, in order."""
+    """A shard to be: its name, the number of its first sample, and the items that go into it, in order."""
 
     name: str
     first: int
-    rows: list[int]
-
-    @property
-    def record(self) -> str:
-        """Name of the file that says that the shard is finished, and what it was made of."""
-        return self.name.removesuffix(".tar") + ".json"
+    rows: Any  # int [N]
+    record: str  # name of the file that says that the shard is finished, and what it was made of
 
 
 def sample_text(fields: dict[str, str], facts: dict[str, Any], seed: int) -> tuple[bytes, bytes]:
@@ -573,53 +634,63 @@ def sample_text(fields: dict[str, str], facts: dict[str, Any], seed: int) -> tup
     return common.canonical(record), common.pick_prompt(meta, fields["id"], seed).encode()
 
 
-def draw_order(items, seed: int) -> dict[str, list[int]]:
-    """{split: row numbers in the order in which they go into shards}, which depends on the ids alone."""
-    keys = zip(items.index, items["id"].tolist(), items["view"].tolist(), strict=True)
-    drawn = {number: common.digest([seed, "place", id, *([view] if view else ())]) for number, id, view in keys}
-    return {split: sorted(items.index[items["split"] == split], key=drawn.get) for split in SPLITS}
+def draw_order(items, seed: int) -> dict[str, Any]:
+    """{split: item numbers in the order in which they go into shards}, which depends on the ids alone."""
+    import numpy as np
+
+    keys = zip(items["id"], items["view"], strict=True)
+    place = draw([seed, "place", id, *([view] if view else ())] for id, view in keys)
+    numbers = {split: np.flatnonzero(items["split"] == split) for split in SPLITS}
+    return {split: some[np.argsort(place[some], kind="stable")] for split, some in numbers.items()}
 
 
-def plan_shards(order: dict[str, list[int]], config: PrepConfig) -> list[Shard]:
+def plan_shards(order: dict[str, Any], config: PrepConfig) -> list[Shard]:
     """Successive runs of each split's order. Which items share a shard depends on the items alone."""
     # No JPEG of this size at quality 95 is larger than its pixels; so the byte limit holds whatever the pictures.
     size = min(SHARD_SAMPLES, max(1, SHARD_BYTES // (3 * config.image_size**2 + 20_000)))
     shards, first = [], 0
     for split, numbers in order.items():
         for start in range(0, len(numbers), size):
-            rows = numbers[start : start + size]
-            shards.append(Shard(f"{split}/shard-{start // size:06d}.tar", first, rows))
+            name, rows = f"{split}/shard-{start // size:06d}", numbers[start : start + size]
+            shards.append(Shard(f"{name}.tar", first, rows, f"{name}.json"))
             first += len(rows)
     return shards
 
 
-def sample_texts(numbers: list[int], rows, items, seed: int) -> list[tuple[bytes, bytes]]:
-    """(json, txt) of each of these rows."""
+def sample_texts(numbers, rows, items, seed: int) -> list[tuple[bytes, bytes]]:
+    """(json, txt) of each of these items."""
     some = items.loc[numbers]
     fields = [dict(zip(rows.columns, row, strict=True)) for row in rows.loc[some["row"]].to_numpy(object).tolist()]
-    names = ["image_path", "group", "source", *(["view"] if items["view"].any() else ())]
+    names = ["image_path", "group", "source", *(["view"] if "view" in items else ())]
     return [sample_text(*one, seed) for one in zip(fields, some[names].to_dict("records"), strict=True)]
 
 
-def write_shard(shard: Shard, texts: list, offsets: Iterable[int], plan: str, cache: PhotoCache, output: str) -> dict:
+def write_shard(shard: Shard, texts: list, places: Any, plan: str, parts: PhotoParts, output: str) -> dict:
     """Write one shard; returns its record. The same samples give the same bytes on any machine and day.
 
     An older shard goes, the record comes, then the shard, whole: a shard at its place is always that of its record.
     """
     import webdataset  # brings torch along: seconds that only a run pays that has a shard to write
 
-    with atomic_output(join(output, shard.name), cache.path.parent) as temporary:
+    path = join(output, shard.name)
+    parts.fetch(places["part"].unique())
+    places = places.itertuples(index=False)
+    local = parts.local / f"shard-{os.environ.get('RANK', 0)}.tar" if is_s3(output) else Path(path)
+    with common.atomic_file(local) as temporary:
         with open(temporary, "wb") as file, webdataset.TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
-            for number, ((meta, prompt), offset) in enumerate(zip(texts, offsets, strict=True), shard.first):
-                tar.write({"__key__": f"{number:09d}", "jpg": cache.read(offset).jpeg, "json": meta, "txt": prompt})
+            for number, ((meta, prompt), place) in enumerate(zip(texts, places, strict=True), shard.first):
+                tar.write({"__key__": f"{number:09d}", "jpg": parts.jpeg(*place), "json": meta, "txt": prompt})
         record = {
             "name": shard.name, "samples": len(shard.rows), "bytes": temporary.stat().st_size,
             "sha256": common.file_digest(temporary), "plan": plan,
         }  # fmt: skip
         if record["bytes"] > SHARD_BYTES:
             raise Fail(f"{shard.name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
-        remove(join(output, shard.name))
+        remove(path)
         common.upload_atomic(common.canonical(record), join(output, shard.record))
+    if is_s3(output):
+        common.upload_atomic(local, path)
+        local.unlink()
     return record
 
 
@@ -634,20 +705,32 @@ def finished_record(output: str, shard: Shard, plan: str, present: dict[str, int
         return None
 
 
-def write_dataset(shards: list[Shard], rows, items, cache: PhotoCache, output: str, config: PrepConfig) -> list[dict]:
-    """Write the shards that are not there yet; returns the records of all."""
-    present, records, there = dict(common.list_files(output)), [], 0
-    remove(join(output, "manifest.json"))  # it never describes a folder that is being changed
-    for shard in common.progress(shards, "write", len(shards), "shard"):
+def write_dataset(shards: list[Shard], items, rows, parts: PhotoParts, output: str, config: PrepConfig, world: World):
+    """Write the shards that are not there yet, each process its own; returns {name: record} of all.
+
+    The first process of torchrun knows the shards and the items that go into them, and deals them out.
+    """
+    import numpy as np
+
+    if world.size > 1:
+        dealt = [shards[rank :: world.size] for rank in range(world.size)]
+        places = ([shard.rows for shard in own] or [np.empty(0, int)] for own in dealt)
+        shards, items = world.deal(
+            [(own, items.loc[np.concatenate(at)]) for own, at in zip(dealt, places, strict=True)]
+        )
+    present, records, there = dict(common.list_files(output)), {}, 0
+    for shard in common.progress(shards, "write", len(shards), "shard") if world.main else shards:
         texts = sample_texts(shard.rows, rows, items, config.seed)
         sources = items.loc[shard.rows, "source"].tolist()
         contents = common.digest(b"\n".join(itertools.chain.from_iterable(texts)))
         plan = common.digest([photo_settings(config), shard.first, contents, sources])
         record = finished_record(output, shard, plan, present)
         there += record is not None
-        offsets = items.loc[shard.rows, "photo"].tolist()
-        records.append(record or write_shard(shard, texts, offsets, plan, cache, output))
-    print(f"shards: {len(shards)}, of which {there} were there already")
+        records[shard.name] = record or write_shard(shard, texts, items.loc[shard.rows, PLACE], plan, parts, output)
+    records, there = zip(*world.share((records, there)), strict=True)
+    records = {name: record for some in records for name, record in some.items()}
+    if world.main:
+        print(f"shards: {len(records)}, of which {sum(there)} were there already")
     return records
 
 
@@ -723,7 +806,7 @@ def print_report(report: dict[str, Any]) -> None:
     )
 
 
-def contact_sheet(order: dict[str, list[int]], rows, items, cache: PhotoCache, seed: int) -> bytes:
+def contact_sheet(order: dict[str, Any], rows, items, parts: PhotoParts, seed: int) -> bytes:
     """A JPEG of 48 samples, the first of each split, each with prompt, split and type."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -732,10 +815,11 @@ def contact_sheet(order: dict[str, list[int]], rows, items, cache: PhotoCache, s
     pen = ImageDraw.Draw(sheet)
     shown = [(split, number) for split, count in SHEET.items() for number in order[split][:count]]
     texts = sample_texts([number for _, number in shown], rows, items, seed)
+    parts.fetch(items.loc[[number for _, number in shown], "part"].unique())
     for position, ((split, number), (_, prompt)) in enumerate(zip(shown, texts, strict=True)):
         x, y = position % 8 * 232 + 4, position // 8 * 284 + 4
-        photo = cache.read(int(items.at[number, "photo"]))
-        sheet.paste(common.load_image(photo.jpeg).resize((224, 224)), (x, y))
+        photo = common.load_image(parts.jpeg(*items.loc[number, PLACE]))
+        sheet.paste(photo.resize((224, 224)), (x, y))
         pen.text((x, y + 227), f"{split} · {items.at[number, 'type'] or 'unknown'}"[:36], "#666666", font)
         for line, text in enumerate(textwrap.wrap(prompt.decode(), 36, max_lines=2, placeholder=" …")):
             pen.text((x, y + 243 + 15 * line), text, "black", font)
@@ -753,11 +837,6 @@ def items_csv(items) -> bytes:
     return out.getvalue().encode()
 
 
-def rejects_jsonl(rejects: list[dict]) -> bytes:
-    """rejects.jsonl, sorted."""
-    return b"".join(line + b"\n" for line in sorted(map(common.canonical, rejects)))
-
-
 def count_reasons(rejects: list[dict]) -> str:
     """ "3 missing file, 1 not an image"."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(r["reason"] for r in rejects).most_common())
@@ -768,43 +847,70 @@ def count_reasons(rejects: list[dict]) -> str:
 
 
 def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
-    """Scan, group, split, write, report; the manifest last."""
-    start = time.monotonic()
+    """Scan, group, split, write, report; the manifest last. Under torchrun the first process plans for all."""
+    import pyarrow
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # Arrow's own keeps what is freed from all others
+    start, world = time.monotonic(), World(None)
     images = common.images_folder(args.images, args.input)
     output, fold = args.output, parse_fold(config.fold)
     if fold and args.keep_split:
         raise Fail("--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", USAGE)
-    rows, reasons = read_rows(args, config)
-    count = len(rows)
+    with contextlib.nullcontext() if world.main else contextlib.redirect_stdout(None):
+        rows, reasons = read_rows(args, config)
+    facts = [photo_settings(config), config.seed, config.limit, [common.file_digest(path) for path in args.input]]
+    if world.size > 1 and len(set(world.share(common.digest(facts)))) > 1:
+        raise Fail("the processes have different catalogues, settings or versions of Pillow; give all the same", USAGE)
+    # Beside the shards, or for S3 beside the CSV, for each process: the lock, and photos or copies of them.
+    folder = Path(f"{args.input[0]}.work", str(world.rank)) if is_s3(output) else Path(output, ".work")
+    parts = PhotoParts(join(output, ".work"), folder, config)
+    if not world.main:
+        while (keys := world.deal()) is not None:
+            parts.scan(keys, args.workers, world)
+        write_dataset([], rows[:0], rows, parts, output, config, world)
+        if is_s3(output):
+            shutil.rmtree(folder, ignore_errors=True)
+        return DONE
     if is_s3(output):  # a refusal is told now, not after the scan
         common.upload_atomic(b"", join(output, ".writable"))
         remove(join(output, ".writable"))
     kept = kept_splits(args.keep_split)
-    # Beside the shards, or for S3 beside the CSV: what is known of each photo serves the next run.
-    folder = Path(f"{args.input[0]}.work") if is_s3(output) else Path(output, ".work")
     with common.exclusive(folder / "lock") as held:
         if not held:
             raise Fail(f"{folder}: in use by another 2_prepare.py; wait until it has ended")
-        for old in folder.glob("scan-*"):  # scratch files of an earlier version
+        for old in (old for place in {folder, folder.parent} for old in place.glob("photos.bin")):
+            print(f"{old}: of an earlier version, removed; its photos are scanned again", flush=True)
             old.unlink()
-        with PhotoCache(folder / "photos.bin", config) as cache:
-            items, rejects = scan(rows, reasons, images, cache, config, args.workers)
-            if not len(items):
-                raise Fail(
-                    f"{args.input[0]}: none of {count} rows is usable ({count_reasons(rejects) or 'it has no rows'})"
-                )
-            same = rows.loc[items["row"], args.group_by] if args.group_by else ()
-            items["group"] = group_items(items, cache, same)
-            whole = items[items["view"] == 0]
-            split = dict(zip(whole["id"], split_items(whole, config.seed, fold, kept), strict=True))
-            items["split"] = items["id"].map(split)
-            order = draw_order(items, config.seed)
-            records = write_dataset(plan_shards(order, config), rows, items, cache, output, config)
-            sheet = contact_sheet(order, rows, items, cache, config.seed)
-    whole = items[items["view"] == 0]
-    report = finish(whole, records, rejects, sheet, count, args, config, start)
+        items, rejects, wanted = scan(rows, reasons, images, parts, config, args.workers, world)
+        if not len(items):
+            why = count_reasons(rejects) or "it has no rows"
+            raise Fail(f"{args.input[0]}: none of {len(rows)} rows is usable ({why})")
+        same = rows.loc[items["row"], args.group_by] if args.group_by else ()
+        items, whole = assign_splits(items, parts, same, config.seed, fold, kept)
+        order = draw_order(items, config.seed)
+        remove(join(output, "manifest.json"))  # it never describes a folder that is being changed
+        shards = plan_shards(order, config)
+        shown = items if items["view"].any() else items.drop(columns="view")
+        written = write_dataset(shards, shown, rows, parts, output, config, world)
+        sheet = contact_sheet(order, rows, shown, parts, config.seed)
+        records = [written[shard.name] for shard in shards]
+        report = finish(whole, records, rejects, sheet, len(rows), args, config, start)
+        parts.tidy(wanted if config.limit is None else None)  # the next run, without it, wants the others again
     print_report(report)
-    return say_counts(rejects, count, set(whole["id"]), args, config, time.monotonic() - start)
+    return say_counts(rejects, len(rows), set(whole["id"]), args, config, time.monotonic() - start)
+
+
+def assign_splits(items, parts: PhotoParts, same: Iterable[str], seed: int, fold, kept: dict[str, str]) -> tuple:
+    """(items with group and split, those that are the first photo of a product)."""
+    import numpy as np
+
+    distinct = np.flatnonzero(~items["source"].duplicated())  # items that share a photo are known by the first
+    owners, *views = parts.looks(items.iloc[distinct])
+    items = items.assign(group=group_items(items, (distinct[owners], *views), same))
+    first = items["view"] == 0
+    split = np.array(split_items(items[first], seed, fold, kept))
+    items = items.assign(split=split[np.cumsum(first) - 1])
+    return items, items[items["view"] == 0]
 
 
 def finish(items, records, rejects, sheet: bytes, count: int, args, config: PrepConfig, start: float) -> dict[str, Any]:
@@ -832,7 +938,7 @@ def finish(items, records, rejects, sheet: bytes, count: int, args, config: Prep
     sidecar["inputs"] = {path: common.file_digest(path) for path in args.input}
     for name, data in {
         "items.csv": listing,
-        "rejects.jsonl": rejects_jsonl(rejects),
+        "rejects.jsonl": b"".join(line + b"\n" for line in sorted(map(common.canonical, rejects))),
         "split_report.json": json.dumps(report, indent=2, ensure_ascii=False).encode(),
         "contact_sheet.jpg": sheet,
         "prepare.json": json.dumps(sidecar, indent=2).encode(),
@@ -898,7 +1004,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="compare --output with its manifest, and stop")
     parser.add_argument("--keep-split", metavar="MANIFEST", help="an older manifest.json: no item of it changes sides")
     parser.add_argument("--group-by", metavar="COLUMN", help="keep rows equal in this column on one side too")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's, on this machine
+    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one a core)")
     common.add_flags(parser, PrepConfig)
     return parser
 

@@ -1239,14 +1239,17 @@ def _start_photo_worker() -> None:
 
 
 class World:
-    """This process among those that torchrun started, or the only one, and its device."""
+    """This process among those that torchrun started, or the only one, and its device (None: it needs none)."""
 
-    def __init__(self, device: str = "auto"):
-        import torch
-
+    def __init__(self, device: str | None = "auto"):
         names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         self.rank, self.size, self.local_rank = (int(os.environ.get(name, default)) for name, default in names)
         self.main = self.rank == 0
+        if device is None and self.size == 1:  # spared torch, which takes seconds to import
+            return
+        import torch
+
+        device = device or "cpu"
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -1270,8 +1273,29 @@ class World:
         import torch
 
         values = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        with self._all_there():
+            torch.distributed.all_gather_object(values, value)
         return values
+
+    def deal(self, values: list[Any] | None = None) -> Any:
+        """This process's own of the values, one a process, that the first one gives; every process waits for it."""
+        if self.size == 1:
+            return values[0]
+        import torch
+
+        own = [None]
+        with self._all_there():
+            torch.distributed.scatter_object_list(own, values)
+        return own[0]
+
+    @contextlib.contextmanager
+    def _all_there(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not re.search("Connection|peer|timed out", str(error), re.IGNORECASE):
+                raise
+            raise Fail("another process of this run stopped, and says why; start them all again") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------

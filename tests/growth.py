@@ -3,6 +3,7 @@
     python tests/growth.py [--rows 1000 5000 20000] [--folder data/growth]     measures, appends to growth.jsonl
     python tests/growth.py --markdown                    the newest results as the README's table
     python tests/growth.py --plot docs/growth.svg        and as a picture
+    python tests/growth.py --plan 10000000               stage 2's groups, split and plan for that many drawn looks
 
 Each stage runs as its command, stage 1 against the stand-in, stages 3 and 4 with the small CLIP; pictures are 160 px
 wide so that rows, not pixels, decide. Memory is the largest resident set of any one process of the stage.
@@ -17,6 +18,7 @@ import datetime
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -101,6 +103,67 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int
     return seconds, used.ru_maxrss * 1024
 
 
+def draw_looks(count: int) -> tuple:
+    """(gradients uint8 [count, 64], colors uint8 [count, 192]) of smooth forms on white; a fifth are copies of others.
+
+    As of photos, neighboring gradients are alike, so that bands are crowded; copies differ by a little noise.
+    """
+    import numpy as np
+
+    rng, place = np.random.default_rng(0), np.arange(17) / 16
+    gradients, colors = np.empty((count, 64), np.uint8), np.empty((count, 192), np.uint8)
+    finer = [np.maximum(0, 1 - abs(np.linspace(0, 5, side)[:, None] - np.arange(6))) for side in (17, 8)]  # of 6 cells
+    grey_side, color_side = (weights.astype(np.float32) for weights in finer)
+    for start in range(0, count, 10_000):
+        size = min(10_000, count - start)
+        source = np.where(rng.random(size) < 0.2, rng.integers(0, size, size), np.arange(size))
+        noise = (source != np.arange(size))[:, None, None]
+        cells = rng.uniform(0, 255, (size, 3, 6, 6)).astype(np.float32)[source]
+        edges = rng.uniform(0, 0.3, (4, size, 1))[:, source]
+        inside = [(place > low) & (place < 1 - high) for low, high in (edges[:2], edges[2:])]
+        grey = np.where(inside[0][:, :, None] & inside[1][:, None], grey_side @ cells.mean(axis=1) @ grey_side.T, 250)
+        grey = (grey + noise * rng.normal(0, 0.5, grey.shape)).astype(np.int16)
+        steps = grey[:, :-1, 1:] - grey[:, :-1, :-1] > 2, grey[:, 1:, :-1] - grey[:, :-1, :-1] > 2
+        gradients[start : start + size] = np.packbits(np.stack(steps, axis=1).reshape(size, -1), axis=1)
+        grid = (color_side @ cells @ color_side.T).transpose(0, 2, 3, 1).reshape(size, 192)
+        colors[start : start + size] = np.clip(grid + noise[:, 0] * rng.normal(0, 1, grid.shape), 0, 255)
+    return gradients, colors
+
+
+def plan(count: int) -> None:
+    """Print seconds and peak memory of stage 2 between scan and shards, for drawn looks."""
+    import importlib
+
+    import numpy as np
+    import pyarrow
+
+    prepare, started = importlib.import_module("2_prepare"), time.process_time()
+    texts = lambda make: pyarrow.chunked_array([pyarrow.array(map(make, some)) for some in blocks])  # noqa: E731
+    blocks = [range(start, min(count, start + 100_000)) for start in range(0, count, 100_000)]
+    columns = {"id": texts("{:012}".format), "source": texts(lambda i: common.digest([i]))}
+    items = pyarrow.table(columns | {"type": texts(lambda i: f"type {i * i % 997 % 40}")}).to_pandas().assign(view=0)
+    looks = (np.arange(count, dtype=np.int32), *draw_looks(count))
+    del columns
+
+    def show(what: str) -> None:
+        nonlocal started
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(
+            f"{count:,} looks, {what}: {time.process_time() - started:.1f} s of one core, at most {memory:.2f} GB",
+            flush=True,
+        )
+        started = time.process_time()
+
+    show("drawn")
+    items["group"] = prepare.group_items(items, looks)
+    show(f"{items['group'].nunique():,} groups")
+    del looks
+    items["split"] = prepare.split_items(items, 42)
+    show("split")
+    shards = prepare.plan_shards(prepare.draw_order(items, 42), prepare.PrepConfig(image_size=224))
+    show(f"{len(shards):,} shards")
+
+
 def newest() -> dict[int, dict]:
     """rows -> the last result for that many."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
@@ -159,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20_000], help="catalogue sizes")
     parser.add_argument("--folder", help="where to work; by default a temporary folder")
     parser.add_argument("--markdown", action="store_true", help="print the last results as a table and stop")
+    parser.add_argument("--plan", type=int, metavar="LOOKS", help="measure stage 2's planning alone, and stop")
     parser.add_argument("--plot", metavar="FILE", help="draw the last results and stop")
     return parser
 
@@ -168,6 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.markdown:
         print(markdown())
+    elif args.plan:
+        plan(args.plan)
     elif args.plot:
         common.atomic_write(args.plot, plot())
     else:

@@ -447,15 +447,15 @@ def test_a_damaged_file_of_the_workspace_is_one_line_and_nothing_is_asked_twice(
 
 @heavy
 @given(data=st.data())
-def test_a_damaged_scratch_file_costs_a_second_call_at_most(tmp_path, data):
-    scratch = tmp_path / "shards/.work/photos.bin"
+def test_a_damaged_part_costs_a_second_call_at_most(tmp_path, data):
+    parts, ending = tmp_path / "shards/.work", data.draw(st.sampled_from(["jpegs", "parquet"]))
     places = f"--input {tmp_path}/c.csv --output {tmp_path}/shards --image-size 16 --workers 1 --max-failed 1".split()
-    if not scratch.exists():
+    if not parts.exists():
         make_shop(tmp_path)
         assert ends_well(prepare.main, places) == common.DONE
-        shutil.copyfile(scratch, tmp_path / "whole")
     before = common.load_manifest(tmp_path / "shards")["splits"]
-    scratch.write_bytes(damaged(data.draw, (tmp_path / "whole").read_bytes()))
+    (part,) = parts.glob(f"*.{ending}")
+    part.write_bytes(damaged(data.draw, part.read_bytes()))
     if ends_well(prepare.main, places) != common.DONE:
         assert ends_well(prepare.main, places) == common.DONE
     manifest = common.load_manifest(tmp_path / "shards")

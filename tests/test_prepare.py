@@ -288,7 +288,8 @@ def alike(images: list[Image.Image]) -> set[tuple[int, int]]:
     seen = [prepare.image_hashes(common.fit(image, 224)) for image in images]
     owner = [i for i, (bits, _) in enumerate(seen) for _ in range(len(bits) // 64)]
     bits, grids = (np.frombuffer(b"".join(part), np.uint8).reshape(len(owner), -1) for part in zip(*seen, strict=True))
-    pairs = {tuple(sorted((owner[i], owner[j]))) for i, j in prepare.near_pairs(bits, grids)}
+    found = (pair for pairs in prepare.near_pairs(bits, grids) for pair in zip(*pairs, strict=True))
+    pairs = {tuple(sorted((owner[i], owner[j]))) for i, j in found}
     return {pair for pair in pairs if pair[0] != pair[1]}
 
 
@@ -512,7 +513,7 @@ def test_no_manifest_speaks_of_a_folder_that_is_being_changed(tmp_path, monkeypa
     path, output = write_catalogue(tmp_path, make_shop(tmp_path, 50)), tmp_path / "out"
     assert run(path, output) == common.DONE
     whole = content(output)
-    for step in ("write_shard", "create_mini_train", "remove_stale", "items_csv", "contact_sheet", "rejects_jsonl"):
+    for step in ("write_shard", "create_mini_train", "remove_stale", "items_csv", "contact_sheet", "split_report"):
 
         def broken(*_):
             raise common.Fail("killed here")
@@ -526,7 +527,8 @@ def test_no_manifest_speaks_of_a_folder_that_is_being_changed(tmp_path, monkeypa
 
 
 def test_a_grown_catalogue_decodes_only_new_photos(tmp_path, monkeypatch, capsys):
-    """So does a run after one with --limit, after damage, and with other rows; of old photos the scratch keeps half."""
+    """So does a run after one with --limit, after damage, and with other rows; of old photos half are kept."""
+    monkeypatch.setattr(prepare, "PART_PHOTOS", 10)
     rows = make_shop(tmp_path, 40)
     output, decoded, whole = tmp_path / "out", [], common.load_image
     monkeypatch.setattr(prepare.common, "load_image", lambda *a: (len(a) > 1 and decoded.append(1)) or whole(*a))
@@ -536,22 +538,33 @@ def test_a_grown_catalogue_decodes_only_new_photos(tmp_path, monkeypatch, capsys
         assert run(write_catalogue(tmp_path, chosen), output, *flags) == common.DONE
         return len(decoded)
 
+    def parts(ending: str) -> list[Path]:
+        return sorted((output / ".work").glob(f"*.{ending}"))
+
     assert decoded_by(rows[:30]) == 30
     assert decoded_by(rows) == 10
     assert decoded_by(rows, "--limit", "15") == decoded_by(rows) == 0
-    expected, scratch = content(output), output / ".work/photos.bin"
-    capsys.readouterr()
-    data = bytearray(scratch.read_bytes())
-    data[len(data) // 2] ^= 1
-    scratch.write_bytes(data)
-    shutil.rmtree(output / "train")
-    assert 15 <= decoded_by(rows) <= 25 and content(output) == expected
-    assert capsys.readouterr().err.count("bytes at its end are damaged; those photos are scanned again") == 1
-    scratch.write_bytes(b"no scratch file")
-    assert decoded_by(rows) == 40 and content(output) == expected
-    size = scratch.stat().st_size
-    assert decoded_by(rows[:10]) == 0 and scratch.stat().st_size < size / 3
-    assert decoded_by(rows) == 30 and content(output) == expected
+    assert len(parts("jpegs")) == len(parts("parquet")) == 4
+    expected = content(output)
+    for ending, calls in (("parquet", 1), ("jpegs", 2)):  # a damaged JPEG is seen when it is read
+        path = parts(ending)[1]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 if ending == "parquet" else 600] ^= 1
+        path.write_bytes(data)
+        shutil.rmtree(output / "train")
+        capsys.readouterr()
+        if calls == 2:
+            assert run(write_catalogue(tmp_path, rows), output) == common.FAILED
+        assert decoded_by(rows) == 10 and content(output) == expected
+        assert capsys.readouterr().err.count(f"{path.stem}: was damaged and is removed") == 1
+    parts("jpegs")[0].unlink()
+    (output / ".work/photos.bin").write_bytes(b"of an earlier version")
+    assert decoded_by(rows) == 10 and content(output) == expected
+    assert "photos.bin: of an earlier version, removed" in capsys.readouterr().out
+    assert len(parts("jpegs")) == len(parts("parquet")) == 4 and not (output / ".work/photos.bin").exists()
+    size = sum(path.stat().st_size for path in parts("*"))
+    assert decoded_by(rows[:10]) == 0 and sum(path.stat().st_size for path in parts("*")) < size / 2
+    assert decoded_by(rows) in range(20, 31) and content(output) == expected
     assert decoded_by(rows, "--quality", "80") == 40
 
 
@@ -664,7 +677,7 @@ def peak():
 
 for path in sys.argv[1:]:
     before = peak()
-    (photo,) = prepare.scan_photos(["0:0:" + path], prepare.PrepConfig(image_size=224))
+    photo = prepare.scan_photo("0:0:" + path, prepare.PrepConfig(image_size=224))
 print(photo.reason, peak() - before)
 """
     paths = [tmp_path / "usual.jpg", tmp_path / "huge.png"]
@@ -678,7 +691,7 @@ print(photo.reason, peak() - before)
 def test_photos_are_scaled_as_well_as_by_lanczos(tmp_path, side):
     """Above twice the size wanted a JPEG is decoded at a fraction first; smooth forms come out as from the whole."""
     picture(3, side).save(tmp_path / "a.jpg", quality=95)
-    (photo,) = prepare.scan_photos([f"0:0:{tmp_path / 'a.jpg'}"], prepare.PrepConfig(image_size=224, quality=100))
+    photo = prepare.scan_photo(f"0:0:{tmp_path / 'a.jpg'}", prepare.PrepConfig(image_size=224, quality=100))
     theirs = Image.open(tmp_path / "a.jpg").resize((224, 224), Image.LANCZOS)
     error = ((np.asarray(Image.open(io.BytesIO(photo.jpeg)), float) - np.asarray(theirs, float)) ** 2).mean()
     assert error < 255**2 / 10**4
@@ -760,6 +773,11 @@ def bucket(monkeypatch):
     server.stop()
 
 
+def stored(prefix: str) -> dict[str, bytes]:
+    """Every object below an S3 prefix."""
+    return {name: common.read_bytes(f"{prefix}/{name}") for name, _ in common.list_files(prefix)}
+
+
 def test_shards_on_s3_are_those_on_disk(shop, bucket):
     """Through 40% cut connections, 503s and stalls; parts that killed uploads left are gone; --verify sees damage."""
     folder, _, output = shop
@@ -771,10 +789,9 @@ def test_shards_on_s3_are_those_on_disk(shop, bucket):
     assert prepare.main(["--verify", "--output", "s3://shop/prefix"]) == common.DONE
     spoilt = bucket.cuts, bucket.refusals, bucket.stalls
     bucket.cut = bucket.refuse = bucket.stall = 0
-    there = {name: common.read_bytes(f"s3://shop/prefix/{name}") for name, _ in common.list_files("s3://shop/prefix")}
-    here = content(output)
+    there, here = stored("s3://shop/prefix"), content(output)
     assert {name: there[name] for name in here} == here
-    assert set(there) - set(here) == {"prepare.json"}
+    assert {name for name in set(there) - set(here) if not name.startswith(".work/")} == {"prepare.json"}
     uploads = [upload["Key"] for upload in client.list_multipart_uploads(Bucket="shop")["Uploads"]]
     left = [key for key in uploads if key.startswith(("prefix/", "other/"))]  # the server may have served other tests
     assert left == ["other/train/shard-000000.tar"], "another folder's uploads are not ours"
@@ -814,6 +831,97 @@ def test_what_s3_refuses_is_told_before_the_scan(shop, bucket, capsys, monkeypat
         error = capsys.readouterr().err
         assert "s3://shop/p/" in error and "S3 answers 403" in error and "AWS_ACCESS_KEY_ID" in error
     assert time.monotonic() - start < 10
+
+
+# Processes of torchrun ------------------------------------------------------------------------------------------------
+
+PROCESS = '''
+"""2_prepare.py with small parts and shards; logs its steps, and kills itself, or all of torchrun, at one of them."""
+import importlib, os, psutil, signal, sys
+prepare = importlib.import_module("2_prepare")
+prepare.SHARD_SAMPLES, prepare.PART_PHOTOS, calls = 6, 4, []
+kill = os.environ.get("KILL", "").split()  # step, rank, call, whom
+
+def watch(step):
+    true = getattr(prepare, step)
+    def act(what, *others):
+        calls.append(step)
+        if kill[:3] == [step, os.environ["RANK"], str(calls.count(step))]:
+            agent = psutil.Process(os.getppid())
+            for one in [agent, *agent.children()] if kill[3] == "all" else []:
+                if one.pid != os.getpid():
+                    one.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+        made = true(what, *others)
+        with open(os.environ["LOG"], "a") as log:
+            log.write(f"{step} {what if isinstance(what, str) else what.name}\\n")
+        return made
+    setattr(prepare, step, act)
+
+watch("scan_photo")
+watch("write_shard")
+sys.exit(prepare.main())
+'''
+
+
+def run_processes(count: int, catalogue: Path, output: Path | str, kill: str = "") -> tuple[int, list[str], str]:
+    """(exit code, log of steps, what was printed) of torchrun with `count` processes."""
+    script, log = catalogue.with_name("process.py"), catalogue.with_name("log")
+    script.write_text(PROCESS)
+    log.write_text("")
+    flags = ["--input", catalogue, "--output", output, "--workers", "1", "--image-size", "64"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    more = {"KILL": kill, "LOG": str(log), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, script, *flags], cwd=ROOT, env=os.environ | more, capture_output=True, text=True)
+    return done.returncode, log.read_text().splitlines(), done.stdout + done.stderr
+
+
+def kept_photos(parts: dict[str, bytes]) -> list[str]:
+    """The keys of all photos in parts."""
+    tables = [pd.read_parquet(io.BytesIO(data)) for name, data in parts.items() if name.endswith(".parquet")]
+    return [key for table in tables for key in table["key"]]
+
+
+@pytest.fixture
+def shop_of_small_shards(shop, tmp_path, monkeypatch) -> tuple[Path, dict[str, bytes]]:
+    """(a catalogue of 60 products, what one process makes of it)."""
+    monkeypatch.setattr(prepare, "SHARD_SAMPLES", 6)
+    shutil.copytree(shop[0] / "images", tmp_path / "images")
+    catalogue = write_catalogue(tmp_path, shop[1])
+    assert run(catalogue, tmp_path / "one") == common.DONE
+    return catalogue, content(tmp_path / "one")
+
+
+def test_two_processes_killed_and_four_others_make_the_same_on_s3(shop_of_small_shards, bucket):
+    """One process dies while it scans; no process decodes what another has, and none what is kept already."""
+    catalogue, whole = shop_of_small_shards
+    code, log, printed = run_processes(2, catalogue, "s3://shop/p", "scan_photo 1 18 one")
+    assert code != 0 and "another process of this run stopped, and says why; start them all again" in printed
+    kept = kept_photos(stored("s3://shop/p"))
+    assert 12 <= len(kept) < 60 and len(set(log)) == len(log)
+    code, log, printed = run_processes(4, catalogue, "s3://shop/p")
+    assert code == 0, printed
+    assert sorted([*kept, *(line.removeprefix("scan_photo ") for line in log if line.startswith("scan"))]) == sorted(
+        kept_photos(stored("s3://shop/p"))
+    )
+    assert len(set(kept_photos(stored("s3://shop/p")))) == 60 and len(set(log)) == len(log)
+    there = stored("s3://shop/p")
+    assert {name: there[name] for name in whole} == whole
+    assert printed.count("shards: 10, of which 0 were there already") == 1
+    assert run(catalogue, "s3://shop/p") == common.DONE and stored("s3://shop/p").keys() == there.keys()
+
+
+def test_all_processes_killed_and_one_alone_makes_the_same_on_disk(shop_of_small_shards, tmp_path, capsys):
+    catalogue, whole = shop_of_small_shards
+    code, log, _ = run_processes(2, catalogue, tmp_path / "out", "write_shard 0 3 all")
+    assert code == -signal.SIGKILL and 60 <= len(set(log)) == len(log)
+    done = len(list((tmp_path / "out").glob("*/*.tar")))
+    assert 2 <= done < 10 and not (tmp_path / "out/manifest.json").exists()
+    capsys.readouterr()
+    assert run(catalogue, tmp_path / "out") == common.DONE
+    assert f"shards: 10, of which {done} were there already" in capsys.readouterr().out
+    assert content(tmp_path / "out") == whole and not list(tmp_path.rglob("*.tmp"))
+    assert len(kept_photos({path.name: path.read_bytes() for path in (tmp_path / "out/.work").iterdir()})) == 60
 
 
 # Size of the pictures ------------------------------------------------------------------------------------------------
