@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import contextlib
 import copy
+import csv
 import dataclasses
 import datetime
 import email.utils
@@ -99,6 +101,280 @@ BLOCK = 32  # rows that a worker takes at once
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Catalogue: CSV files as shops export them -> rows with our columns, one a product
+
+# Names of columns, in lower case, letters and digits only. An export is known by its three columns.
+EXPORTS = {
+    "Shopify": (("handle", "urlhandle"), ("title",), ("imagesrc", "productimageurl")),
+    "WooCommerce": (("sku", "id"), ("name",), ("images",)),
+    "Google Merchant": (("id",), ("title",), ("imagelink",)),
+}
+OTHER_NAMES = (  # of our three columns, in exports that are none of these
+    ("id", "sku", "productid", "itemid", "itemnumber", "articlenumber", "artikelnummer", "handle"),
+    ("name", "title", "productname", "producttitle", "producttitel", "titel", "bezeichnung"),
+    ("imagepath", "image", "images", "imageurl", "imagelink", "imagesrc", "imagefile", "photo", "picture", "bild"),
+)
+FURTHER_NAMES = ("additionalimagelink", "additionalimages", "variantimage", "variantimageurl", "furtherphotos")
+NO_TABLES = {  # how files begin that are no text, or another kind of text
+    b"PK\3\4": "a spreadsheet or zip archive", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "gzip",
+    b"PAR1": "a Parquet file", b"%PDF": "a PDF", b"SQLite": "a database", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip", b"\xff\xd8\xff": "a photo", b"\x89PNG": "a photo",
+    b"<": "XML or HTML", b"{": "JSON", b"[": "JSON",
+}  # fmt: skip
+# UTF-8 of western letters and punctuation: what cp1252 would show as Ã¤ or â€“
+UTF8_SIGNS = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80[\x80-\xbf]")
+PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
+
+
+def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
+    """An error handler of decoders: Windows-1252, with Latin-1 for the bytes that it leaves undefined."""
+    byte = error.object[error.start : error.start + 1]
+    return (byte.decode("latin-1") if byte in b"\x81\x8d\x8f\x90\x9d" else byte.decode("cp1252")), error.start + 1
+
+
+codecs.register_error("as-windows", as_windows)
+
+
+def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
+    """(rows: DataFrame of str, index: row number over all files; reasons, as common.row_reasons gives them).
+
+    Finds encoding (UTF-8, UTF-16, Windows-1252), delimiter (comma, semicolon, tab, bar) and our three columns, which
+    `columns` may name ("id=SKU,name=Title"). Values are kept to the letter; a second column of one name is name_2;
+    absent values are "". Where the header is not ours, rows of one id without a title of their own are no rows: their
+    photos go to the product's further_photos.
+    Raises Fail for a missing or empty file, one that is no table, columns that are missing or not certain, and quotes
+    that swallow lines: those rows would be lost without a word.
+    """
+    import pandas as pd
+
+    csv.field_size_limit(1 << 24)
+    parts, surplus, first = [], set(), 1
+    for path in map(Path, paths):
+        encoding, delimiter, header, export = feed_dialect(path, columns)
+        width, values = len(header), []
+        for record in feed_records(path, encoding, delimiter, header):
+            if len(record) > width:
+                surplus.add(first + len(values))
+            values.append(record[:width] + [""] * (width - len(record)))
+        part = pd.DataFrame(values, columns=header, index=range(first, first + len(values)), dtype="str")
+        first += len(values)
+        del values
+        parts.append(gather_photos(part, surplus, export))
+        if len(part) > len(parts[-1]):
+            say(f"{path}: {len(part)} rows are {len(parts[-1])} products")
+    rows = parts[0] if len(parts) == 1 else pd.concat(parts).fillna("")
+    return rows, common.row_reasons(rows, surplus)
+
+
+def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
+    """Encoding (utf-8 or utf-16), delimiter, our names of the columns, and the export's name ("" of our own header)."""
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(1 << 20)
+    except FileNotFoundError:
+        raise Fail(f"{path}: no such CSV; check --input", common.USAGE) from None
+    except IsADirectoryError:
+        raise Fail(f"{path}: is a folder, not a CSV; check --input", common.USAGE) from None
+    for mark, what in NO_TABLES.items():
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark):
+            raise Fail(f"{path}: is {what}, not a table of text; export it as CSV (UTF-8)", common.USAGE)
+    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        line = next(feed_lines(io.BytesIO(start), encoding, path), "")
+    except UnicodeError as error:
+        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
+    if not line.strip():
+        raise Fail(f"{path}: is empty; a header with {', '.join(common.REQUIRED_COLUMNS)} is needed")
+    if re.search(r"[\0-\x08\x0e-\x1f\x7f\ufffd]", line):
+        what = "UTF-16 without its mark" if "\0" in line else "no text"
+        raise Fail(f"{path}: its first line is {what}; export it as CSV (UTF-8)", common.USAGE)
+    given = dict(re.findall(r'(\w+)=("[^"]*"|[^,]*)(?:,|$)', columns))
+    if columns and (not given or given.keys() - set(common.REQUIRED_COLUMNS)):
+        hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
+        raise Fail(f"--columns {columns}: {hint}", common.USAGE)
+    given = {name: value.strip('" ') for name, value in given.items()}
+    headers = {d: [name.strip() for name in next(csv.reader([line], delimiter=d), [])] for d in ",;\t|"}
+    found = [(delimiter, header, *find_columns(header, given)) for delimiter, header in headers.items()]
+    delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
+    return encoding, delimiter, our_header(path, header, places, export), export
+
+
+def plain_name(column: str) -> str:
+    """A column's name in lower case, letters and digits only."""
+    return re.sub(r"[\W_]", "", column.lower())
+
+
+def find_columns(header: list[str], given: dict[str, str]) -> tuple[dict[str, list[int]], str]:
+    """(for each of our columns the places in the header that may be meant, what kind of table it is)."""
+
+    def places(names: Iterable[str], key: Callable[[str], str] = plain_name) -> list[int]:
+        return [place for place, name in enumerate(header) if key(name) in names]
+
+    ours = {name: places([name], str) or places([name], str.lower) for name in common.REQUIRED_COLUMNS}
+    if given:
+        kind = "columns by --columns"
+    elif all(ours.values()):
+        return ours, ""
+    else:
+        kind = "columns by their names"
+        for export, wanted in EXPORTS.items():
+            found = [next(filter(None, (places([one]) for one in names)), []) for names in wanted]
+            if all(found):
+                return dict(zip(common.REQUIRED_COLUMNS, found, strict=True)), export
+    found = {name: ours[name] or places(some) for name, some in zip(common.REQUIRED_COLUMNS, OTHER_NAMES, strict=True)}
+    found |= {name: places([value], str) for name, value in given.items()}
+    return found, "" if found == ours else kind
+
+
+def our_header(path: Path, header: list[str], places: dict[str, list[int]], export: str) -> list[str]:
+    """The columns' names, ours where they are meant, each once; Fail where one is missing or may be any of several."""
+    hint = "say which is which with --columns id=...,name=...,image_path=..."
+    if missing := [name for name, found in places.items() if not found]:
+        shown = "".join(c if c.isprintable() else "?" for c in ", ".join(header))[:200]
+        raise Fail(f"{path}: no column {', '.join(missing)}; the header has {shown}; {hint}", common.USAGE)
+    for name, found in places.items():
+        if len({header[place].lower() for place in found}) < len(found):
+            raise Fail(f"{path}: two columns are called {name}; rename the one that is not meant", common.USAGE)
+        if len(found) > 1:
+            some = ", ".join(header[place] for place in found)
+            raise Fail(f"{path}: {name} may be {some}; {hint}", common.USAGE)
+    ours = {found[0]: name for name, found in places.items()}
+    if export:
+        say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
+    unique: list[str] = []
+    for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
+        free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
+        free = itertools.chain([name], free)
+        unique.append(ours.get(place) or next(n for n in free if n not in {*unique, *common.REQUIRED_COLUMNS}))
+    return unique
+
+
+def feed_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
+    """The lines of a binary file as text. In UTF-8, what is none is read as Windows-1252, with a warning at the end.
+
+    A line with both is UTF-8 with single Windows bytes in it.
+    """
+    if encoding == "utf-16":
+        yield from io.TextIOWrapper(handle, encoding, newline="")
+        return
+    windows, utf8 = [], False
+    for number, line in enumerate(handle, 1):
+        try:
+            text = line.decode()
+            utf8 = utf8 or not text.isascii()
+        except UnicodeDecodeError:
+            signs = UTF8_SIGNS.search(line) is not None
+            text, utf8 = line.decode("utf-8" if signs else "cp1252", "as-windows"), utf8 or signs
+            windows.append(number)
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
+    if windows and utf8:
+        shown = ", ".join(map(str, windows[:5])) + (", ..." if len(windows) > 5 else "")
+        count = "1 line is" if len(windows) == 1 else f"{len(windows)} lines are"
+        say(f"warning: {path}: {count} not UTF-8, read as Windows-1252: {shown}")
+
+
+def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -> Iterator[list[str]]:
+    """The values of each row; a blank line is none. Raises Fail for what cannot be read, and for stray quotes."""
+    lines: list[str] = []  # of the present record and, before them, of the last one
+    with open(path, "rb") as handle:
+        text = (lines.append(line) or line for line in feed_lines(handle, encoding, path))
+        reader, begun, last = csv.reader(text, delimiter=delimiter), 1, 1
+        try:
+            for values in reader:
+                own = reader.line_num - begun + 1
+                del lines[:-own]
+                if own > 1 and are_rows(lines, delimiter, header):
+                    raise Fail(f"{path}, line {begun}: the quotes opened there swallow {own} lines; mend that line")
+                if values and begun > 1:
+                    yield values
+                last, begun = begun, reader.line_num + 1
+        except (csv.Error, UnicodeError) as error:
+            raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
+    if len([*csv.reader([*lines, "end"], delimiter=delimiter)]) == 1:  # no row of its own: swallowed by open quotes
+        raise Fail(f"{path}, line {last}: the quotes opened there are never closed; mend that line")
+
+
+def are_rows(lines: list[str], delimiter: str, header: list[str]) -> bool:
+    """Whether one record's lines are rows that stray quotes joined: text follows the closing ones, or each is whole."""
+    spaces = re.compile(f'" +(?={re.escape(delimiter)}|[\r\n]|$)')
+    try:
+        list(csv.reader([spaces.sub('"', line) for line in lines], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return True
+    place = header.index("image_path")
+    rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    return all(len(row) >= len(header) and PICTURE_NAME.match(row[place].strip('"')) for row in rows)
+
+
+def gather_photos(rows, surplus: set[int], export: str) -> Any:
+    """The rows with further_photos, where a product has any; of another table than ours, one row a product.
+
+    There, a row without a title of its own (variants, further photos) belongs to the titled row of its id.
+    """
+    import pandas as pd
+
+    plain = {plain_name(name): name for name in rows.columns}
+    more = [name for key, name in plain.items() if key in FURTHER_NAMES]
+    if common.FURTHER in rows.columns or not (more or export) or rows.empty:
+        return rows
+    if export == "WooCommerce":
+        rows = join_variations(rows, plain.get("parent"))
+    head, order = rows.index.to_series(), rows
+    if export:
+        name = rows["name"].str.strip()
+        usable = (rows["id"].str.strip() != "") & ~rows.index.isin(surplus)
+        title = name.where(usable & (name != "")).groupby(rows["id"]).transform("first").fillna("")
+        firsts = rows[usable & (name == title)].drop_duplicates("id")
+        mine = usable & ((name == title) | (name == ""))
+        head = head.where(~mine, rows["id"].map(dict(zip(firsts["id"], firsts.index, strict=True))))
+        if position := plain.get("imageposition"):
+            number = pd.to_numeric(rows[position], errors="coerce").fillna(math.inf)
+            order = rows.iloc[number.argsort(kind="stable")]
+    photos: dict[int, dict[str, None]] = {}
+    for number, *values in zip(head[order.index], *(order[name] for name in ["image_path", *more]), strict=True):
+        photos.setdefault(number, {}).update(dict.fromkeys(value for value in values if value.strip()))
+    rows = rows[head == rows.index]
+    found = [list(photos[number]) for number in rows.index]
+    rows = rows.assign(image_path=[one[0] if one else "" for one in found])
+    return rows.assign(**{common.FURTHER: [further_cell(one[1:]) for one in found]})
+
+
+def join_variations(rows, parent: str | None) -> Any:
+    """WooCommerce: a product without SKU is known by its ID; a variation takes its parent's id, and has no title."""
+    number = next((rows[name] for name in rows.columns if name != "id" and name.lower() == "id"), rows["id"])
+    taken = number.isin(set(rows["id"])) & (number != "")  # another product's SKU
+    id = rows["id"].where(rows["id"].str.strip() != "", number.where(~taken, "id:" + number))
+    if parent is None:
+        return rows.assign(id=id)
+    by_number = dict(zip("id:" + number, id, strict=True))
+    of = rows[parent].str.strip().map(lambda one: by_number.get(one, one))
+    child = (of != "") & of.isin(set(id))
+    return rows.assign(id=id.where(~child, of), name=rows["name"].where(~child, ""))
+
+
+def further_cell(photos: list[str]) -> str:
+    """The value of further_photos."""
+    return common.canonical(photos).decode() if photos else ""
+
+
+def photo_names(folder: Path, cells: list[str]) -> list[str]:
+    """The photos in cells that hold one name each, or several with comma, semicolon or bar in between."""
+    names: list[str] = []
+    for cell in map(str.strip, cells):
+        if common.is_url(cell):
+            names += re.split(r"\s*[,;|\s]\s*(?=https?://)", cell.rstrip(",;| "), flags=re.I)
+            continue
+        parts = [part.strip() for part in re.split("[,;|]", cell)]
+        if len(parts) > 1:
+            with contextlib.suppress(common.BadImage):
+                common.resolve_image(folder, cell)
+                parts = [cell]
+        names += parts
+    return list(dict.fromkeys(filter(None, names)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -327,9 +603,9 @@ def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], prod
             *made, names, line = build_row(settings, folder, earlier, name, cells, known, token_factor)
             if usable := bool(made[0]):
                 same = [cell for _, other, more in rows[place:] if other == name for cell in more]
-                names = dict.fromkeys([*names, *common.photo_names(folder, same)])
+                names = dict.fromkeys([*names, *photo_names(folder, same)])
                 names = [photo for photo in names if photo != made[-1] and not common.is_url(photo)]  # was not fetched
-            built.append((number, *made, common.write_further(names), line))
+            built.append((number, *made, further_cell(names), line))
             if usable:
                 break
     return built
@@ -345,7 +621,7 @@ def build_row(
     were; `source` is the photo's. A row without a usable photo has a reason and none; no line is made where the digest
     `known` is among them. `token_factor` multiplies the tokens for the answer.
     """
-    names, failed = common.photo_names(folder, cells), None
+    names, failed = photo_names(folder, cells), None
     title, *older = dict.fromkeys(text[:MAX_TITLE] for text in (common.plain_text(name), " ".join(name.split())))
     for place, photo in enumerate(names, 1):
         try:
@@ -1376,8 +1652,8 @@ class DataProcessor:
 
     @functools.cached_property
     def catalogue(self) -> tuple[Any, Any]:
-        """(rows, reasons) as common.read_catalogue gives them, --limit taken into account."""
-        whole = common.read_catalogue(self.args.input, self.args.columns)
+        """(rows, reasons) as read_feeds gives them, --limit taken into account."""
+        whole = read_feeds(self.args.input, self.args.columns)
         return tuple(part.head(self.settings.limit or len(part)) for part in whole)
 
     @functools.cached_property
@@ -1472,7 +1748,7 @@ class DataProcessor:
     def fetch_photos(self) -> None:
         """Fetch the photos that stand at URLs, if there are such."""
         cells = (cell for _, some in common.products(*self.catalogue) for _, _, cells in some for cell in cells)
-        urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in common.photo_names(Path(), [cell]))
+        urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in photo_names(Path(), [cell]))
         if urls:
             self.unfetched = PhotoFetcher(self.fetched, self.settings.allow_private).fetch([*urls])
 
@@ -1483,7 +1759,7 @@ class DataProcessor:
             if not common.is_url(cell):
                 local.append(cell)
                 continue
-            for url in common.photo_names(Path(), [cell]):
+            for url in photo_names(Path(), [cell]):
                 path = self.fetched / common.digest(url.encode())
                 local.append(os.path.join(self.fetched_from, path.name) if path.exists() else url)
         return local

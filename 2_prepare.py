@@ -365,8 +365,7 @@ def scan(rows, reasons, images: Path, cache: PhotoCache, config: PrepConfig, wor
     queues: dict[str, list[tuple[int, str]]] = {}  # id -> (row, photo) still to be tried, the first ones last
     chosen, failed, wanted = defaultdict(list), {}, {}
     for id, candidates in common.products(rows, reasons):
-        named = ((number, common.photo_names(images, cells)) for number, _, cells in candidates)
-        queues[id] = [(number, name) for number, names in named for name in names][::-1]
+        queues[id] = [(number, name) for number, _, names in candidates for name in dict.fromkeys(names)][::-1]
     while queues:
         turn = []
         for id, queue in queues.items():
