@@ -21,27 +21,23 @@ import copy
 import csv
 import dataclasses
 import datetime
-import email.utils
 import functools
 import hashlib
-import http.client
 import io
 import ipaddress
 import itertools
 import json
 import math
 import os
-import queue
 import re
 import socket
-import ssl
 import struct
 import sys
 import threading
 import time
 import urllib.parse
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -673,169 +669,155 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class Connection(http.client.HTTPConnection):
-    """A connection to an address that was looked up once, checked and then used: no name can change its mind."""
+def photo_connections(allow_private: bool) -> Any:
+    """urllib3's pools of connections, at most HOST_LANES to a host; a thread waits for a free one.
 
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, allow_private: bool):
-        super().__init__(host, port, timeout=FETCH_TIMEOUT)
-        self.tls, self.allow_private = tls, allow_private
-        self.default_port = 443 if tls else 80
+    Each goes to an address that was looked up once, checked and then used: no name can change its mind.
+    """
+    import urllib3
+    from urllib3.util.connection import create_connection
 
-    def connect(self) -> None:
+    def connect(connection) -> socket.socket:
         try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError):
             raise NotFetched("unknown host") from None
-        if not self.allow_private and not all(is_public(place[0]) for *_, place in found):
+        addresses = [place[0] for *_, place in found]
+        if not allow_private and not all(map(is_public, addresses)):
             raise NotFetched("private address (--allow-private)")
-        for number, (family, kind, protocol, _, place) in enumerate(found, 1):
-            self.sock = socket.socket(family, kind, protocol)
-            self.sock.settimeout(self.timeout)
+        for number, address in enumerate(addresses, 1):
             try:
-                self.sock.connect(place)
-                break
-            except OSError:
-                self.sock.close()
-                if number == len(found):
-                    raise
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.tls:
-            self.sock = self.tls.wrap_socket(self.sock, server_hostname=self.host)
+                options = connection.socket_options
+                return create_connection((address, connection.port), FETCH_TIMEOUT, socket_options=options)
+            except OSError as error:
+                why = "too slow" if isinstance(error, TimeoutError) else f"connection broken ({type(error).__name__})"
+                if number == len(addresses):
+                    raise NotFetched(why, 0.0) from None
+        raise NotFetched("unknown host")
+
+    pools = urllib3.PoolManager(1000, maxsize=HOST_LANES, block=True, timeout=FETCH_TIMEOUT, retries=False)
+    pools.pool_classes_by_scheme = {
+        scheme: type("", (kind,), {"ConnectionCls": type("", (kind.ConnectionCls,), {"_new_conn": connect})})
+        for scheme, kind in pools.pool_classes_by_scheme.items()
+    }
+    return pools
 
 
 class PhotoFetcher:
-    """Fetches URLs by some threads, each with its own connections. index.jsonl: what makes a later request conditional.
+    """Fetches URLs by some threads. index.jsonl: what makes a later request conditional.
 
     `unfinished` stands while a round is under way: the next call goes on with it. In a new round, photos that are here
     are asked for again only if they have changed, as far as the server gave a means to (ETag, Last-Modified).
     """
 
     def __init__(self, folder: Path, allow_private: bool):
-        self.folder, self.allow_private = folder, allow_private
+        self.folder, self.connections = folder, photo_connections(allow_private)
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
-        self.tls = ssl.create_default_context()
-        self.jobs: dict[str, deque[str]] = {}  # host -> URLs
-        self.lanes, self.quiet_until = Counter(), {}  # host -> threads at work; time before which it is left alone
-        self.lock, self.stop, self.results = threading.Lock(), threading.Event(), queue.SimpleQueue()
+        self.quiet_until: dict[str, float] = {}  # host -> time before which it is left alone
+        self.lock, self.stop = threading.Lock(), threading.Event()
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
+        from multiprocessing.pool import ThreadPool  # its threads end with the process, even within a call
+
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.unfinished.exists():
             self.unfinished.touch()
         begun = self.unfinished.stat().st_mtime_ns
         found = ((entry.name, entry.stat()) for entry in os.scandir(self.folder))
         here = {name: stat.st_mtime_ns for name, stat in found if stat.st_size}  # after a power cut some may be empty
-        for url in urls:
-            name = common.digest(url.encode())
-            if name not in here or (here[name] < begun and name in self.known):
-                self.jobs.setdefault(host_of(url), deque()).append(url)
-        total, counts, failures, size = sum(map(len, self.jobs.values())), Counter(), {}, 0
-        threads = min(LANES, sum(min(HOST_LANES, len(jobs)) for jobs in self.jobs.values()))
-        for _ in range(threads):
-            threading.Thread(target=self.work, daemon=True).start()
-        try:
-            for url, outcome, got in common.progress(self.outcomes(threads), "fetch", total, "photo"):
-                size += got
-                counts[outcome or "failed"] += 1
-                if outcome not in ("fetched", "unchanged"):
-                    failures[url] = outcome
-        finally:
-            self.stop.set()
+        names = {url: common.digest(url.encode()) for url in urls}
+        wanted = [url for url, n in names.items() if n not in here or (here[n] < begun and n in self.known)]
+        counts, failures, size = Counter(), {}, 0
+        with ThreadPool(min(LANES, len(wanted)) or 1) as pool:
+            try:
+                outcomes = pool.imap_unordered(self.try_often, wanted)
+                for url, outcome, got in common.progress(outcomes, "fetch", len(wanted), "photo"):
+                    size += got
+                    counts[outcome] += 1
+                    if outcome not in ("fetched", "unchanged"):
+                        failures[url] = outcome
+            finally:
+                self.stop.set()
         if counts["fetched"]:
             os.sync()
         self.unfinished.unlink()
-        here = f"{len(urls) - total} were here already, " if len(urls) > total else ""
+        here = f"{len(urls) - len(wanted)} were here already, " if len(urls) > len(wanted) else ""
         got = f"{counts['fetched']} fetched ({size / 1e6:.1f} MB), {counts['unchanged']} unchanged"
         say(f"photos at URLs: {here}{got}, {len(failures)} failed")
         for reason, count in Counter(failures.values()).most_common():
             say(f"  {count}: {reason} (such as {next(url for url, why in failures.items() if why == reason)})")
         return failures
 
-    def outcomes(self, threads: int) -> Iterator[tuple[str, str, int]]:
-        """(URL, "fetched", "unchanged" or why not, bytes) until every thread has ended."""
-        while threads:
-            if (one := self.results.get()) is None:
-                threads -= 1
-            else:
-                yield one
+    def try_often(self, url: str) -> tuple[str, str, int]:
+        """(URL, "fetched", "unchanged" or why not, bytes)."""
+        from urllib3 import exceptions
 
-    def work(self) -> None:
-        """A thread: take a host that has URLs left and few threads, and fetch until it has none."""
-        try:
-            while not self.stop.is_set():
-                with self.lock:
-                    free = (host for host, jobs in self.jobs.items() if jobs and self.lanes[host] < HOST_LANES)
-                    if (host := next(free, None)) is None:
-                        return
-                    self.lanes[host] += 1
-                open_ones: dict[tuple, Connection] = {}
-                while not self.stop.is_set() and (url := self.next_url(host)):
-                    self.results.put((url, *self.try_often(url, open_ones)))
-                for connection in open_ones.values():
-                    connection.close()
-                with self.lock:
-                    self.lanes[host] -= 1
-        finally:
-            self.results.put(None)
-
-    def next_url(self, host: str) -> str | None:
-        with self.lock:
-            return self.jobs[host].popleft() if self.jobs[host] else None
-
-    def try_often(self, url: str, open_ones: dict[tuple, Connection]) -> tuple[str, int]:
-        """("fetched", "unchanged" or why not, bytes)."""
-        host, why = host_of(url), "interrupted"
+        host, why = (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower(), "interrupted"
         for attempt in range(FETCH_ATTEMPTS):
             self.stop.wait(max(0.0, self.quiet_until.get(host, 0.0) - time.monotonic()))
             if self.stop.is_set():
                 break
             try:
-                return self.get(url, open_ones)
+                return url, *self.get(url)
             except NotFetched as error:
                 why, pause = str(error), error.pause
-            except TimeoutError:
+            except (TimeoutError, exceptions.TimeoutError):
                 why, pause = "too slow", 0.0
-            except ssl.SSLCertVerificationError:
-                why, pause = "certificate refused", None
-            except (OSError, http.client.HTTPException) as error:
-                why, pause = f"connection broken ({type(error).__name__})", 0.0
-            except ValueError:  # urllib.parse, http.client: no URL at all
+            except ValueError:  # of urllib.parse and urllib3: no URL at all
                 why, pause = "not a URL", None
-            for connection in open_ones.values():  # somewhere in the middle of an answer
-                connection.close()
-            open_ones.clear()
+            except (OSError, exceptions.HTTPError) as error:
+                why, pause = f"connection broken ({type(error).__name__})", 0.0
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    why, pause = "certificate refused", None
             if pause is None or pause > LONGEST_PAUSE:
                 break
             if pause:
                 self.quiet_until[host] = time.monotonic() + pause
             elif attempt + 1 < FETCH_ATTEMPTS:
                 self.stop.wait(FETCH_PAUSE * 2**attempt)
-        return why, 0
+        return url, why, 0
 
-    def get(self, url: str, open_ones: dict[tuple, Connection]) -> tuple[str, int]:
-        """Fetch one photo, over redirects; gives ("fetched" or "unchanged", bytes). Raises NotFetched, OSError."""
+    def get(self, url: str) -> tuple[str, int]:
+        """Fetch one photo, over redirects; gives ("fetched" or "unchanged", bytes).
+
+        Raises NotFetched, OSError, ValueError and urllib3's HTTPError.
+        """
         path, headers = self.folder / common.digest(url.encode()), dict(FETCH_HEADERS)
         if path.exists() and (known := self.known.get(path.name)):
             headers |= {name: known[name] for name in ("If-None-Match", "If-Modified-Since") if known.get(name)}
+        # As sent, and as long as it says: a length that is not kept is looked at here.
+        options = {"redirect": False, "preload_content": False, "decode_content": False}
+        options |= {"enforce_content_length": False}
         deadline, place = time.monotonic() + FETCH_LIMIT, url
         for _ in range(REDIRECTS + 1):
-            response = self.request(place, headers, open_ones)
-            if response.status not in (301, 302, 303, 307, 308):
-                break
-            response.read(1 << 16)
-            place = urllib.parse.urljoin(place, response.headers.get("Location", ""))
-        else:
-            raise NotFetched("too many redirects")
+            if not common.is_url(place):
+                raise NotFetched("not http or https")
+            response = self.connections.request("GET", place.strip(), headers=headers, **options)
+            try:
+                if not (target := response.get_redirect_location()):
+                    return self.store(url, path, response, deadline)
+                response.read(1 << 16)
+            finally:  # a connection is kept if the answer was read to its end
+                response.close()
+                response.release_conn()
+            place = urllib.parse.urljoin(place, target)
+        raise NotFetched("too many redirects")
+
+    def store(self, url: str, path: Path, response: Any, deadline: float) -> tuple[str, int]:
+        """Store an answer that brings a photo, or nothing new; NotFetched for any other one."""
+        import urllib3
+
         if response.status == 304:
             response.read()
             os.utime(path)
             return "unchanged", 0
-        if response.status in (408, 425, 429) or response.status >= 500:
-            raise NotFetched(f"status {response.status}", retry_after(response.headers.get("Retry-After", "")))
         if response.status != 200:
-            raise NotFetched(f"status {response.status}")
+            pause = 0.0 if response.status in (408, 425, 429) or response.status >= 500 else None
+            with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+                pause = pause if pause is None else urllib3.Retry().get_retry_after(response) or 0.0
+            raise NotFetched(f"status {response.status}", pause)
         temporary = path.with_name(f".{path.name}.tmp")  # flushed to disk with all others, at the end of the round
         try:
             with open(temporary, "wb") as file:
@@ -851,39 +833,10 @@ class PhotoFetcher:
                 index.write(json.dumps(line) + "\n")
         return "fetched", size
 
-    def request(self, url: str, headers: dict, open_ones: dict[tuple, Connection]) -> http.client.HTTPResponse:
-        """Send one request over a kept connection, or a new one where there is none or the server has closed it."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
-            raise NotFetched("not http or https")
-        tls = self.tls if parts.scheme.lower() == "https" else None
-        key = (parts.hostname, parts.port or (443 if tls else 80), tls is not None)
-        target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-        target += f"?{urllib.parse.quote(parts.query, safe='/?%:@!$&()*+,;=~-._')}" if parts.query else ""
-        for _ in range(2):
-            kept = open_ones.pop(key, None)
-            connection = kept or Connection(*key[:2], tls, self.allow_private)
-            try:
-                connection.request("GET", target, headers=headers)
-                response = connection.getresponse()
-            except (http.client.RemoteDisconnected, ConnectionError):
-                connection.close()
-                if not kept:
-                    raise
-                continue
-            open_ones[key] = connection
-            return response
-        raise AssertionError  # a new connection returns or raises
 
-
-def host_of(url: str) -> str:
-    """The part of a URL that says where to ask, "" where it is none."""
-    return (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower()
-
-
-def copy_picture(response: http.client.HTTPResponse, file: Any, deadline: float) -> int:
+def copy_picture(response: Any, file: Any, deadline: float) -> int:
     """Copy an answer that is a picture, whole, and not too large; gives its bytes. Raises NotFetched, OSError."""
-    if (response.length or 0) > MAX_FETCHED:
+    if (response.length_remaining or 0) > MAX_FETCHED:
         raise NotFetched("too large")
     size = 0
     while block := response.read(1 << 16):
@@ -894,20 +847,11 @@ def copy_picture(response: http.client.HTTPResponse, file: Any, deadline: float)
             raise NotFetched("too large")
         if time.monotonic() > deadline:
             raise TimeoutError
-    if response.length:
+    if response.length_remaining:
         raise ConnectionError("the answer was cut")
     if not size:
         raise NotFetched("empty answer")
     return size
-
-
-def retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for (RFC 9110: a number or a date); 0 where it says nothing."""
-    if text.strip().isdecimal():
-        return float(text)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
