@@ -540,7 +540,7 @@ def read_table(path: str | Path, required: tuple[str, ...], optional: tuple[str,
     if wrong := missing + [name for name in (*required, *optional) if header.count(name) > 1]:
         shown = ", ".join(header)[:200] or "nothing"
         raise Fail(f"{path}: needs one column {' and one '.join(wrong)}; the header has {shown}", USAGE)
-    found = {number: record for number, record in enumerate(records, 1) if any(record)}
+    found = {number: record for number, record in enumerate(records, 1) if record}
     for number, record in found.items():
         if len(record) > len(header):
             raise Fail(f"{path}: row {number} has more fields than the header; quote what holds a '{delimiter}'")
@@ -622,6 +622,7 @@ def read_queries(path: str | Path, ids: Iterable[str] | None = None) -> tuple[An
     import pandas as pd
 
     rows = read_table(path, ("query", "id"), ("grade", "weight", "source"))
+    rows = rows[(rows != "").any(axis=1)]  # spreadsheets write a line of commas for an empty one
     worth = [name for name in ("grade", "weight") if name in rows]
     if len(worth) > 1:
         raise Fail(f"{path}: has a column grade and a column weight; keep the one that is meant", USAGE)
@@ -732,9 +733,6 @@ def is_url(name: str) -> bool:
     return re.match(r"\s*https?://", name, re.IGNORECASE) is not None
 
 
-_real_folder = functools.lru_cache(4096)(os.path.realpath)  # photos lie many to a folder
-
-
 def resolve_image(folder: Path, image_path: str) -> Path:
     """The file that a row names, links followed; `folder` is resolved already. Raises BadImage.
 
@@ -771,10 +769,7 @@ def resolve_image(folder: Path, image_path: str) -> Path:
 def _file_below(folder: Path, written: str) -> Path:
     """The file of this very name below the folder, links followed. Raises BadImage."""
     try:
-        above, name = os.path.split(os.path.join(folder, written))
-        path = os.path.join(_real_folder(above), name)
-        if name in ("", ".", "..") or os.path.islink(path):
-            path = os.path.realpath(path)
+        path = os.path.realpath(os.path.join(folder, written))
         there = os.path.isfile(path)
     except (ValueError, OSError) as error:  # NUL in the name, too long
         raise BadImage("missing file", str(error)) from None

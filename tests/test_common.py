@@ -201,7 +201,7 @@ def test_a_lone_carriage_return_stays_within_its_value(tmp_path):
 
 def test_cleaned_csvs_are_one_catalogue_and_unusable_rows_have_a_reason(tmp_path):
     head = "id,name,image_path"
-    first = write_csv(tmp_path / "1.csv", f"\ufeff{head},price\n1,a,a.jpg,5\n,b,b.jpg,6\n\n2,d\n1,e,e.jpg\n")
+    first = write_csv(tmp_path / "1.csv", f"\ufeff{head},price\n1,a,a.jpg,5\n,,,\n\n2,d\n1,e,e.jpg\n")
     second = write_csv(tmp_path / "2.csv", "ID;image_path;name;size (W,D,H)\r\n3;b.jpg;b;L\r\n1;c.jpg;c;S\r\n")
     rows, reasons = common.read_catalogue([first, second])
     assert rows.columns.tolist() == [*head.split(","), "price", "size (W,D,H)"]
