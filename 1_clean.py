@@ -458,7 +458,7 @@ def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float,
     return (prompt_tokens * rates[0] + output_tokens * rates[1]) / 1e6
 
 
-def estimate(settings: CleaningConfig, load: dict, measured: tuple[float, float] | None = None) -> tuple[float, str]:
+def estimate(settings: CleaningConfig, load: dict, measured: Iterable[float] = ()) -> tuple[float, str]:
     """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request."""
     factors = (known_model(settings.model).patch_factor, HIGHEST_FACTOR)
     if measured:
@@ -1230,15 +1230,10 @@ def filled(first: dict[str, Any], value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def read_dict(path: Path, what: str, fields: dict[str, type] | None = None) -> dict[str, Any]:
-    """A JSON object from a file, with these fields or, without, of whole numbers; Fail where it is something else."""
+def read_dict(path: Path, what: str, kind: type, *names: str) -> dict[str, Any]:
+    """A JSON object with these names from a file, all its values of one type; Fail where it is something else."""
     value = common.read_json(path, what)
-    good = isinstance(value, dict)
-    if good and fields is None:
-        good = all(type(number) is int for number in value.values())
-    elif good:
-        good = all(isinstance(value.get(name), kind) for name, kind in fields.items())
-    if not good:
+    if not isinstance(value, dict) or {*names} - {*value} or any(type(one) is not kind for one in value.values()):
         raise Fail(f"{path}: not a readable {what}; remove it and run again")
     return value
 
@@ -1281,7 +1276,7 @@ class StateManager:
     def identity(self) -> str:
         """What the batches carry. With it on disk, a missing state.json means that some may be in flight."""
         if self.identity_path.exists():
-            return str(read_dict(self.identity_path, "workspace identity", {"id": str})["id"])
+            return read_dict(self.identity_path, "workspace identity", str, "id")["id"]
         found = {"workspace": self.data.get("workspace") or uuid.uuid4().hex}
         if self.old_store.exists():
             import sqlite3
@@ -1345,7 +1340,7 @@ class Answers:
     def __init__(self, workspace: Path, settings: CleaningConfig, batches: dict[str, dict]):
         self.raw, self.settings = workspace / "raw", settings
         self.retries_path = workspace / "retries.json"  # digest -> failures that --retry-failed made up for
-        self.forgiven = read_dict(self.retries_path, "list of retries") if self.retries_path.exists() else {}
+        self.forgiven = read_dict(self.retries_path, "list of retries", int) if self.retries_path.exists() else {}
         self.load(batches)
 
     def load(self, batches: dict[str, dict]) -> None:
@@ -1354,7 +1349,7 @@ class Answers:
         self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer
         self.reasons = Counter()  # of all results that are no answer
         self.stops: dict[str, str] = {}  # code of STOPS -> the server's words
-        self.usage = Counter()  # (model, sync, "prompt" or "output") -> tokens; "answers" -> how many used them
+        self.usage: dict[tuple[str, bool], Counter] = {}  # (model, sync) -> prompt_tokens, output_tokens, answers
         self.results: dict[str, Counter] = {}  # source -> reason, or "ok" -> results
 
         def made_at(source: str) -> float:
@@ -1389,9 +1384,8 @@ class Answers:
         model = self.settings.model
         if outcome.kind == "ok" or outcome.prompt_tokens or outcome.output_tokens:
             model = sys.intern(short_text(line["response"]["body"].get("model") or model, 100))
-            self.usage[model, sync, "prompt"] += outcome.prompt_tokens
-            self.usage[model, sync, "output"] += outcome.output_tokens
-            self.usage[model, sync, "answers"] += 1
+            used = {"prompt_tokens": outcome.prompt_tokens, "output_tokens": outcome.output_tokens, "answers": 1}
+            self.usage.setdefault((model, sync), Counter()).update(used)
         if outcome.kind == "ok":
             self.cleaned.setdefault(digest, (*outcome.fields.values(), model))
             return outcome
@@ -1422,28 +1416,26 @@ class Answers:
     def spent(self) -> dict[str, float]:
         """US dollars and tokens of every answer that ever came back, by its usage and the price of its model."""
         total = {"usd": 0.0, "prompt_tokens": 0, "output_tokens": 0}
-        for model, sync in {key[:2] for key in self.usage}:
-            prompt, output = (self.usage[model, sync, kind] for kind in ("prompt", "output"))
-            usd = cost(self.settings, model, sync, prompt, output)
-            more = {"usd": 0.0 if math.isnan(usd) else usd, "prompt_tokens": prompt, "output_tokens": output}
+        for (model, sync), used in self.usage.items():
+            usd = cost(self.settings, model, sync, used["prompt_tokens"], used["output_tokens"])
+            more = {"usd": 0.0 if math.isnan(usd) else usd} | used
             total = {name: total[name] + more[name] for name in total}
         return total
 
     def models(self) -> list[str]:
         """Models that answered, the busiest first; some, for a server may say anything."""
         answers = Counter()
-        for (model, _, kind), number in self.usage.items():
-            answers[model] += number if kind == "answers" else 0
+        for (model, _), used in self.usage.items():
+            answers[model] += used["answers"]
         return [model for model, _ in answers.most_common(20)]
 
     def estimate(self, load: dict) -> tuple[float, str]:
         """Cost of a load, by what the answers of the present model used, or by a guess where there are none."""
         used = Counter()
-        for (model, _, kind), number in self.usage.items():
-            used[kind] += number if undated(model) == undated(self.settings.model) else 0
-        answers = used["answers"]
-        measured = (used["prompt"] / answers, used["output"] / answers) if used["prompt"] else None
-        return estimate(self.settings, load, measured)
+        for (model, _), some in self.usage.items():
+            used += some if undated(model) == undated(self.settings.model) else Counter()
+        averages = [used[name] / used["answers"] for name in ("prompt_tokens", "output_tokens") if used["answers"]]
+        return estimate(self.settings, load, averages if used["prompt_tokens"] else ())
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -1582,7 +1574,8 @@ class DataProcessor:
         self.args, self.settings, self.state, workspace = args, settings, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
         self.fetched, self.unfetched = workspace.with_name(f"{workspace.name}.photos"), {}  # URL -> why it is not here
-        self.answers, self.plan = Answers(workspace, settings, state["batches"]), None
+        self.answers = Answers(workspace, settings, state["batches"])
+        self.plan = pd.DataFrame(columns=["id", *self.PLANNED])
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
             # Each of Arrow's threads would keep memory of its own, 300 bytes a row in all.
             plan = pd.read_parquet(self.plan_path, page_checksum_verification=True, use_threads=False)
@@ -1619,7 +1612,7 @@ class DataProcessor:
 
     def is_planned(self) -> bool:
         """Whether the plan is that of today's catalogue and settings."""
-        return self.plan is not None and self.state["plan"] == self.signature
+        return len(self.plan) > 0 and self.state["plan"] == self.signature
 
     def is_settled(self) -> bool:
         return self.is_planned() and not self.counts()["pending"]
@@ -1639,8 +1632,8 @@ class DataProcessor:
         if not again:
             self.fetch_photos()
         self.remove_waiting()
-        old = pd.DataFrame(columns=["id", *self.PLANNED]) if self.plan is None else self.plan
-        known, loads = {id: key for id, key in zip(old["id"], old["digest"], strict=True) if key}, self.loads(old)
+        old, loads = self.plan, self.loads()
+        known = {id: key for id, key in zip(old["id"], old["digest"], strict=True) if key}
         flying, sources = self.keys_in_flight(), {}
         entries = {number: ("", reason, "", 0, 0, "", "", "") for number, reason in reasons.items()}
         if again:
@@ -1780,9 +1773,9 @@ class DataProcessor:
     # -- counts
     def counts(self) -> dict[str, int]:
         """input, cleaned, rejected and pending rows."""
-        rows = len(self.catalogue[0] if self.plan is None else self.plan)
-        found = Counter(["pending"] * rows if self.plan is None else self.statuses())
-        return {"input": rows} | {name: found[name] for name in ("cleaned", "rejected", "pending")}
+        found = Counter(self.statuses()) if len(self.plan) else {"pending": len(self.catalogue[0])}
+        counts = {name: found.get(name, 0) for name in ("cleaned", "rejected", "pending")}
+        return {"input": sum(counts.values())} | counts
 
     def statuses(self) -> Iterator[str]:
         """The status of each planned row."""
@@ -1790,23 +1783,17 @@ class DataProcessor:
 
     def any_refused(self) -> bool:
         """Whether --retry-failed would ask for a row."""
-        pairs = () if self.plan is None else zip(self.plan["digest"], self.statuses(), strict=True)
+        pairs = zip(self.plan["digest"], self.statuses(), strict=True)
         return any(digest and status == "rejected" for digest, status in pairs)
 
-    def asked_again(self) -> list[dict]:
-        """Loads of the rows that wait for an answer though another model has given one."""
-        loads = self.pending_loads()
-        return [loads[digest] for digest in set(self.plan["digest"][self.plan["answered"] != ""]) if digest in loads]
-
-    def loads(self, plan: Any) -> dict[str, dict]:
-        """digest -> load, for the rows of a plan."""
-        rows = zip(plan["digest"], plan["tokens"], plan["patches"], strict=True)
+    def loads(self) -> dict[str, dict]:
+        """digest -> load, for the planned rows."""
+        rows = zip(self.plan["digest"], self.plan["tokens"], self.plan["patches"], strict=True)
         return {digest: load_of(*load) for digest, *load in rows}
 
     def pending_loads(self) -> dict[str, dict]:
         """digest -> load of everything that rows wait for."""
-        loads = {} if self.plan is None else self.loads(self.plan)
-        return {key: load for key, load in loads.items() if self.answers.status(key) == "pending"}
+        return {key: load for key, load in self.loads().items() if self.answers.status(key) == "pending"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2180,7 +2167,8 @@ class BatchRunner:
             self.state.set(prompt=PROMPT_VERSION)
             self.state.set(state="In Progress" if self.state.live() else "Prepared")
             say(f"prepared: {requests} new requests in {self.processor.requests}")
-            if again := self.processor.asked_again():
+            plan, loads = self.processor.plan, self.processor.pending_loads()
+            if again := [loads[key] for key in {*plan["digest"][plan["answered"] != ""]} if key in loads]:
                 price = self.processor.answers.estimate(total_load(again))[1]
                 say(f"{len(again)} of the rows to ask have an answer of another model: {price} for asking {model} too")
         self.replan = False
