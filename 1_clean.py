@@ -357,12 +357,17 @@ def further_cell(photos: list[str]) -> str:
     return common.canonical(photos).decode() if photos else ""
 
 
+def cell_urls(cell: str) -> list[str]:
+    """The URLs in a cell, with comma, semicolon, bar or spaces in between."""
+    return re.split(r"\s*[,;|\s]\s*(?=https?://)", cell.strip().rstrip(",;| "), flags=re.I)
+
+
 def photo_names(folder: Path, cells: list[str]) -> list[str]:
     """The photos in cells that hold one name each, or several with comma, semicolon or bar in between."""
     names: list[str] = []
     for cell in map(str.strip, cells):
         if common.is_url(cell):
-            names += re.split(r"\s*[,;|\s]\s*(?=https?://)", cell.rstrip(",;| "), flags=re.I)
+            names += cell_urls(cell)
             continue
         parts = [part.strip() for part in re.split("[,;|]", cell)]
         if len(parts) > 1:
@@ -1685,21 +1690,18 @@ class DataProcessor:
     def fetch_photos(self) -> None:
         """Fetch the photos that stand at URLs, if there are such."""
         cells = (cell for _, some in common.products(*self.catalogue) for _, _, cells in some for cell in cells)
-        urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in photo_names(Path(), [cell]))
+        urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in cell_urls(cell))
         if urls:
             self.unfetched = PhotoFetcher(self.fetched, self.settings.allow_private).fetch([*urls])
 
     def local_cells(self, cells: list[str]) -> list[str]:
         """Photo cells with a URL's local copy, relative to the images folder, in its place, where it has one."""
-        local = []
-        for cell in cells:
-            if not common.is_url(cell):
-                local.append(cell)
-                continue
-            for url in photo_names(Path(), [cell]):
-                path = self.fetched / common.digest(url.encode())
-                local.append(os.path.join(self.fetched_from, path.name) if path.exists() else url)
-        return local
+
+        def local(url: str) -> str:
+            path = self.fetched / common.digest(url.encode())
+            return os.path.join(self.fetched_from, path.name) if path.exists() else url
+
+        return [name for cell in cells for name in (map(local, cell_urls(cell)) if common.is_url(cell) else [cell])]
 
     def reject_placeholders(self, entries: dict[int, tuple], sources: dict[int, str], writer: RequestWriter) -> None:
         """Give rows whose photo shows no product a reason in place of their digests, and ask nothing for them."""
@@ -1813,13 +1815,6 @@ def as_refusal(code: str, message: str) -> dict:
 
 
 REMEDIES = {"length": "raise --max-completion-tokens or lower --reasoning-effort"}  # for the reason of bad answers
-
-
-def unsound_pilot(parsed: int, bad: Counter) -> str:
-    reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(3))
-    remedy = REMEDIES.get(bad.most_common(1)[0][0], "look into raw/ at what the model answers")
-    found = f"{parsed} of {parsed + bad.total()} answers could be parsed ({reasons})"
-    return f"the pilot came back unsound: {found}; {remedy}"
 
 
 class BatchRunner:
@@ -2082,16 +2077,22 @@ class BatchRunner:
         parsed = sum(key in answers.cleaned for key in keys)
         latest = [answers.failures[key][-1] for key in keys - answers.cleaned.keys() if key in answers.failures]
         bad = Counter(one.reason for one in latest if one.kind != "server")
-        if parsed and parsed >= PILOT_SOUND * (parsed + bad.total()):
-            self.state.set(sound=sound_key(self.settings))
-            self.compare_estimate()
-        elif not self.state["files"]:
-            return  # nothing more waits for it
-        elif bad:
-            self.stop(unsound_pilot(parsed, bad))
-        elif not any(answers.status(key) == "pending" for key in last):
+        if parsed or bad:
+            self.judge(parsed, bad)
+        elif self.state["files"] and not any(answers.status(key) == "pending" for key in last):
             reasons = ", ".join(sorted({one.reason for key in last for one in answers.failures.get(key, ())}))
             self.stop(f"the pilot's rows brought no answer ({reasons}); the next call asks others")
+
+    def judge(self, parsed: int, bad: Counter) -> None:
+        """Let the rest be sent after a pilot with so many parsed answers, or stop where too many were bad."""
+        if parsed >= PILOT_SOUND * (parsed + bad.total()):
+            self.state.set(sound=sound_key(self.settings))
+            self.compare_estimate()
+        elif self.state["files"]:  # else nothing waits for it
+            reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(3))
+            remedy = REMEDIES.get(bad.most_common(1)[0][0], "look into raw/ at what the model answers")
+            found = f"{parsed} of {parsed + bad.total()} answers could be parsed ({reasons})"
+            self.stop(f"the pilot came back unsound: {found}; {remedy}")
 
     def compare_estimate(self) -> None:
         """Hold what the pilot used against the estimate, and stop where all would cost more than twice as much."""
@@ -2314,12 +2315,9 @@ def ask_directly(runner: BatchRunner) -> None:
                 if time.monotonic() - shown > 15:
                     shown = time.monotonic()
                     say(f"{parsed} of about {total} rows answered")
-                asked = parsed + bad.total()
-                if pilot and pilot <= asked < total and state["sound"] != sound_key(runner.settings):
-                    if parsed < PILOT_SOUND * asked:
-                        raise Fail(unsound_pilot(parsed, bad))
-                    state.set(sound=sound_key(runner.settings))
-                    runner.compare_estimate()
+                piloting = pilot and state["sound"] != sound_key(runner.settings)
+                if piloting and pilot <= parsed + bad.total() < total:
+                    runner.judge(parsed, bad)
                     if state["stopped"]:
                         raise Fail(f"{state['stopped']}; `run` goes on")
             state.set(files={})
@@ -2375,18 +2373,15 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
         }
         common.write_sidecar(paths["json"], settings, counts, inputs, time.time() - started, **more)
     say(f"wrote {output}, {paths['rejects.jsonl'].name}, {paths['report.json'].name}")
-    for reason, found in report["rejected"].items():
-        say(f"  rejected {found['rows']}: {reason} (such as {', '.join(found['ids'][:3])})")
+    for reason, some in report["rejected"].items():
+        say(f"  rejected {some['rows']}: {reason} (such as {', '.join(some['ids'][:3])})")
     if processor.any_refused():
         say("  `run --retry-failed` asks again, with today's settings, for rows that were asked in vain")
     spent = report["cost"]
     say(f"cost by usage: ${spent['usd']:.4f} ({spent['prompt_tokens']} tokens in, {spent['output_tokens']} out)")
     # A product of which another row is in the output is not lost.
-    lost = Counter(id for ids in rejected.values() for id in ids)
-    for id, status in zip(processor.plan["id"], processor.statuses(), strict=True):
-        if status == "cleaned":
-            lost.pop(id, None)
-    lost = lost.total()
+    found = {id for id, status in zip(processor.plan["id"], processor.statuses(), strict=True) if status == "cleaned"}
+    lost = sum(id not in found for ids in rejected.values() for id in ids)
     if lost > settings.max_failed * counts["input"]:
         return (
             f"{lost} of {counts['input']} rows were rejected, more than --max-failed"
