@@ -275,10 +275,15 @@ def feed_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
 
 def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -> Iterator[list[str]]:
     """The values of each row; a blank line is none. Raises Fail for what cannot be read, and for stray quotes."""
-    lines: list[str] = []  # of the present record and, before them, of the last one
+    lines: list[str] = []  # of the record that is being read
+
+    def keep(text: Iterator[str]) -> Iterator[str]:
+        for line in text:
+            lines.append(line)
+            yield line
+
     with open(path, "rb") as handle:
-        text = (lines.append(line) or line for line in feed_lines(handle, encoding, path))
-        reader, begun, last = csv.reader(text, delimiter=delimiter), 1, 1
+        reader, begun, last = csv.reader(keep(feed_lines(handle, encoding, path)), delimiter=delimiter), 1, 1
         try:
             for values in reader:
                 own = reader.line_num - begun + 1
@@ -701,10 +706,10 @@ def photo_connections(allow_private: bool) -> Any:
         raise NotFetched("unknown host")
 
     pools = urllib3.PoolManager(1000, maxsize=HOST_LANES, block=True, timeout=FETCH_TIMEOUT, retries=False)
-    pools.pool_classes_by_scheme = {
-        scheme: type("", (kind,), {"ConnectionCls": type("", (kind.ConnectionCls,), {"_new_conn": connect})})
-        for scheme, kind in pools.pool_classes_by_scheme.items()
-    }
+    kinds, pools.pool_classes_by_scheme = pools.pool_classes_by_scheme, {}
+    for scheme, kind in kinds.items():  # http and https
+        checked = type("CheckedConnection", (kind.ConnectionCls,), {"_new_conn": connect})
+        pools.pool_classes_by_scheme[scheme] = type("CheckedPool", (kind,), {"ConnectionCls": checked})
     return pools
 
 
