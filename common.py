@@ -1,5 +1,5 @@
 """What two or more of the five scripts share, in sections: errors and exits, settings, progress, files, S3, shards,
-catalogue, metadata and prompts, photos, processes, CLIP, search, statistics.
+tables, metadata and prompts, photos, processes, CLIP, search, statistics.
 
 Importing it costs little: numpy, pandas, Pillow, boto3 and torch are imported by the functions that need them.
 """
