@@ -1248,11 +1248,20 @@ def read_dict(path: Path, what: str, kind: type, *names: str) -> dict[str, Any]:
     return value
 
 
+def request_model(path: Path) -> str:
+    """The model that a request file asks, or "" where it is not here any more."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as handle:
+        if found := re.match(rb'\{"custom_id": "\w*", .{0,99}?"model": ("[^"]*")', handle.read(4096)):
+            return json.loads(found[1])
+    return ""
+
+
 class StateManager:
     """state.json, written whole after every change. A damaged one is an error; a deleted one sets `doubt_since`, and
     the account's batches of this workspace are found again by the id in workspace.json."""
 
-    def __init__(self, workspace: Path):
+    def __init__(self, workspace: Path, given: CleaningConfig = CleaningConfig()):
+        self.given = given
         self.path, self.identity_path = workspace / "state.json", workspace / "workspace.json"
         self.requests = workspace / "requests"
         self.old_store = workspace / "results.sqlite"  # of versions that kept more than the batches in a database
@@ -1280,7 +1289,22 @@ class StateManager:
 
     def set(self, **values: Any) -> None:
         self.data.update(values)
+        self.__dict__.pop("settings", None)
         common.write_json(self.path, self.data)
+
+    @functools.cached_property
+    def settings(self) -> CleaningConfig:
+        """As given, with what the workspace knows: its model in place of `auto`, and the effort that this one accepts.
+
+        Workspaces of versions that noted no model have it in their last request file.
+        """
+        model, effort = self.given.model, self.given.reasoning_effort
+        if model == AUTO:
+            kept = self["models"] or [request_model(path) for path in sorted(self.requests.glob("*.jsonl"))[-1:]]
+            model = (kept and kept[-1]) or AUTO
+        effort = self["efforts"].get(model) if effort is None else effort
+        ask_again = self["ask_again"] == model
+        return dataclasses.replace(self.given, model=model, reasoning_effort=effort, ask_again=ask_again)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -1309,27 +1333,6 @@ class StateManager:
         ]
 
 
-def request_model(path: Path) -> str:
-    """The model that a request file asks, or "" where it is not here any more."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as handle:
-        if found := re.match(rb'\{"custom_id": "\w*", .{0,99}?"model": ("[^"]*")', handle.read(4096)):
-            return json.loads(found[1])
-    return ""
-
-
-def resolve(given: CleaningConfig, state: StateManager) -> CleaningConfig:
-    """The settings with what the workspace knows: its model in place of `auto`, and the effort that this one accepts.
-
-    Workspaces of versions that noted no model have it in their last request file.
-    """
-    model, effort = given.model, given.reasoning_effort
-    if model == AUTO:
-        kept = state["models"] or [request_model(path) for path in sorted(state.requests.glob("*.jsonl"))[-1:]]
-        model = (kept and kept[-1]) or AUTO
-    effort = state["efforts"].get(model) if effort is None else effort
-    return dataclasses.replace(given, model=model, reasoning_effort=effort, ask_again=state["ask_again"] == model)
-
-
 def describe_batch(batch: Any) -> dict[str, Any]:
     """What state.json keeps of a batch, beside input_file and the facts of that file."""
     counts = batch.request_counts
@@ -1347,13 +1350,13 @@ RAW_KINDS = ("output", "error", "unanswered")  # raw/BATCH.KIND.jsonl; the last 
 class Answers:
     """What the raw answer files hold, by digest. A source is a batch, or a call with --sync: raw/sync-TIME.jsonl."""
 
-    def __init__(self, workspace: Path, settings: CleaningConfig, batches: dict[str, dict]):
-        self.raw, self.settings = workspace / "raw", settings
+    def __init__(self, workspace: Path, state: StateManager):
+        self.raw, self.state = workspace / "raw", state
         self.retries_path = workspace / "retries.json"  # digest -> failures that --retry-failed made up for
         self.forgiven = read_dict(self.retries_path, "list of retries", int) if self.retries_path.exists() else {}
-        self.load(batches)
+        self.load()
 
-    def load(self, batches: dict[str, dict]) -> None:
+    def load(self) -> None:
         """Read every source anew, the oldest first, but not the batches that are still to be collected."""
         self.cleaned: dict[str, tuple[str, ...]] = {}  # digest -> values of FIELDS, and the model
         self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer
@@ -1361,6 +1364,8 @@ class Answers:
         self.stops: dict[str, str] = {}  # code of STOPS -> the server's words
         self.usage: dict[tuple[str, bool], Counter] = {}  # (model, sync) -> prompt_tokens, output_tokens, answers
         self.results: dict[str, Counter] = {}  # source -> reason, or "ok" -> results
+
+        batches = self.state["batches"]
 
         def made_at(source: str) -> float:
             created = batches.get(source, {}).get("created_at")
@@ -1391,7 +1396,7 @@ class Answers:
         """Enter one line of a raw file; gives its outcome."""
         outcome, sync = read_result(line), source.startswith("sync")
         self.results.setdefault(source, Counter())[outcome.reason or "ok"] += 1
-        model = self.settings.model
+        model = self.state.settings.model
         if outcome.kind == "ok" or outcome.prompt_tokens or outcome.output_tokens:
             model = sys.intern(short_text(line["response"]["body"].get("model") or model, 100))
             used = {"prompt_tokens": outcome.prompt_tokens, "output_tokens": outcome.output_tokens, "answers": 1}
@@ -1415,7 +1420,7 @@ class Answers:
         if digest in self.cleaned:
             return "cleaned"
         attempts = self.attempts(digest)
-        used_up = len(attempts) >= self.settings.max_attempts or any(one.kind == "final" for one in attempts)
+        used_up = len(attempts) >= self.state.settings.max_attempts or any(one.kind == "final" for one in attempts)
         return "pending" if digest and not used_up else "cleaned" if answered in self.cleaned else "rejected"
 
     def forgive(self) -> None:
@@ -1427,7 +1432,7 @@ class Answers:
         """US dollars and tokens of every answer that ever came back, by its usage and the price of its model."""
         total = {"usd": 0.0, "prompt_tokens": 0, "output_tokens": 0}
         for (model, sync), used in self.usage.items():
-            usd = cost(self.settings, model, sync, used["prompt_tokens"], used["output_tokens"])
+            usd = cost(self.state.settings, model, sync, used["prompt_tokens"], used["output_tokens"])
             more = {"usd": 0.0 if math.isnan(usd) else usd} | used
             total = {name: total[name] + more[name] for name in total}
         return total
@@ -1443,9 +1448,9 @@ class Answers:
         """Cost of a load, by what the answers of the present model used, or by a guess where there are none."""
         used = Counter()
         for (model, _), some in self.usage.items():
-            used += some if undated(model) == undated(self.settings.model) else Counter()
+            used += some if undated(model) == undated(self.state.settings.model) else Counter()
         averages = [used[name] / used["answers"] for name in ("prompt_tokens", "output_tokens") if used["answers"]]
-        return estimate(self.settings, load, averages if used["prompt_tokens"] else ())
+        return estimate(self.state.settings, load, averages if used["prompt_tokens"] else ())
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -1501,10 +1506,10 @@ def request_key(line: bytes) -> str:
 class RequestWriter:
     """Writes request files, one after another, each below the limits of bytes, requests and tokens."""
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path, settings: CleaningConfig, state: StateManager):
-        self.stack, self.folder, self.settings = stack, folder, settings
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, state: StateManager):
+        self.stack, self.folder, self.settings = stack, folder, state.settings
         self.max_tokens = state["max_file_tokens"] or math.inf
-        self.pilot = 0 if state["sound"] == sound_key(settings) else settings.pilot  # requests of the first file
+        self.pilot = 0 if state["sound"] == sound_key(self.settings) else self.settings.pilot  # of the first file
         self.files: dict[str, dict] = {}  # name -> FACTS
         self.digests: set[str] = set()
         self.name = ""  # of the open file
@@ -1578,13 +1583,13 @@ class DataProcessor:
 
     PLANNED = ("digest", "reason", "detail", "tokens", "patches", "photo", "further", "answered")
 
-    def __init__(self, args: argparse.Namespace, settings: CleaningConfig, state: StateManager):
+    def __init__(self, args: argparse.Namespace, state: StateManager):
         import pandas as pd
 
-        self.args, self.settings, self.state, workspace = args, settings, state, Path(args.workspace)
+        self.args, self.state, workspace = args, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
         self.fetched, self.unfetched = workspace.with_name(f"{workspace.name}.photos"), {}  # URL -> why it is not here
-        self.answers = Answers(workspace, settings, state["batches"])
+        self.answers = Answers(workspace, state)
         self.plan = pd.DataFrame(columns=["id", *self.PLANNED])
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
             # Each of Arrow's threads would keep memory of its own, 300 bytes a row in all.
@@ -1592,10 +1597,9 @@ class DataProcessor:
             plan = plan.assign(**{name: plan.get(name, "") for name in self.PLANNED[-3:]})
             self.plan = plan[["id", *self.PLANNED]]
 
-    def use(self, settings: CleaningConfig) -> None:
-        """Go on with other settings, as of another model."""
-        self.settings = self.answers.settings = settings
-        self.__dict__.pop("signature", None)
+    @property
+    def settings(self) -> CleaningConfig:
+        return self.state.settings
 
     @functools.cached_property
     def catalogue(self) -> tuple[Any, Any]:
@@ -1608,16 +1612,21 @@ class DataProcessor:
         """Path of the fetched photos from the images folder."""
         return os.path.relpath(self.fetched.resolve(), common.images_folder(self.args.images, self.args.input))
 
-    @functools.cached_property
-    def signature(self) -> str:
-        """What the plan and the request files are made from, as it was when the command began."""
-        return self.current_signature()
+    def input_digests(self) -> dict[str, str]:
+        return {str(path): common.file_digest(path) for path in self.args.input}
 
-    def current_signature(self) -> str:
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the input files, as they were when the command began."""
+        return self.input_digests()
+
+    @property
+    def signature(self) -> str:
+        """What the plan and the request files are made from."""
         settings, folder = self.settings, common.images_folder(self.args.images, self.args.input)
         line = request_line(settings, "", "", b"", 1).decode()
         sizes = [settings.max_batch_file_size, settings.max_requests_per_file, settings.pilot, settings.image_size]
-        inputs = [common.file_digest(path) for path in self.args.input]
+        inputs = [self.inputs[str(path)] for path in self.args.input]
         return common.digest([inputs, str(folder), line, sizes, settings.limit, self.args.columns])
 
     def is_planned(self) -> bool:
@@ -1653,7 +1662,7 @@ class DataProcessor:
             return digest not in flying and self.answers.status(digest) == "pending"
 
         with contextlib.ExitStack() as stack:
-            writer = RequestWriter(stack, self.requests, self.settings, self.state)
+            writer = RequestWriter(stack, self.requests, self.state)
             for number, digests, sources[number], entry, line in self.built_rows(known, is_wanted, again):
                 digest, answered = self.choose_digest(digests, flying)
                 if line and digest == digests[0] and is_wanted(digest):
@@ -1825,9 +1834,9 @@ REMEDIES = {"length": "raise --max-completion-tokens or lower --reasoning-effort
 class BatchRunner:
     """Brings the workspace forward through the Batch API."""
 
-    def __init__(self, processor: DataProcessor, state: StateManager, settings: CleaningConfig, replan: bool):
-        self.processor, self.state, self.given = processor, state, settings
-        self.auto = settings.model == AUTO
+    def __init__(self, processor: DataProcessor, replan: bool):
+        self.processor, self.state, self.given = processor, processor.state, processor.state.given
+        self.auto = self.given.model == AUTO
         self.replan = replan  # whether all photos are looked at, though the plan is that of today's catalogue
         self.checked, self.found = False, {}  # model -> its description, as chosen in this call
         self.retry_in: float | None = None  # seconds, after a step that failed
@@ -1838,8 +1847,8 @@ class BatchRunner:
 
     @property
     def settings(self) -> CleaningConfig:
-        """As resolved: another model or effort may take the place of the present one."""
-        return self.processor.settings
+        """Of this moment: another model or effort may take the place of the present one."""
+        return self.state.settings
 
     def step(self) -> bool:
         """Do what can be done now; gives whether every row is settled. Fails where only a person can help."""
@@ -1889,9 +1898,6 @@ class BatchRunner:
             self.stop(f"{STOPS[code]} ({code}: {model}); set another --model, or auto")
 
     # -- the model and its effort
-    def resolve(self) -> None:
-        self.processor.use(resolve(self.given, self.state))
-
     def change_effort(self, message: str) -> None:
         """The model refused the effort, or another setting: take the lowest effort that the message lists, if any."""
         model, sent = self.settings.model, model_parameters(self.settings).get("reasoning_effort", "")
@@ -1906,7 +1912,6 @@ class BatchRunner:
             effort = accepted[0] if accepted else ""
             say(f"{model} refuses reasoning_effort {sent or '(not sent)'}; sending {effort or 'no effort'} from now on")
             self.state.set(efforts=self.state["efforts"] | {model: effort})
-            self.resolve()
 
     def leave_model(self, why: str) -> None:
         """In an auto run: the next plan is made for another model."""
@@ -1942,7 +1947,6 @@ class BatchRunner:
         say(f"{before} {gone[before]}; the rest goes to {name}" if before in gone else
             f"model {name}: " + (reasons if why.keys() - {name} else "the first that auto takes"))  # fmt: skip
         self.keep_model(name)
-        self.resolve()
         self.checked = False
 
     def keep_model(self, name: str) -> None:
@@ -1978,7 +1982,7 @@ class BatchRunner:
             intent = {} if intent and about.get("intent") == intent["id"] else intent
         if len(batches) > len(self.state["batches"]):
             self.state.set(batches=batches, files=files, intent=intent)
-            self.processor.answers.load(batches)  # what is in their raw files comes in when they are collected
+            self.processor.answers.load()  # what is in their raw files comes in when they are collected
 
     # -- collecting
     def refresh(self, id: str) -> None:
@@ -2162,7 +2166,6 @@ class BatchRunner:
             self.keep_model(model)
         if self.replan and self.given.ask_again:
             self.state.set(ask_again=model)
-            self.resolve()
         known = known_model(model).efforts
         if (effort := self.given.reasoning_effort) and known and effort not in known:
             raise Fail(f"--reasoning-effort {effort}: {model} accepts {', '.join(known)}", common.USAGE)
@@ -2362,21 +2365,20 @@ def one_answer(client: BatchAPIClient, body: dict) -> dict:
 def write_outputs(processor: DataProcessor, started: float) -> str | None:
     """Write all four, the CSV last; gives what is wrong where too many rows were rejected."""
     args, settings, output, counts = processor.args, processor.settings, Path(processor.args.output), processor.counts()
-    if processor.signature != processor.current_signature():
+    if processor.inputs != processor.input_digests():
         raise Fail(f"{', '.join(args.input)} changed while the command ran; run it again")
     paths = {name: output.with_name(f"{output.name}.{name}") for name in ("rejects.jsonl", "report.json", "json")}
     with common.atomic_file(output) as cleaned, common.atomic_file(paths["rejects.jsonl"]) as rejects:
         rejected = write_rows(processor, cleaned, rejects)
         report = make_report(processor, rejected)
         common.write_json(paths["report.json"], report)
-        inputs = {str(path): common.file_digest(path) for path in args.input}
         more = {
             "versions": common.versions("openai", "pillow"),
             "prompt_version": PROMPT_VERSION,
             "models": report["models"],
             "cost": report["cost"],
         }
-        common.write_sidecar(paths["json"], settings, counts, inputs, time.time() - started, **more)
+        common.write_sidecar(paths["json"], settings, counts, processor.inputs, time.time() - started, **more)
     say(f"wrote {output}, {paths['rejects.jsonl'].name}, {paths['report.json'].name}")
     for reason, some in report["rejected"].items():
         say(f"  rejected {some['rows']}: {reason} (such as {', '.join(some['ids'][:3])})")
@@ -2460,9 +2462,9 @@ def counts_line(counts: dict[str, int]) -> str:
     return f"input {counts['input']} = " + " + ".join(f"{name} {n}" for name, n in counts.items() if name != "input")
 
 
-def show_status(processor: DataProcessor, state: StateManager, settings: CleaningConfig) -> None:
+def show_status(processor: DataProcessor) -> None:
     """The table of `status`, from what the last call saw."""
-    counts, spent, now = processor.counts(), processor.answers.spent()["usd"], time.time()
+    state, counts, spent, now = processor.state, processor.counts(), processor.answers.spent()["usd"], time.time()
     say(f"{state['state']}; {counts_line(counts)}")
     rows = [("file", "batch", "requests", "status", "done", "failed", "hours")]
     for id, batch in state["batches"].items():
@@ -2482,7 +2484,7 @@ def show_status(processor: DataProcessor, state: StateManager, settings: Cleanin
         settled = counts["cleaned"] + counts["rejected"] - state["settled_before"]
         hours = counts["pending"] / settled * (now - state["started"]) / 3600 if settled > 0 else None
         likely = "unknown until the first rows are in" if hours is None else f"in {hours:.1f} h at the rate so far"
-        rounds = math.ceil(len(state["files"]) / settings.max_concurrent_batches) + bool(state.live())
+        rounds = math.ceil(len(state["files"]) / state.settings.max_concurrent_batches) + bool(state.live())
         say(f"expected end {likely}, in {24 * rounds} h at the latest")
 
 
@@ -2496,9 +2498,9 @@ def run_until_settled(runner: BatchRunner) -> None:
 
 def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
     """Everything but status, with the workspace to itself."""
-    started, state = time.time(), StateManager(Path(args.workspace))
-    processor = DataProcessor(args, resolve(settings, state), state)
-    runner = BatchRunner(processor, state, settings, replan=args.command in ("prepare", "run"))
+    started, state = time.time(), StateManager(Path(args.workspace), settings)
+    processor = DataProcessor(args, state)
+    runner = BatchRunner(processor, replan=args.command in ("prepare", "run"))
     try:
         if args.command in ("prepare", "run") and settings.retry_failed:
             processor.answers.forgive()
@@ -2519,9 +2521,9 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
         if args.command == "poll" and Path(args.output).exists() and state["written"] == output_signature(processor):
             say(f"{args.output} is written; nothing to do here")
             return common.DONE
-        state.set(state="Completed", started=0, ask_again="")
+        state.set(state="Completed", started=0)
         wrong = write_outputs(processor, started)
-        state.set(state="Failed" if wrong else "Finalized")
+        state.set(state="Failed" if wrong else "Finalized", ask_again="")
         if wrong:
             raise Fail(wrong)
         return common.DONE
@@ -2567,9 +2569,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "status":
         if not (workspace / "plan.parquet").exists():
             raise Fail(f"{workspace}: nothing prepared there yet; start with `prepare` or `run`")
-        state = StateManager(workspace)
-        settings = resolve(settings, state)
-        show_status(DataProcessor(args, settings, state), state, settings)
+        show_status(DataProcessor(args, StateManager(workspace, settings)))
         return common.DONE
     common.images_folder(args.images, args.input)  # bad use is told before anything is locked
     with common.exclusive(workspace / "lock") as mine:
