@@ -2292,7 +2292,7 @@ def ask_directly(runner: BatchRunner) -> None:
 
     prepare_directly(runner)
     state, processor, settings, answers = runner.state, runner.processor, runner.settings, runner.processor.answers
-    source, lock, parsed, bad, shown = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter(), time.monotonic()
+    source, lock, parsed, bad = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter()
     total, pilot = processor.counts()["pending"], settings.pilot
 
     def ask(text: bytes) -> tuple[str, Outcome]:
@@ -2309,25 +2309,22 @@ def ask_directly(runner: BatchRunner) -> None:
             to_come = total_load(loads.values())
             waiting = [processor.requests / name for name in sorted(state["files"])]
             lines = itertools.chain.from_iterable(open(path, "rb") for path in waiting)
-            for block in common.batches(lines, 4 * settings.concurrency):
+            for block in common.batches(common.progress(lines, "ask", len(loads)), 4 * settings.concurrency):
                 runner.check_budget(to_come)
                 outcomes = dict(pool.map(ask, block))
-                if stops := [outcome.reason for outcome in outcomes.values() if outcome.kind == "stop"]:
-                    runner.react(stops[0], runner.settings.model)
-                    if state["stopped"]:
-                        raise Fail(f"{state['stopped']}; what was answered is kept; then run again")
-                    break
                 to_come -= total_load(loads[key] for key in outcomes if answers.status(key) != "pending")
                 parsed += sum(one.kind == "ok" for one in outcomes.values())
                 bad.update(one.reason for one in outcomes.values() if one.kind in ("again", "final"))
-                if time.monotonic() - shown > 15:
-                    shown = time.monotonic()
-                    say(f"{parsed} of about {total} rows answered")
+                stops = [one.reason for one in outcomes.values() if one.kind == "stop"]
                 piloting = pilot and state["sound"] != sound_key(runner.settings)
-                if piloting and pilot <= parsed + bad.total() < total:
+                if stops:
+                    runner.react(stops[0], runner.settings.model)
+                elif piloting and pilot <= parsed + bad.total() < total:
                     runner.judge(parsed, bad)
-                    if state["stopped"]:
-                        raise Fail(f"{state['stopped']}; `run` goes on")
+                if state["stopped"]:
+                    raise Fail(f"{state['stopped']}; what was answered is kept, and `run` goes on")
+                if stops:
+                    break
             state.set(files={})
             runner.make_plan()  # for another model or effort, if need be
 
@@ -2464,18 +2461,20 @@ def counts_line(counts: dict[str, int]) -> str:
 
 def show_status(processor: DataProcessor) -> None:
     """The table of `status`, from what the last call saw."""
+    import pandas as pd
+
     state, counts, spent, now = processor.state, processor.counts(), processor.answers.spent()["usd"], time.time()
     say(f"{state['state']}; {counts_line(counts)}")
-    rows = [("file", "batch", "requests", "status", "done", "failed", "hours")]
+    rows = []
     for id, batch in state["batches"].items():
         total, done, failed = (batch["counts"].get(name, "") for name in ("total", "completed", "failed"))
         status = batch["status"] if batch.get("collected") else f"{batch['status']} ..."
         hours = f"{(now - batch['created_at']) / 3600:.1f}" if batch["created_at"] else ""
         rows.append((batch["input_file"], id, batch["requests"] or total, status, done, failed, hours))
     rows += [(name, "", facts["requests"], "waiting", "", "", "") for name, facts in sorted(state["files"].items())]
-    widths = [max(len(str(value)) for value in column) for column in zip(*rows, strict=True)]
-    for row in rows if len(rows) > 1 else []:
-        say("  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+    if rows:
+        columns = ("file", "batch", "requests", "status", "done", "failed", "hours")
+        say(pd.DataFrame(rows, columns=columns).to_string(index=False))
     _, price = processor.answers.estimate(total_load(processor.pending_loads().values()))
     say(f"cost so far ${spent:.4f}, to come {price}")
     if state["stopped"]:
