@@ -587,6 +587,15 @@ def test_a_server_that_misbehaves_loses_nothing_else(photos, tmp_path, monkeypat
     assert photos.headers["/good5.jpg"]["If-None-Match"]
 
 
+def test_connections_to_a_host_are_few_and_kept(photos, tmp_path, monkeypatch):
+    accept, accepted = photos.get_request, []
+    monkeypatch.setattr(photos, "get_request", lambda: (accepted.append(1), accept())[1])
+    photos.target = "/c0.jpg"
+    urls = [f"{photos.url}/c{i}.jpg" for i in range(60)] + [f"{photos.url}/moved{i}.jpg" for i in range(6)]
+    assert not fetch(tmp_path, urls) and len(accepted) <= clean.HOST_LANES
+    assert not fetch(tmp_path, urls) and photos.sent["/c1.jpg"] == 1 and len(accepted) <= 2 * clean.HOST_LANES
+
+
 def test_a_changed_photo_is_fetched_anew_and_one_without_etag_is_left_alone(photos, tmp_path):
     urls = [f"{photos.url}/a.jpg", f"{photos.url}/plain.jpg"]
     assert not fetch(tmp_path, urls)
