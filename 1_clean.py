@@ -740,7 +740,8 @@ class PhotoFetcher:
         names = {url: common.digest(url.encode()) for url in urls}
         wanted = [url for url, n in names.items() if n not in here or (here[n] < begun and n in self.known)]
         counts, failures, size = Counter(), {}, 0
-        with ThreadPool(min(LANES, len(wanted)) or 1) as pool:
+        lanes = sum(min(HOST_LANES, count) for count in Counter(map(host_of, wanted)).values())
+        with ThreadPool(min(LANES, lanes) or 1) as pool:
             try:
                 outcomes = pool.imap_unordered(self.try_often, wanted)
                 for url, outcome, got in common.progress(outcomes, "fetch", len(wanted), "photo"):
@@ -764,7 +765,7 @@ class PhotoFetcher:
         """(URL, "fetched", "unchanged" or why not, bytes)."""
         from urllib3 import exceptions
 
-        host, why = (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower(), "interrupted"
+        host, why = host_of(url), "interrupted"
         for attempt in range(FETCH_ATTEMPTS):
             self.stop.wait(max(0.0, self.quiet_until.get(host, 0.0) - time.monotonic()))
             if self.stop.is_set():
@@ -842,6 +843,11 @@ class PhotoFetcher:
             with self.lock, open(self.index, "a", encoding="utf-8") as index:
                 index.write(json.dumps(line) + "\n")
         return "fetched", size
+
+
+def host_of(url: str) -> str:
+    """The part of a URL that says where to ask, "" where it is none."""
+    return (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower()
 
 
 def copy_picture(response: Any, file: Any, deadline: float) -> int:
