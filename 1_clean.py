@@ -415,7 +415,6 @@ class Model(NamedTuple):
     efforts: tuple[str, ...]  # that it accepts; the first is sent, for a model that reasons unasked spends on it
     patch_factor: float  # tokens for a patch, as reported; the worst case takes HIGHEST_FACTOR
     shutdown: str = ""  # as announced; a date that the API gives counts more
-    answer_tokens: int = 500  # limit of an answer with that first effort; with another it is REASONING_TOKENS
 
 
 MODELS = {
@@ -428,7 +427,7 @@ MODELS = {
 AUTO, AUTO_MODELS = "auto", ("gpt-5-nano", "gpt-6-luna", "gpt-5.6-luna")  # --model auto takes the first that will do
 MARGIN = 7  # days that a model must live on after the work, to be taken by auto
 UNKNOWN = Model(math.nan, math.nan, (), 1.2)  # any other one: no effort is sent, so it may reason unasked
-REASONING_TOKENS = 2000  # limit of an answer where the model may reason
+PLAIN_TOKENS, REASONING_TOKENS = 500, 2000  # limit of an answer with a model's first effort, and where it may reason
 HIGHEST_FACTOR = 2.46  # tokens for a patch, of any model
 ANSWER_TOKENS = (60, 200)  # of an answer, low and high, without reasoning
 LOAD = ("requests", "tokens", "patches")  # what requests ask for: their number, tokens of text, patches of photos
@@ -449,7 +448,7 @@ def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[st
     known, effort = known_model(settings.model), settings.reasoning_effort
     lowest = "".join(known.efforts[:1])
     effort = lowest if effort is None else effort
-    needed = known.answer_tokens if effort and effort == lowest else REASONING_TOKENS
+    needed = PLAIN_TOKENS if effort and effort == lowest else REASONING_TOKENS
     tokens = (settings.max_completion_tokens or needed) * token_factor
     openai = known is not UNKNOWN or re.match(r"gpt-|o\d|chatgpt-", settings.model)
     # vLLM, llama.cpp, Ollama: the older name is the one that all of them know
@@ -1834,9 +1833,6 @@ def as_refusal(code: str, message: str) -> dict:
     return {"response": {"status_code": 400, "body": as_error(code, message)}}
 
 
-REMEDIES = {"length": "raise --max-completion-tokens or lower --reasoning-effort"}  # for the reason of bad answers
-
-
 class BatchRunner:
     """Brings the workspace forward through the Batch API."""
 
@@ -2105,7 +2101,8 @@ class BatchRunner:
             self.compare_estimate()
         elif self.state["files"]:  # else nothing waits for it
             reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(3))
-            remedy = REMEDIES.get(bad.most_common(1)[0][0], "look into raw/ at what the model answers")
+            cut_off = bad.most_common(1)[0][0] == "length"
+            remedy = "raise --max-completion-tokens or lower --reasoning-effort" if cut_off else "look at them in raw/"
             found = f"{parsed} of {parsed + bad.total()} answers could be parsed ({reasons})"
             self.stop(f"the pilot came back unsound: {found}; {remedy}")
 
