@@ -578,19 +578,25 @@ def row_reasons(rows, surplus: Iterable[int] = ()) -> Any:
     return reasons
 
 
-def products(rows, reasons) -> Iterable[tuple[str, list[tuple[int, str, list[str]]]]]:
+def products(rows, reasons) -> Iterator[tuple[str, list[tuple[int, str, list[str]]]]]:
     """(id, the rows that may stand for it: number, name, photos). The first whose photo is usable counts."""
-    rows = rows[reasons.isin(["", "duplicate id"])]
-    further = rows[FURTHER] if FURTHER in rows else itertools.repeat("")
-    found: dict[str, list[tuple]] = {}
-    for number, id, name, photo, more in zip(rows.index, *(rows[n] for n in REQUIRED_COLUMNS), further, strict=False):
-        try:
-            others = json.loads(more) if more.strip() else []
-        except (ValueError, RecursionError):
-            others = more
-        others = map(str, others) if isinstance(others, list) else [more]
-        found.setdefault(id, []).append((number, name, list(filter(None, map(str.strip, (photo, *others))))))
-    return found.items()
+
+    def read(some) -> Iterator[tuple[str, tuple]]:
+        further = some[FURTHER] if FURTHER in some else itertools.repeat("")
+        columns = (some.index, *(some[name] for name in REQUIRED_COLUMNS), further)
+        for number, id, name, photo, more in zip(*columns, strict=False):
+            try:
+                others = json.loads(more) if more.strip() else []
+            except (ValueError, RecursionError):
+                others = more
+            others = map(str, others) if isinstance(others, list) else [more]
+            yield id, (number, name, list(filter(None, map(str.strip, (photo, *others)))))
+
+    again: dict[str, list[tuple]] = {}
+    for id, one in read(rows[reasons == "duplicate id"]):
+        again.setdefault(id, []).append(one)
+    for id, one in read(rows[reasons == ""]):
+        yield id, [one, *again.get(id, ())]
 
 
 def csv_writer(handle: Any) -> Any:
