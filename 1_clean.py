@@ -15,31 +15,29 @@ from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import contextlib
 import copy
+import csv
 import dataclasses
 import datetime
-import email.utils
 import functools
 import hashlib
-import http.client
 import io
 import ipaddress
 import itertools
 import json
 import math
 import os
-import queue
 import re
 import socket
-import ssl
 import struct
 import sys
 import threading
 import time
 import urllib.parse
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +100,290 @@ def say(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Catalogue: CSV files as shops export them -> rows with our columns, one a product
+
+# Names of columns, in lower case, letters and digits only. An export is known by its three columns.
+EXPORTS = {
+    "Shopify": (("handle", "urlhandle"), ("title",), ("imagesrc", "productimageurl")),
+    "WooCommerce": (("sku", "id"), ("name",), ("images",)),
+    "Google Merchant": (("id",), ("title",), ("imagelink",)),
+}
+OTHER_NAMES = (  # of our three columns, in exports that are none of these
+    ("id", "sku", "productid", "itemid", "itemnumber", "articlenumber", "artikelnummer", "handle"),
+    ("name", "title", "productname", "producttitle", "producttitel", "titel", "bezeichnung"),
+    ("imagepath", "image", "images", "imageurl", "imagelink", "imagesrc", "imagefile", "photo", "picture", "bild"),
+)
+FURTHER_NAMES = ("additionalimagelink", "additionalimages", "variantimage", "variantimageurl", "furtherphotos")
+NO_TABLES = {  # how files begin that are no text, or another kind of text
+    b"PK\3\4": "a spreadsheet or zip archive", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "gzip",
+    b"PAR1": "a Parquet file", b"%PDF": "a PDF", b"SQLite": "a database", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip", b"\xff\xd8\xff": "a photo", b"\x89PNG": "a photo",
+    b"<": "XML or HTML", b"{": "JSON", b"[": "JSON",
+}  # fmt: skip
+# UTF-8 of western letters and punctuation: what cp1252 would show as Ã¤ or â€“
+UTF8_SIGNS = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80[\x80-\xbf]")
+PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
+
+
+def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
+    """An error handler of decoders: Windows-1252, with Latin-1 for the bytes that it leaves undefined."""
+    byte = error.object[error.start : error.start + 1]
+    return (byte.decode("latin-1") if byte in b"\x81\x8d\x8f\x90\x9d" else byte.decode("cp1252")), error.start + 1
+
+
+codecs.register_error("as-windows", as_windows)
+
+
+def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
+    """(rows: DataFrame of str, index: row number over all files; reasons, as common.row_reasons gives them).
+
+    Finds encoding (UTF-8, UTF-16, Windows-1252), delimiter (comma, semicolon, tab, bar) and our three columns, which
+    `columns` may name ("id=SKU,name=Title"). Values are kept to the letter; a second column of one name is name_2;
+    absent values are "". Where the header is not ours, rows of one id without a title of their own are no rows: their
+    photos go to the product's further_photos.
+    Raises Fail for a missing or empty file, one that is no table, columns that are missing or not certain, and quotes
+    that swallow lines: those rows would be lost without a word.
+    """
+    import pandas as pd
+
+    csv.field_size_limit(1 << 24)
+    parts, surplus, first = [], set(), 1
+    for path in map(Path, paths):
+        encoding, delimiter, header, export = feed_dialect(path, columns)
+        width, values = len(header), []
+        for record in feed_records(path, encoding, delimiter, header):
+            if len(record) > width:
+                surplus.add(first + len(values))
+            values.append(record[:width] + [""] * (width - len(record)))
+        part = pd.DataFrame(values, columns=header, index=range(first, first + len(values)), dtype="str")
+        first += len(values)
+        del values
+        parts.append(gather_photos(part, surplus, export))
+        if len(part) > len(parts[-1]):
+            say(f"{path}: {len(part)} rows are {len(parts[-1])} products")
+    rows = parts[0] if len(parts) == 1 else pd.concat(parts).fillna("")
+    return rows, common.row_reasons(rows, surplus)
+
+
+def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
+    """Encoding (utf-8 or utf-16), delimiter, our names of the columns, and the export's name ("" of our own header)."""
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(1 << 20)
+    except FileNotFoundError:
+        raise Fail(f"{path}: no such CSV; check --input", common.USAGE) from None
+    except IsADirectoryError:
+        raise Fail(f"{path}: is a folder, not a CSV; check --input", common.USAGE) from None
+    for mark, what in NO_TABLES.items():
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark):
+            raise Fail(f"{path}: is {what}, not a table of text; export it as CSV (UTF-8)", common.USAGE)
+    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        line = next(feed_lines(io.BytesIO(start), encoding, path), "")
+    except UnicodeError as error:
+        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
+    if not line.strip():
+        raise Fail(f"{path}: is empty; a header with {', '.join(common.REQUIRED_COLUMNS)} is needed")
+    if re.search(r"[\0-\x08\x0e-\x1f\x7f\ufffd]", line):
+        what = "UTF-16 without its mark" if "\0" in line else "no text"
+        raise Fail(f"{path}: its first line is {what}; export it as CSV (UTF-8)", common.USAGE)
+    given = dict(re.findall(r'(\w+)=("[^"]*"|[^,]*)(?:,|$)', columns))
+    if columns and (not given or given.keys() - set(common.REQUIRED_COLUMNS)):
+        hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
+        raise Fail(f"--columns {columns}: {hint}", common.USAGE)
+    given = {name: value.strip('" ') for name, value in given.items()}
+    headers = {d: [name.strip() for name in next(csv.reader([line], delimiter=d), [])] for d in ",;\t|"}
+    found = [(delimiter, header, *find_columns(header, given)) for delimiter, header in headers.items()]
+    delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
+    return encoding, delimiter, our_header(path, header, places, export), export
+
+
+def plain_name(column: str) -> str:
+    """A column's name in lower case, letters and digits only."""
+    return re.sub(r"[\W_]", "", column.lower())
+
+
+def find_columns(header: list[str], given: dict[str, str]) -> tuple[dict[str, list[int]], str]:
+    """(for each of our columns the places in the header that may be meant, what kind of table it is)."""
+
+    def places(names: Iterable[str], key: Callable[[str], str] = plain_name) -> list[int]:
+        return [place for place, name in enumerate(header) if key(name) in names]
+
+    ours = {name: places([name], str) or places([name], str.lower) for name in common.REQUIRED_COLUMNS}
+    if given:
+        kind = "columns by --columns"
+    elif all(ours.values()):
+        return ours, ""
+    else:
+        kind = "columns by their names"
+        for export, wanted in EXPORTS.items():
+            found = [next(filter(None, (places([one]) for one in names)), []) for names in wanted]
+            if all(found):
+                return dict(zip(common.REQUIRED_COLUMNS, found, strict=True)), export
+    found = {name: ours[name] or places(some) for name, some in zip(common.REQUIRED_COLUMNS, OTHER_NAMES, strict=True)}
+    found |= {name: places([value], str) for name, value in given.items()}
+    return found, "" if found == ours else kind
+
+
+def our_header(path: Path, header: list[str], places: dict[str, list[int]], export: str) -> list[str]:
+    """The columns' names, ours where they are meant, each once; Fail where one is missing or may be any of several."""
+    hint = "say which is which with --columns id=...,name=...,image_path=..."
+    if missing := [name for name, found in places.items() if not found]:
+        shown = "".join(c if c.isprintable() else "?" for c in ", ".join(header))[:200]
+        raise Fail(f"{path}: no column {', '.join(missing)}; the header has {shown}; {hint}", common.USAGE)
+    for name, found in places.items():
+        if len({header[place].lower() for place in found}) < len(found):
+            raise Fail(f"{path}: two columns are called {name}; rename the one that is not meant", common.USAGE)
+        if len(found) > 1:
+            some = ", ".join(header[place] for place in found)
+            raise Fail(f"{path}: {name} may be {some}; {hint}", common.USAGE)
+    ours = {found[0]: name for name, found in places.items()}
+    if export:
+        say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
+    unique: list[str] = []
+    for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
+        free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
+        free = itertools.chain([name], free)
+        unique.append(ours.get(place) or next(n for n in free if n not in {*unique, *common.REQUIRED_COLUMNS}))
+    return unique
+
+
+def feed_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
+    """The lines of a binary file as text. In UTF-8, what is none is read as Windows-1252, with a warning at the end.
+
+    A line with both is UTF-8 with single Windows bytes in it.
+    """
+    if encoding == "utf-16":
+        yield from io.TextIOWrapper(handle, encoding, newline="")
+        return
+    windows, utf8 = [], False
+    for number, line in enumerate(handle, 1):
+        try:
+            text = line.decode()
+            utf8 = utf8 or not text.isascii()
+        except UnicodeDecodeError:
+            signs = UTF8_SIGNS.search(line) is not None
+            text, utf8 = line.decode("utf-8" if signs else "cp1252", "as-windows"), utf8 or signs
+            windows.append(number)
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
+    if windows and utf8:
+        shown = ", ".join(map(str, windows[:5])) + (", ..." if len(windows) > 5 else "")
+        count = "1 line is" if len(windows) == 1 else f"{len(windows)} lines are"
+        say(f"warning: {path}: {count} not UTF-8, read as Windows-1252: {shown}")
+
+
+def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -> Iterator[list[str]]:
+    """The values of each row; a blank line is none. Raises Fail for what cannot be read, and for stray quotes."""
+    lines: list[str] = []  # of the record that is being read
+
+    def keep(text: Iterator[str]) -> Iterator[str]:
+        for line in text:
+            lines.append(line)
+            yield line
+
+    with open(path, "rb") as handle:
+        reader, begun, last = csv.reader(keep(feed_lines(handle, encoding, path)), delimiter=delimiter), 1, 1
+        try:
+            for values in reader:
+                own = reader.line_num - begun + 1
+                del lines[:-own]
+                if own > 1 and are_rows(lines, delimiter, header):
+                    raise Fail(f"{path}, line {begun}: the quotes opened there swallow {own} lines; mend that line")
+                if values and begun > 1:
+                    yield values
+                last, begun = begun, reader.line_num + 1
+        except (csv.Error, UnicodeError) as error:
+            raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
+    if len([*csv.reader([*lines, "end"], delimiter=delimiter)]) == 1:  # no row of its own: swallowed by open quotes
+        raise Fail(f"{path}, line {last}: the quotes opened there are never closed; mend that line")
+
+
+def are_rows(lines: list[str], delimiter: str, header: list[str]) -> bool:
+    """Whether one record's lines are rows that stray quotes joined: text follows the closing ones, or each is whole."""
+    spaces = re.compile(f'" +(?={re.escape(delimiter)}|[\r\n]|$)')
+    try:
+        list(csv.reader([spaces.sub('"', line) for line in lines], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return True
+    place = header.index("image_path")
+    rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+    return all(len(row) >= len(header) and PICTURE_NAME.match(row[place].strip('"')) for row in rows)
+
+
+def gather_photos(rows, surplus: set[int], export: str) -> Any:
+    """The rows with further_photos, where a product has any; of another table than ours, one row a product.
+
+    There, a row without a title of its own (variants, further photos) belongs to the titled row of its id.
+    """
+    import pandas as pd
+
+    plain = {plain_name(name): name for name in rows.columns}
+    more = [name for key, name in plain.items() if key in FURTHER_NAMES]
+    if common.FURTHER in rows.columns or not (more or export) or rows.empty:
+        return rows
+    if export == "WooCommerce":
+        rows = join_variations(rows, plain.get("parent"))
+    head, order = rows.index.to_series(), rows
+    if export:
+        name = rows["name"].str.strip()
+        usable = (rows["id"].str.strip() != "") & ~rows.index.isin(surplus)
+        title = name.where(usable & (name != "")).groupby(rows["id"]).transform("first").fillna("")
+        firsts = rows[usable & (name == title)].drop_duplicates("id")
+        mine = usable & ((name == title) | (name == ""))
+        head = head.where(~mine, rows["id"].map(dict(zip(firsts["id"], firsts.index, strict=True))))
+        if position := plain.get("imageposition"):
+            number = pd.to_numeric(rows[position], errors="coerce").fillna(math.inf)
+            order = rows.iloc[number.argsort(kind="stable")]
+    photos: dict[int, dict[str, None]] = {}
+    for number, *values in zip(head[order.index], *(order[name] for name in ["image_path", *more]), strict=True):
+        photos.setdefault(number, {}).update(dict.fromkeys(value for value in values if value.strip()))
+    rows = rows[head == rows.index]
+    found = [list(photos[number]) for number in rows.index]
+    rows = rows.assign(image_path=[one[0] if one else "" for one in found])
+    return rows.assign(**{common.FURTHER: [further_cell(one[1:]) for one in found]})
+
+
+def join_variations(rows, parent: str | None) -> Any:
+    """WooCommerce: a product without SKU is known by its ID; a variation takes its parent's id, and has no title."""
+    number = next((rows[name] for name in rows.columns if name != "id" and name.lower() == "id"), rows["id"])
+    taken = number.isin(set(rows["id"])) & (number != "")  # another product's SKU
+    id = rows["id"].where(rows["id"].str.strip() != "", number.where(~taken, "id:" + number))
+    if parent is None:
+        return rows.assign(id=id)
+    by_number = dict(zip("id:" + number, id, strict=True))
+    of = rows[parent].str.strip().map(lambda one: by_number.get(one, one))
+    child = (of != "") & of.isin(set(id))
+    return rows.assign(id=id.where(~child, of), name=rows["name"].where(~child, ""))
+
+
+def further_cell(photos: list[str]) -> str:
+    """The value of further_photos."""
+    return common.canonical(photos).decode() if photos else ""
+
+
+def cell_urls(cell: str) -> list[str]:
+    """The URLs in a cell, with comma, semicolon, bar or spaces in between."""
+    return re.split(r"\s*[,;|\s]\s*(?=https?://)", cell.strip().rstrip(",;| "), flags=re.I)
+
+
+def photo_names(folder: Path, cells: list[str]) -> list[str]:
+    """The photos in cells that hold one name each, or several with comma, semicolon or bar in between."""
+    names: list[str] = []
+    for cell in map(str.strip, cells):
+        if common.is_url(cell):
+            names += cell_urls(cell)
+            continue
+        parts = [part.strip() for part in re.split("[,;|]", cell)]
+        if len(parts) > 1:
+            with contextlib.suppress(common.BadImage):
+                common.resolve_image(folder, cell)
+                parts = [cell]
+        names += parts
+    return list(dict.fromkeys(filter(None, names)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Prompt, schema, models and prices
 
 FIELDS = ("clean_title", *common.ATTRIBUTES)
@@ -133,7 +415,6 @@ class Model(NamedTuple):
     efforts: tuple[str, ...]  # that it accepts; the first is sent, for a model that reasons unasked spends on it
     patch_factor: float  # tokens for a patch, as reported; the worst case takes HIGHEST_FACTOR
     shutdown: str = ""  # as announced; a date that the API gives counts more
-    answer_tokens: int = 500  # limit of an answer with that first effort; with another it is REASONING_TOKENS
 
 
 MODELS = {
@@ -146,7 +427,7 @@ MODELS = {
 AUTO, AUTO_MODELS = "auto", ("gpt-5-nano", "gpt-6-luna", "gpt-5.6-luna")  # --model auto takes the first that will do
 MARGIN = 7  # days that a model must live on after the work, to be taken by auto
 UNKNOWN = Model(math.nan, math.nan, (), 1.2)  # any other one: no effort is sent, so it may reason unasked
-REASONING_TOKENS = 2000  # limit of an answer where the model may reason
+PLAIN_TOKENS, REASONING_TOKENS = 500, 2000  # limit of an answer with a model's first effort, and where it may reason
 HIGHEST_FACTOR = 2.46  # tokens for a patch, of any model
 ANSWER_TOKENS = (60, 200)  # of an answer, low and high, without reasoning
 LOAD = ("requests", "tokens", "patches")  # what requests ask for: their number, tokens of text, patches of photos
@@ -167,7 +448,7 @@ def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[st
     known, effort = known_model(settings.model), settings.reasoning_effort
     lowest = "".join(known.efforts[:1])
     effort = lowest if effort is None else effort
-    needed = known.answer_tokens if effort and effort == lowest else REASONING_TOKENS
+    needed = PLAIN_TOKENS if effort and effort == lowest else REASONING_TOKENS
     tokens = (settings.max_completion_tokens or needed) * token_factor
     openai = known is not UNKNOWN or re.match(r"gpt-|o\d|chatgpt-", settings.model)
     # vLLM, llama.cpp, Ollama: the older name is the one that all of them know
@@ -186,7 +467,7 @@ def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float,
     return (prompt_tokens * rates[0] + output_tokens * rates[1]) / 1e6
 
 
-def estimate(settings: CleaningConfig, load: dict, measured: tuple[float, float] | None = None) -> tuple[float, str]:
+def estimate(settings: CleaningConfig, load: dict, measured: Iterable[float] = ()) -> tuple[float, str]:
     """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request."""
     factors = (known_model(settings.model).patch_factor, HIGHEST_FACTOR)
     if measured:
@@ -327,9 +608,9 @@ def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], prod
             *made, names, line = build_row(settings, folder, earlier, name, cells, known, token_factor)
             if usable := bool(made[0]):
                 same = [cell for _, other, more in rows[place:] if other == name for cell in more]
-                names = dict.fromkeys([*names, *common.photo_names(folder, same)])
+                names = dict.fromkeys([*names, *photo_names(folder, same)])
                 names = [photo for photo in names if photo != made[-1] and not common.is_url(photo)]  # was not fetched
-            built.append((number, *made, common.write_further(names), line))
+            built.append((number, *made, further_cell(names), line))
             if usable:
                 break
     return built
@@ -345,7 +626,7 @@ def build_row(
     were; `source` is the photo's. A row without a usable photo has a reason and none; no line is made where the digest
     `known` is among them. `token_factor` multiplies the tokens for the answer.
     """
-    names, failed = common.photo_names(folder, cells), None
+    names, failed = photo_names(folder, cells), None
     title, *older = dict.fromkeys(text[:MAX_TITLE] for text in (common.plain_text(name), " ".join(name.split())))
     for place, photo in enumerate(names, 1):
         try:
@@ -397,169 +678,156 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-class Connection(http.client.HTTPConnection):
-    """A connection to an address that was looked up once, checked and then used: no name can change its mind."""
+def photo_connections(allow_private: bool) -> Any:
+    """urllib3's pools of connections, at most HOST_LANES to a host; a thread waits for a free one.
 
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, allow_private: bool):
-        super().__init__(host, port, timeout=FETCH_TIMEOUT)
-        self.tls, self.allow_private = tls, allow_private
-        self.default_port = 443 if tls else 80
+    Each goes to an address that was looked up once, checked and then used: no name can change its mind.
+    """
+    import urllib3
+    from urllib3.util.connection import create_connection
 
-    def connect(self) -> None:
+    def connect(connection) -> socket.socket:
         try:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError):
             raise NotFetched("unknown host") from None
-        if not self.allow_private and not all(is_public(place[0]) for *_, place in found):
+        addresses = [place[0] for *_, place in found]
+        if not allow_private and not all(map(is_public, addresses)):
             raise NotFetched("private address (--allow-private)")
-        for number, (family, kind, protocol, _, place) in enumerate(found, 1):
-            self.sock = socket.socket(family, kind, protocol)
-            self.sock.settimeout(self.timeout)
+        for number, address in enumerate(addresses, 1):
             try:
-                self.sock.connect(place)
-                break
-            except OSError:
-                self.sock.close()
-                if number == len(found):
-                    raise
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.tls:
-            self.sock = self.tls.wrap_socket(self.sock, server_hostname=self.host)
+                options = connection.socket_options
+                return create_connection((address, connection.port), FETCH_TIMEOUT, socket_options=options)
+            except OSError as error:
+                why = "too slow" if isinstance(error, TimeoutError) else f"connection broken ({type(error).__name__})"
+                if number == len(addresses):
+                    raise NotFetched(why, 0.0) from None
+        raise NotFetched("unknown host")
+
+    pools = urllib3.PoolManager(1000, maxsize=HOST_LANES, block=True, timeout=FETCH_TIMEOUT, retries=False)
+    kinds, pools.pool_classes_by_scheme = pools.pool_classes_by_scheme, {}
+    for scheme, kind in kinds.items():  # http and https
+        checked = type("CheckedConnection", (kind.ConnectionCls,), {"_new_conn": connect})
+        pools.pool_classes_by_scheme[scheme] = type("CheckedPool", (kind,), {"ConnectionCls": checked})
+    return pools
 
 
 class PhotoFetcher:
-    """Fetches URLs by some threads, each with its own connections. index.jsonl: what makes a later request conditional.
+    """Fetches URLs by some threads. index.jsonl: what makes a later request conditional.
 
     `unfinished` stands while a round is under way: the next call goes on with it. In a new round, photos that are here
     are asked for again only if they have changed, as far as the server gave a means to (ETag, Last-Modified).
     """
 
     def __init__(self, folder: Path, allow_private: bool):
-        self.folder, self.allow_private = folder, allow_private
+        self.folder, self.connections = folder, photo_connections(allow_private)
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
-        self.tls = ssl.create_default_context()
-        self.jobs: dict[str, deque[str]] = {}  # host -> URLs
-        self.lanes, self.quiet_until = Counter(), {}  # host -> threads at work; time before which it is left alone
-        self.lock, self.stop, self.results = threading.Lock(), threading.Event(), queue.SimpleQueue()
+        self.quiet_until: dict[str, float] = {}  # host -> time before which it is left alone
+        self.lock, self.stop = threading.Lock(), threading.Event()
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
+        from multiprocessing.pool import ThreadPool  # its threads end with the process, even within a call
+
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.unfinished.exists():
             self.unfinished.touch()
         begun = self.unfinished.stat().st_mtime_ns
         found = ((entry.name, entry.stat()) for entry in os.scandir(self.folder))
         here = {name: stat.st_mtime_ns for name, stat in found if stat.st_size}  # after a power cut some may be empty
-        for url in urls:
-            name = common.digest(url.encode())
-            if name not in here or (here[name] < begun and name in self.known):
-                self.jobs.setdefault(host_of(url), deque()).append(url)
-        total, counts, failures, size = sum(map(len, self.jobs.values())), Counter(), {}, 0
-        threads = min(LANES, sum(min(HOST_LANES, len(jobs)) for jobs in self.jobs.values()))
-        for _ in range(threads):
-            threading.Thread(target=self.work, daemon=True).start()
-        try:
-            for url, outcome, got in common.progress(self.outcomes(threads), "fetch", total, "photo"):
-                size += got
-                counts[outcome or "failed"] += 1
-                if outcome not in ("fetched", "unchanged"):
-                    failures[url] = outcome
-        finally:
-            self.stop.set()
+        names = {url: common.digest(url.encode()) for url in urls}
+        wanted = [url for url, n in names.items() if n not in here or (here[n] < begun and n in self.known)]
+        counts, failures, size = Counter(), {}, 0
+        lanes = sum(min(HOST_LANES, count) for count in Counter(map(host_of, wanted)).values())
+        with ThreadPool(min(LANES, lanes) or 1) as pool:
+            try:
+                outcomes = pool.imap_unordered(self.try_often, wanted)
+                for url, outcome, got in common.progress(outcomes, "fetch", len(wanted), "photo"):
+                    size += got
+                    counts[outcome] += 1
+                    if outcome not in ("fetched", "unchanged"):
+                        failures[url] = outcome
+            finally:
+                self.stop.set()
         if counts["fetched"]:
             os.sync()
         self.unfinished.unlink()
-        here = f"{len(urls) - total} were here already, " if len(urls) > total else ""
+        here = f"{len(urls) - len(wanted)} were here already, " if len(urls) > len(wanted) else ""
         got = f"{counts['fetched']} fetched ({size / 1e6:.1f} MB), {counts['unchanged']} unchanged"
         say(f"photos at URLs: {here}{got}, {len(failures)} failed")
         for reason, count in Counter(failures.values()).most_common():
             say(f"  {count}: {reason} (such as {next(url for url, why in failures.items() if why == reason)})")
         return failures
 
-    def outcomes(self, threads: int) -> Iterator[tuple[str, str, int]]:
-        """(URL, "fetched", "unchanged" or why not, bytes) until every thread has ended."""
-        while threads:
-            if (one := self.results.get()) is None:
-                threads -= 1
-            else:
-                yield one
+    def try_often(self, url: str) -> tuple[str, str, int]:
+        """(URL, "fetched", "unchanged" or why not, bytes)."""
+        from urllib3 import exceptions
 
-    def work(self) -> None:
-        """A thread: take a host that has URLs left and few threads, and fetch until it has none."""
-        try:
-            while not self.stop.is_set():
-                with self.lock:
-                    free = (host for host, jobs in self.jobs.items() if jobs and self.lanes[host] < HOST_LANES)
-                    if (host := next(free, None)) is None:
-                        return
-                    self.lanes[host] += 1
-                open_ones: dict[tuple, Connection] = {}
-                while not self.stop.is_set() and (url := self.next_url(host)):
-                    self.results.put((url, *self.try_often(url, open_ones)))
-                for connection in open_ones.values():
-                    connection.close()
-                with self.lock:
-                    self.lanes[host] -= 1
-        finally:
-            self.results.put(None)
-
-    def next_url(self, host: str) -> str | None:
-        with self.lock:
-            return self.jobs[host].popleft() if self.jobs[host] else None
-
-    def try_often(self, url: str, open_ones: dict[tuple, Connection]) -> tuple[str, int]:
-        """("fetched", "unchanged" or why not, bytes)."""
         host, why = host_of(url), "interrupted"
         for attempt in range(FETCH_ATTEMPTS):
             self.stop.wait(max(0.0, self.quiet_until.get(host, 0.0) - time.monotonic()))
             if self.stop.is_set():
                 break
             try:
-                return self.get(url, open_ones)
+                return url, *self.get(url)
             except NotFetched as error:
                 why, pause = str(error), error.pause
-            except TimeoutError:
+            except (TimeoutError, exceptions.TimeoutError):
                 why, pause = "too slow", 0.0
-            except ssl.SSLCertVerificationError:
-                why, pause = "certificate refused", None
-            except (OSError, http.client.HTTPException) as error:
-                why, pause = f"connection broken ({type(error).__name__})", 0.0
-            except ValueError:  # urllib.parse, http.client: no URL at all
+            except ValueError:  # of urllib.parse and urllib3: no URL at all
                 why, pause = "not a URL", None
-            for connection in open_ones.values():  # somewhere in the middle of an answer
-                connection.close()
-            open_ones.clear()
+            except (OSError, exceptions.HTTPError) as error:
+                why, pause = f"connection broken ({type(error).__name__})", 0.0
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    why, pause = "certificate refused", None
             if pause is None or pause > LONGEST_PAUSE:
                 break
             if pause:
                 self.quiet_until[host] = time.monotonic() + pause
             elif attempt + 1 < FETCH_ATTEMPTS:
                 self.stop.wait(FETCH_PAUSE * 2**attempt)
-        return why, 0
+        return url, why, 0
 
-    def get(self, url: str, open_ones: dict[tuple, Connection]) -> tuple[str, int]:
-        """Fetch one photo, over redirects; gives ("fetched" or "unchanged", bytes). Raises NotFetched, OSError."""
+    def get(self, url: str) -> tuple[str, int]:
+        """Fetch one photo, over redirects; gives ("fetched" or "unchanged", bytes).
+
+        Raises NotFetched, OSError, ValueError and urllib3's HTTPError.
+        """
         path, headers = self.folder / common.digest(url.encode()), dict(FETCH_HEADERS)
         if path.exists() and (known := self.known.get(path.name)):
             headers |= {name: known[name] for name in ("If-None-Match", "If-Modified-Since") if known.get(name)}
+        # As sent, and as long as it says: a length that is not kept is looked at here.
+        options = {"redirect": False, "preload_content": False, "decode_content": False}
+        options |= {"enforce_content_length": False}
         deadline, place = time.monotonic() + FETCH_LIMIT, url
         for _ in range(REDIRECTS + 1):
-            response = self.request(place, headers, open_ones)
-            if response.status not in (301, 302, 303, 307, 308):
-                break
-            response.read(1 << 16)
-            place = urllib.parse.urljoin(place, response.headers.get("Location", ""))
-        else:
-            raise NotFetched("too many redirects")
+            if not common.is_url(place):
+                raise NotFetched("not http or https")
+            response = self.connections.request("GET", place.strip(), headers=headers, **options)
+            try:
+                if not (target := response.get_redirect_location()):
+                    return self.store(url, path, response, deadline)
+                response.read(1 << 16)
+            finally:  # a connection is kept if the answer was read to its end
+                response.close()
+                response.release_conn()
+            place = urllib.parse.urljoin(place, target)
+        raise NotFetched("too many redirects")
+
+    def store(self, url: str, path: Path, response: Any, deadline: float) -> tuple[str, int]:
+        """Store an answer that brings a photo, or nothing new; NotFetched for any other one."""
+        import urllib3
+
         if response.status == 304:
             response.read()
             os.utime(path)
             return "unchanged", 0
-        if response.status in (408, 425, 429) or response.status >= 500:
-            raise NotFetched(f"status {response.status}", retry_after(response.headers.get("Retry-After", "")))
         if response.status != 200:
-            raise NotFetched(f"status {response.status}")
+            pause = 0.0 if response.status in (408, 425, 429) or response.status >= 500 else None
+            with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+                pause = pause if pause is None else urllib3.Retry().get_retry_after(response) or 0.0
+            raise NotFetched(f"status {response.status}", pause)
         temporary = path.with_name(f".{path.name}.tmp")  # flushed to disk with all others, at the end of the round
         try:
             with open(temporary, "wb") as file:
@@ -575,39 +843,15 @@ class PhotoFetcher:
                 index.write(json.dumps(line) + "\n")
         return "fetched", size
 
-    def request(self, url: str, headers: dict, open_ones: dict[tuple, Connection]) -> http.client.HTTPResponse:
-        """Send one request over a kept connection, or a new one where there is none or the server has closed it."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
-            raise NotFetched("not http or https")
-        tls = self.tls if parts.scheme.lower() == "https" else None
-        key = (parts.hostname, parts.port or (443 if tls else 80), tls is not None)
-        target = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
-        target += f"?{urllib.parse.quote(parts.query, safe='/?%:@!$&()*+,;=~-._')}" if parts.query else ""
-        for _ in range(2):
-            kept = open_ones.pop(key, None)
-            connection = kept or Connection(*key[:2], tls, self.allow_private)
-            try:
-                connection.request("GET", target, headers=headers)
-                response = connection.getresponse()
-            except (http.client.RemoteDisconnected, ConnectionError):
-                connection.close()
-                if not kept:
-                    raise
-                continue
-            open_ones[key] = connection
-            return response
-        raise AssertionError  # a new connection returns or raises
-
 
 def host_of(url: str) -> str:
     """The part of a URL that says where to ask, "" where it is none."""
     return (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower()
 
 
-def copy_picture(response: http.client.HTTPResponse, file: Any, deadline: float) -> int:
+def copy_picture(response: Any, file: Any, deadline: float) -> int:
     """Copy an answer that is a picture, whole, and not too large; gives its bytes. Raises NotFetched, OSError."""
-    if (response.length or 0) > MAX_FETCHED:
+    if (response.length_remaining or 0) > MAX_FETCHED:
         raise NotFetched("too large")
     size = 0
     while block := response.read(1 << 16):
@@ -618,20 +862,11 @@ def copy_picture(response: http.client.HTTPResponse, file: Any, deadline: float)
             raise NotFetched("too large")
         if time.monotonic() > deadline:
             raise TimeoutError
-    if response.length:
+    if response.length_remaining:
         raise ConnectionError("the answer was cut")
     if not size:
         raise NotFetched("empty answer")
     return size
-
-
-def retry_after(text: str) -> float:
-    """Seconds that a Retry-After header asks for (RFC 9110: a number or a date); 0 where it says nothing."""
-    if text.strip().isdecimal():
-        return float(text)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1010,24 +1245,28 @@ def filled(first: dict[str, Any], value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def read_dict(path: Path, what: str, fields: dict[str, type] | None = None) -> dict[str, Any]:
-    """A JSON object from a file, with these fields or, without, of whole numbers; Fail where it is something else."""
+def read_dict(path: Path, what: str, kind: type, *names: str) -> dict[str, Any]:
+    """A JSON object with these names from a file, all its values of one type; Fail where it is something else."""
     value = common.read_json(path, what)
-    good = isinstance(value, dict)
-    if good and fields is None:
-        good = all(type(number) is int for number in value.values())
-    elif good:
-        good = all(isinstance(value.get(name), kind) for name, kind in fields.items())
-    if not good:
+    if not isinstance(value, dict) or {*names} - {*value} or any(type(one) is not kind for one in value.values()):
         raise Fail(f"{path}: not a readable {what}; remove it and run again")
     return value
+
+
+def request_model(path: Path) -> str:
+    """The model that a request file asks, or "" where it is not here any more."""
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as handle:
+        if found := re.match(rb'\{"custom_id": "\w*", .{0,99}?"model": ("[^"]*")', handle.read(4096)):
+            return json.loads(found[1])
+    return ""
 
 
 class StateManager:
     """state.json, written whole after every change. A damaged one is an error; a deleted one sets `doubt_since`, and
     the account's batches of this workspace are found again by the id in workspace.json."""
 
-    def __init__(self, workspace: Path):
+    def __init__(self, workspace: Path, given: CleaningConfig = CleaningConfig()):
+        self.given = given
         self.path, self.identity_path = workspace / "state.json", workspace / "workspace.json"
         self.requests = workspace / "requests"
         self.old_store = workspace / "results.sqlite"  # of versions that kept more than the batches in a database
@@ -1055,13 +1294,28 @@ class StateManager:
 
     def set(self, **values: Any) -> None:
         self.data.update(values)
+        self.__dict__.pop("settings", None)
         common.write_json(self.path, self.data)
+
+    @functools.cached_property
+    def settings(self) -> CleaningConfig:
+        """As given, with what the workspace knows: its model in place of `auto`, and the effort that this one accepts.
+
+        Workspaces of versions that noted no model have it in their last request file.
+        """
+        model, effort = self.given.model, self.given.reasoning_effort
+        if model == AUTO:
+            kept = self["models"] or [request_model(path) for path in sorted(self.requests.glob("*.jsonl"))[-1:]]
+            model = (kept and kept[-1]) or AUTO
+        effort = self["efforts"].get(model) if effort is None else effort
+        ask_again = self["ask_again"] == model
+        return dataclasses.replace(self.given, model=model, reasoning_effort=effort, ask_again=ask_again)
 
     @functools.cached_property
     def identity(self) -> str:
         """What the batches carry. With it on disk, a missing state.json means that some may be in flight."""
         if self.identity_path.exists():
-            return str(read_dict(self.identity_path, "workspace identity", {"id": str})["id"])
+            return read_dict(self.identity_path, "workspace identity", str, "id")["id"]
         found = {"workspace": self.data.get("workspace") or uuid.uuid4().hex}
         if self.old_store.exists():
             import sqlite3
@@ -1084,27 +1338,6 @@ class StateManager:
         ]
 
 
-def request_model(path: Path) -> str:
-    """The model that a request file asks, or "" where it is not here any more."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as handle:
-        if found := re.match(rb'\{"custom_id": "\w*", .{0,99}?"model": ("[^"]*")', handle.read(4096)):
-            return json.loads(found[1])
-    return ""
-
-
-def resolve(given: CleaningConfig, state: StateManager) -> CleaningConfig:
-    """The settings with what the workspace knows: its model in place of `auto`, and the effort that this one accepts.
-
-    Workspaces of versions that noted no model have it in their last request file.
-    """
-    model, effort = given.model, given.reasoning_effort
-    if model == AUTO:
-        kept = state["models"] or [request_model(path) for path in sorted(state.requests.glob("*.jsonl"))[-1:]]
-        model = (kept and kept[-1]) or AUTO
-    effort = state["efforts"].get(model) if effort is None else effort
-    return dataclasses.replace(given, model=model, reasoning_effort=effort, ask_again=state["ask_again"] == model)
-
-
 def describe_batch(batch: Any) -> dict[str, Any]:
     """What state.json keeps of a batch, beside input_file and the facts of that file."""
     counts = batch.request_counts
@@ -1122,20 +1355,22 @@ RAW_KINDS = ("output", "error", "unanswered")  # raw/BATCH.KIND.jsonl; the last 
 class Answers:
     """What the raw answer files hold, by digest. A source is a batch, or a call with --sync: raw/sync-TIME.jsonl."""
 
-    def __init__(self, workspace: Path, settings: CleaningConfig, batches: dict[str, dict]):
-        self.raw, self.settings = workspace / "raw", settings
+    def __init__(self, workspace: Path, state: StateManager):
+        self.raw, self.state = workspace / "raw", state
         self.retries_path = workspace / "retries.json"  # digest -> failures that --retry-failed made up for
-        self.forgiven = read_dict(self.retries_path, "list of retries") if self.retries_path.exists() else {}
-        self.load(batches)
+        self.forgiven = read_dict(self.retries_path, "list of retries", int) if self.retries_path.exists() else {}
+        self.load()
 
-    def load(self, batches: dict[str, dict]) -> None:
+    def load(self) -> None:
         """Read every source anew, the oldest first, but not the batches that are still to be collected."""
         self.cleaned: dict[str, tuple[str, ...]] = {}  # digest -> values of FIELDS, and the model
         self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer
         self.reasons = Counter()  # of all results that are no answer
         self.stops: dict[str, str] = {}  # code of STOPS -> the server's words
-        self.usage = Counter()  # (model, sync, "prompt" or "output") -> tokens; "answers" -> how many used them
+        self.usage: dict[tuple[str, bool], Counter] = {}  # (model, sync) -> prompt_tokens, output_tokens, answers
         self.results: dict[str, Counter] = {}  # source -> reason, or "ok" -> results
+
+        batches = self.state["batches"]
 
         def made_at(source: str) -> float:
             created = batches.get(source, {}).get("created_at")
@@ -1166,12 +1401,11 @@ class Answers:
         """Enter one line of a raw file; gives its outcome."""
         outcome, sync = read_result(line), source.startswith("sync")
         self.results.setdefault(source, Counter())[outcome.reason or "ok"] += 1
-        model = self.settings.model
+        model = self.state.settings.model
         if outcome.kind == "ok" or outcome.prompt_tokens or outcome.output_tokens:
             model = sys.intern(short_text(line["response"]["body"].get("model") or model, 100))
-            self.usage[model, sync, "prompt"] += outcome.prompt_tokens
-            self.usage[model, sync, "output"] += outcome.output_tokens
-            self.usage[model, sync, "answers"] += 1
+            used = {"prompt_tokens": outcome.prompt_tokens, "output_tokens": outcome.output_tokens, "answers": 1}
+            self.usage.setdefault((model, sync), Counter()).update(used)
         if outcome.kind == "ok":
             self.cleaned.setdefault(digest, (*outcome.fields.values(), model))
             return outcome
@@ -1191,7 +1425,7 @@ class Answers:
         if digest in self.cleaned:
             return "cleaned"
         attempts = self.attempts(digest)
-        used_up = len(attempts) >= self.settings.max_attempts or any(one.kind == "final" for one in attempts)
+        used_up = len(attempts) >= self.state.settings.max_attempts or any(one.kind == "final" for one in attempts)
         return "pending" if digest and not used_up else "cleaned" if answered in self.cleaned else "rejected"
 
     def forgive(self) -> None:
@@ -1202,28 +1436,26 @@ class Answers:
     def spent(self) -> dict[str, float]:
         """US dollars and tokens of every answer that ever came back, by its usage and the price of its model."""
         total = {"usd": 0.0, "prompt_tokens": 0, "output_tokens": 0}
-        for model, sync in {key[:2] for key in self.usage}:
-            prompt, output = (self.usage[model, sync, kind] for kind in ("prompt", "output"))
-            usd = cost(self.settings, model, sync, prompt, output)
-            more = {"usd": 0.0 if math.isnan(usd) else usd, "prompt_tokens": prompt, "output_tokens": output}
+        for (model, sync), used in self.usage.items():
+            usd = cost(self.state.settings, model, sync, used["prompt_tokens"], used["output_tokens"])
+            more = {"usd": 0.0 if math.isnan(usd) else usd} | used
             total = {name: total[name] + more[name] for name in total}
         return total
 
     def models(self) -> list[str]:
         """Models that answered, the busiest first; some, for a server may say anything."""
         answers = Counter()
-        for (model, _, kind), number in self.usage.items():
-            answers[model] += number if kind == "answers" else 0
+        for (model, _), used in self.usage.items():
+            answers[model] += used["answers"]
         return [model for model, _ in answers.most_common(20)]
 
     def estimate(self, load: dict) -> tuple[float, str]:
         """Cost of a load, by what the answers of the present model used, or by a guess where there are none."""
         used = Counter()
-        for (model, _, kind), number in self.usage.items():
-            used[kind] += number if undated(model) == undated(self.settings.model) else 0
-        answers = used["answers"]
-        measured = (used["prompt"] / answers, used["output"] / answers) if used["prompt"] else None
-        return estimate(self.settings, load, measured)
+        for (model, _), some in self.usage.items():
+            used += some if undated(model) == undated(self.state.settings.model) else Counter()
+        averages = [used[name] / used["answers"] for name in ("prompt_tokens", "output_tokens") if used["answers"]]
+        return estimate(self.state.settings, load, averages if used["prompt_tokens"] else ())
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -1279,10 +1511,10 @@ def request_key(line: bytes) -> str:
 class RequestWriter:
     """Writes request files, one after another, each below the limits of bytes, requests and tokens."""
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path, settings: CleaningConfig, state: StateManager):
-        self.stack, self.folder, self.settings = stack, folder, settings
+    def __init__(self, stack: contextlib.ExitStack, folder: Path, state: StateManager):
+        self.stack, self.folder, self.settings = stack, folder, state.settings
         self.max_tokens = state["max_file_tokens"] or math.inf
-        self.pilot = 0 if state["sound"] == sound_key(settings) else settings.pilot  # requests of the first file
+        self.pilot = 0 if state["sound"] == sound_key(self.settings) else self.settings.pilot  # of the first file
         self.files: dict[str, dict] = {}  # name -> FACTS
         self.digests: set[str] = set()
         self.name = ""  # of the open file
@@ -1356,28 +1588,28 @@ class DataProcessor:
 
     PLANNED = ("digest", "reason", "detail", "tokens", "patches", "photo", "further", "answered")
 
-    def __init__(self, args: argparse.Namespace, settings: CleaningConfig, state: StateManager):
+    def __init__(self, args: argparse.Namespace, state: StateManager):
         import pandas as pd
 
-        self.args, self.settings, self.state, workspace = args, settings, state, Path(args.workspace)
+        self.args, self.state, workspace = args, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
         self.fetched, self.unfetched = workspace.with_name(f"{workspace.name}.photos"), {}  # URL -> why it is not here
-        self.answers, self.plan = Answers(workspace, settings, state["batches"]), None
+        self.answers = Answers(workspace, state)
+        self.plan = pd.DataFrame(columns=["id", *self.PLANNED])
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
             # Each of Arrow's threads would keep memory of its own, 300 bytes a row in all.
             plan = pd.read_parquet(self.plan_path, page_checksum_verification=True, use_threads=False)
             plan = plan.assign(**{name: plan.get(name, "") for name in self.PLANNED[-3:]})
             self.plan = plan[["id", *self.PLANNED]]
 
-    def use(self, settings: CleaningConfig) -> None:
-        """Go on with other settings, as of another model."""
-        self.settings = self.answers.settings = settings
-        self.__dict__.pop("signature", None)
+    @property
+    def settings(self) -> CleaningConfig:
+        return self.state.settings
 
     @functools.cached_property
     def catalogue(self) -> tuple[Any, Any]:
-        """(rows, reasons) as common.read_catalogue gives them, --limit taken into account."""
-        whole = common.read_catalogue(self.args.input, self.args.columns)
+        """(rows, reasons) as read_feeds gives them, --limit taken into account."""
+        whole = read_feeds(self.args.input, self.args.columns)
         return tuple(part.head(self.settings.limit or len(part)) for part in whole)
 
     @functools.cached_property
@@ -1385,21 +1617,26 @@ class DataProcessor:
         """Path of the fetched photos from the images folder."""
         return os.path.relpath(self.fetched.resolve(), common.images_folder(self.args.images, self.args.input))
 
-    @functools.cached_property
-    def signature(self) -> str:
-        """What the plan and the request files are made from, as it was when the command began."""
-        return self.current_signature()
+    def input_digests(self) -> dict[str, str]:
+        return {str(path): common.file_digest(path) for path in self.args.input}
 
-    def current_signature(self) -> str:
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the input files, as they were when the command began."""
+        return self.input_digests()
+
+    @property
+    def signature(self) -> str:
+        """What the plan and the request files are made from."""
         settings, folder = self.settings, common.images_folder(self.args.images, self.args.input)
         line = request_line(settings, "", "", b"", 1).decode()
         sizes = [settings.max_batch_file_size, settings.max_requests_per_file, settings.pilot, settings.image_size]
-        inputs = [common.file_digest(path) for path in self.args.input]
+        inputs = [self.inputs[str(path)] for path in self.args.input]
         return common.digest([inputs, str(folder), line, sizes, settings.limit, self.args.columns])
 
     def is_planned(self) -> bool:
         """Whether the plan is that of today's catalogue and settings."""
-        return self.plan is not None and self.state["plan"] == self.signature
+        return len(self.plan) > 0 and self.state["plan"] == self.signature
 
     def is_settled(self) -> bool:
         return self.is_planned() and not self.counts()["pending"]
@@ -1419,8 +1656,8 @@ class DataProcessor:
         if not again:
             self.fetch_photos()
         self.remove_waiting()
-        old = pd.DataFrame(columns=["id", *self.PLANNED]) if self.plan is None else self.plan
-        known, loads = {id: key for id, key in zip(old["id"], old["digest"], strict=True) if key}, self.loads(old)
+        old, loads = self.plan, self.loads()
+        known = {id: key for id, key in zip(old["id"], old["digest"], strict=True) if key}
         flying, sources = self.keys_in_flight(), {}
         entries = {number: ("", reason, "", 0, 0, "", "", "") for number, reason in reasons.items()}
         if again:
@@ -1430,7 +1667,7 @@ class DataProcessor:
             return digest not in flying and self.answers.status(digest) == "pending"
 
         with contextlib.ExitStack() as stack:
-            writer = RequestWriter(stack, self.requests, self.settings, self.state)
+            writer = RequestWriter(stack, self.requests, self.state)
             for number, digests, sources[number], entry, line in self.built_rows(known, is_wanted, again):
                 digest, answered = self.choose_digest(digests, flying)
                 if line and digest == digests[0] and is_wanted(digest):
@@ -1472,21 +1709,18 @@ class DataProcessor:
     def fetch_photos(self) -> None:
         """Fetch the photos that stand at URLs, if there are such."""
         cells = (cell for _, some in common.products(*self.catalogue) for _, _, cells in some for cell in cells)
-        urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in common.photo_names(Path(), [cell]))
+        urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in cell_urls(cell))
         if urls:
             self.unfetched = PhotoFetcher(self.fetched, self.settings.allow_private).fetch([*urls])
 
     def local_cells(self, cells: list[str]) -> list[str]:
         """Photo cells with a URL's local copy, relative to the images folder, in its place, where it has one."""
-        local = []
-        for cell in cells:
-            if not common.is_url(cell):
-                local.append(cell)
-                continue
-            for url in common.photo_names(Path(), [cell]):
-                path = self.fetched / common.digest(url.encode())
-                local.append(os.path.join(self.fetched_from, path.name) if path.exists() else url)
-        return local
+
+        def local(url: str) -> str:
+            path = self.fetched / common.digest(url.encode())
+            return os.path.join(self.fetched_from, path.name) if path.exists() else url
+
+        return [name for cell in cells for name in (map(local, cell_urls(cell)) if common.is_url(cell) else [cell])]
 
     def reject_placeholders(self, entries: dict[int, tuple], sources: dict[int, str], writer: RequestWriter) -> None:
         """Give rows whose photo shows no product a reason in place of their digests, and ask nothing for them."""
@@ -1560,9 +1794,9 @@ class DataProcessor:
     # -- counts
     def counts(self) -> dict[str, int]:
         """input, cleaned, rejected and pending rows."""
-        rows = len(self.catalogue[0] if self.plan is None else self.plan)
-        found = Counter(["pending"] * rows if self.plan is None else self.statuses())
-        return {"input": rows} | {name: found[name] for name in ("cleaned", "rejected", "pending")}
+        found = Counter(self.statuses()) if len(self.plan) else {"pending": len(self.catalogue[0])}
+        counts = {name: found.get(name, 0) for name in ("cleaned", "rejected", "pending")}
+        return {"input": sum(counts.values())} | counts
 
     def statuses(self) -> Iterator[str]:
         """The status of each planned row."""
@@ -1570,23 +1804,17 @@ class DataProcessor:
 
     def any_refused(self) -> bool:
         """Whether --retry-failed would ask for a row."""
-        pairs = () if self.plan is None else zip(self.plan["digest"], self.statuses(), strict=True)
+        pairs = zip(self.plan["digest"], self.statuses(), strict=True)
         return any(digest and status == "rejected" for digest, status in pairs)
 
-    def asked_again(self) -> list[dict]:
-        """Loads of the rows that wait for an answer though another model has given one."""
-        loads = self.pending_loads()
-        return [loads[digest] for digest in set(self.plan["digest"][self.plan["answered"] != ""]) if digest in loads]
-
-    def loads(self, plan: Any) -> dict[str, dict]:
-        """digest -> load, for the rows of a plan."""
-        rows = zip(plan["digest"], plan["tokens"], plan["patches"], strict=True)
+    def loads(self) -> dict[str, dict]:
+        """digest -> load, for the planned rows."""
+        rows = zip(self.plan["digest"], self.plan["tokens"], self.plan["patches"], strict=True)
         return {digest: load_of(*load) for digest, *load in rows}
 
     def pending_loads(self) -> dict[str, dict]:
         """digest -> load of everything that rows wait for."""
-        loads = {} if self.plan is None else self.loads(self.plan)
-        return {key: load for key, load in loads.items() if self.answers.status(key) == "pending"}
+        return {key: load for key, load in self.loads().items() if self.answers.status(key) == "pending"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1605,22 +1833,12 @@ def as_refusal(code: str, message: str) -> dict:
     return {"response": {"status_code": 400, "body": as_error(code, message)}}
 
 
-REMEDIES = {"length": "raise --max-completion-tokens or lower --reasoning-effort"}  # for the reason of bad answers
-
-
-def unsound_pilot(parsed: int, bad: Counter) -> str:
-    reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(3))
-    remedy = REMEDIES.get(bad.most_common(1)[0][0], "look into raw/ at what the model answers")
-    found = f"{parsed} of {parsed + bad.total()} answers could be parsed ({reasons})"
-    return f"the pilot came back unsound: {found}; {remedy}"
-
-
 class BatchRunner:
     """Brings the workspace forward through the Batch API."""
 
-    def __init__(self, processor: DataProcessor, state: StateManager, settings: CleaningConfig, replan: bool):
-        self.processor, self.state, self.given = processor, state, settings
-        self.auto = settings.model == AUTO
+    def __init__(self, processor: DataProcessor, replan: bool):
+        self.processor, self.state, self.given = processor, processor.state, processor.state.given
+        self.auto = self.given.model == AUTO
         self.replan = replan  # whether all photos are looked at, though the plan is that of today's catalogue
         self.checked, self.found = False, {}  # model -> its description, as chosen in this call
         self.retry_in: float | None = None  # seconds, after a step that failed
@@ -1631,8 +1849,8 @@ class BatchRunner:
 
     @property
     def settings(self) -> CleaningConfig:
-        """As resolved: another model or effort may take the place of the present one."""
-        return self.processor.settings
+        """Of this moment: another model or effort may take the place of the present one."""
+        return self.state.settings
 
     def step(self) -> bool:
         """Do what can be done now; gives whether every row is settled. Fails where only a person can help."""
@@ -1682,9 +1900,6 @@ class BatchRunner:
             self.stop(f"{STOPS[code]} ({code}: {model}); set another --model, or auto")
 
     # -- the model and its effort
-    def resolve(self) -> None:
-        self.processor.use(resolve(self.given, self.state))
-
     def change_effort(self, message: str) -> None:
         """The model refused the effort, or another setting: take the lowest effort that the message lists, if any."""
         model, sent = self.settings.model, model_parameters(self.settings).get("reasoning_effort", "")
@@ -1699,7 +1914,6 @@ class BatchRunner:
             effort = accepted[0] if accepted else ""
             say(f"{model} refuses reasoning_effort {sent or '(not sent)'}; sending {effort or 'no effort'} from now on")
             self.state.set(efforts=self.state["efforts"] | {model: effort})
-            self.resolve()
 
     def leave_model(self, why: str) -> None:
         """In an auto run: the next plan is made for another model."""
@@ -1735,7 +1949,6 @@ class BatchRunner:
         say(f"{before} {gone[before]}; the rest goes to {name}" if before in gone else
             f"model {name}: " + (reasons if why.keys() - {name} else "the first that auto takes"))  # fmt: skip
         self.keep_model(name)
-        self.resolve()
         self.checked = False
 
     def keep_model(self, name: str) -> None:
@@ -1771,7 +1984,7 @@ class BatchRunner:
             intent = {} if intent and about.get("intent") == intent["id"] else intent
         if len(batches) > len(self.state["batches"]):
             self.state.set(batches=batches, files=files, intent=intent)
-            self.processor.answers.load(batches)  # what is in their raw files comes in when they are collected
+            self.processor.answers.load()  # what is in their raw files comes in when they are collected
 
     # -- collecting
     def refresh(self, id: str) -> None:
@@ -1875,16 +2088,23 @@ class BatchRunner:
         parsed = sum(key in answers.cleaned for key in keys)
         latest = [answers.failures[key][-1] for key in keys - answers.cleaned.keys() if key in answers.failures]
         bad = Counter(one.reason for one in latest if one.kind != "server")
-        if parsed and parsed >= PILOT_SOUND * (parsed + bad.total()):
-            self.state.set(sound=sound_key(self.settings))
-            self.compare_estimate()
-        elif not self.state["files"]:
-            return  # nothing more waits for it
-        elif bad:
-            self.stop(unsound_pilot(parsed, bad))
-        elif not any(answers.status(key) == "pending" for key in last):
+        if parsed or bad:
+            self.judge(parsed, bad)
+        elif self.state["files"] and not any(answers.status(key) == "pending" for key in last):
             reasons = ", ".join(sorted({one.reason for key in last for one in answers.failures.get(key, ())}))
             self.stop(f"the pilot's rows brought no answer ({reasons}); the next call asks others")
+
+    def judge(self, parsed: int, bad: Counter) -> None:
+        """Let the rest be sent after a pilot with so many parsed answers, or stop where too many were bad."""
+        if parsed >= PILOT_SOUND * (parsed + bad.total()):
+            self.state.set(sound=sound_key(self.settings))
+            self.compare_estimate()
+        elif self.state["files"]:  # else nothing waits for it
+            reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(3))
+            cut_off = bad.most_common(1)[0][0] == "length"
+            remedy = "raise --max-completion-tokens or lower --reasoning-effort" if cut_off else "look at them in raw/"
+            found = f"{parsed} of {parsed + bad.total()} answers could be parsed ({reasons})"
+            self.stop(f"the pilot came back unsound: {found}; {remedy}")
 
     def compare_estimate(self) -> None:
         """Hold what the pilot used against the estimate, and stop where all would cost more than twice as much."""
@@ -1949,7 +2169,6 @@ class BatchRunner:
             self.keep_model(model)
         if self.replan and self.given.ask_again:
             self.state.set(ask_again=model)
-            self.resolve()
         known = known_model(model).efforts
         if (effort := self.given.reasoning_effort) and known and effort not in known:
             raise Fail(f"--reasoning-effort {effort}: {model} accepts {', '.join(known)}", common.USAGE)
@@ -1960,7 +2179,8 @@ class BatchRunner:
             self.state.set(prompt=PROMPT_VERSION)
             self.state.set(state="In Progress" if self.state.live() else "Prepared")
             say(f"prepared: {requests} new requests in {self.processor.requests}")
-            if again := self.processor.asked_again():
+            plan, loads = self.processor.plan, self.processor.pending_loads()
+            if again := [loads[key] for key in {*plan["digest"][plan["answered"] != ""]} if key in loads]:
                 price = self.processor.answers.estimate(total_load(again))[1]
                 say(f"{len(again)} of the rows to ask have an answer of another model: {price} for asking {model} too")
         self.replan = False
@@ -2075,7 +2295,7 @@ def ask_directly(runner: BatchRunner) -> None:
 
     prepare_directly(runner)
     state, processor, settings, answers = runner.state, runner.processor, runner.settings, runner.processor.answers
-    source, lock, parsed, bad, shown = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter(), time.monotonic()
+    source, lock, parsed, bad = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter()
     total, pilot = processor.counts()["pending"], settings.pilot
 
     def ask(text: bytes) -> tuple[str, Outcome]:
@@ -2092,28 +2312,22 @@ def ask_directly(runner: BatchRunner) -> None:
             to_come = total_load(loads.values())
             waiting = [processor.requests / name for name in sorted(state["files"])]
             lines = itertools.chain.from_iterable(open(path, "rb") for path in waiting)
-            for block in common.batches(lines, 4 * settings.concurrency):
+            for block in common.batches(common.progress(lines, "ask", len(loads)), 4 * settings.concurrency):
                 runner.check_budget(to_come)
                 outcomes = dict(pool.map(ask, block))
-                if stops := [outcome.reason for outcome in outcomes.values() if outcome.kind == "stop"]:
-                    runner.react(stops[0], runner.settings.model)
-                    if state["stopped"]:
-                        raise Fail(f"{state['stopped']}; what was answered is kept; then run again")
-                    break
                 to_come -= total_load(loads[key] for key in outcomes if answers.status(key) != "pending")
                 parsed += sum(one.kind == "ok" for one in outcomes.values())
                 bad.update(one.reason for one in outcomes.values() if one.kind in ("again", "final"))
-                if time.monotonic() - shown > 15:
-                    shown = time.monotonic()
-                    say(f"{parsed} of about {total} rows answered")
-                asked = parsed + bad.total()
-                if pilot and pilot <= asked < total and state["sound"] != sound_key(runner.settings):
-                    if parsed < PILOT_SOUND * asked:
-                        raise Fail(unsound_pilot(parsed, bad))
-                    state.set(sound=sound_key(runner.settings))
-                    runner.compare_estimate()
-                    if state["stopped"]:
-                        raise Fail(f"{state['stopped']}; `run` goes on")
+                stops = [one.reason for one in outcomes.values() if one.kind == "stop"]
+                piloting = pilot and state["sound"] != sound_key(runner.settings)
+                if stops:
+                    runner.react(stops[0], runner.settings.model)
+                elif piloting and pilot <= parsed + bad.total() < total:
+                    runner.judge(parsed, bad)
+                if state["stopped"]:
+                    raise Fail(f"{state['stopped']}; what was answered is kept, and `run` goes on")
+                if stops:
+                    break
             state.set(files={})
             runner.make_plan()  # for another model or effort, if need be
 
@@ -2151,34 +2365,30 @@ def one_answer(client: BatchAPIClient, body: dict) -> dict:
 def write_outputs(processor: DataProcessor, started: float) -> str | None:
     """Write all four, the CSV last; gives what is wrong where too many rows were rejected."""
     args, settings, output, counts = processor.args, processor.settings, Path(processor.args.output), processor.counts()
-    if processor.signature != processor.current_signature():
+    if processor.inputs != processor.input_digests():
         raise Fail(f"{', '.join(args.input)} changed while the command ran; run it again")
     paths = {name: output.with_name(f"{output.name}.{name}") for name in ("rejects.jsonl", "report.json", "json")}
     with common.atomic_file(output) as cleaned, common.atomic_file(paths["rejects.jsonl"]) as rejects:
         rejected = write_rows(processor, cleaned, rejects)
         report = make_report(processor, rejected)
         common.write_json(paths["report.json"], report)
-        inputs = {str(path): common.file_digest(path) for path in args.input}
         more = {
             "versions": common.versions("openai", "pillow"),
             "prompt_version": PROMPT_VERSION,
             "models": report["models"],
             "cost": report["cost"],
         }
-        common.write_sidecar(paths["json"], settings, counts, inputs, time.time() - started, **more)
+        common.write_sidecar(paths["json"], settings, counts, processor.inputs, time.time() - started, **more)
     say(f"wrote {output}, {paths['rejects.jsonl'].name}, {paths['report.json'].name}")
-    for reason, found in report["rejected"].items():
-        say(f"  rejected {found['rows']}: {reason} (such as {', '.join(found['ids'][:3])})")
+    for reason, some in report["rejected"].items():
+        say(f"  rejected {some['rows']}: {reason} (such as {', '.join(some['ids'][:3])})")
     if processor.any_refused():
         say("  `run --retry-failed` asks again, with today's settings, for rows that were asked in vain")
     spent = report["cost"]
     say(f"cost by usage: ${spent['usd']:.4f} ({spent['prompt_tokens']} tokens in, {spent['output_tokens']} out)")
     # A product of which another row is in the output is not lost.
-    lost = Counter(id for ids in rejected.values() for id in ids)
-    for id, status in zip(processor.plan["id"], processor.statuses(), strict=True):
-        if status == "cleaned":
-            lost.pop(id, None)
-    lost = lost.total()
+    found = {id for id, status in zip(processor.plan["id"], processor.statuses(), strict=True) if status == "cleaned"}
+    lost = sum(id not in found for ids in rejected.values() for id in ids)
     if lost > settings.max_failed * counts["input"]:
         return (
             f"{lost} of {counts['input']} rows were rejected, more than --max-failed"
@@ -2252,20 +2462,22 @@ def counts_line(counts: dict[str, int]) -> str:
     return f"input {counts['input']} = " + " + ".join(f"{name} {n}" for name, n in counts.items() if name != "input")
 
 
-def show_status(processor: DataProcessor, state: StateManager, settings: CleaningConfig) -> None:
+def show_status(processor: DataProcessor) -> None:
     """The table of `status`, from what the last call saw."""
-    counts, spent, now = processor.counts(), processor.answers.spent()["usd"], time.time()
+    import pandas as pd
+
+    state, counts, spent, now = processor.state, processor.counts(), processor.answers.spent()["usd"], time.time()
     say(f"{state['state']}; {counts_line(counts)}")
-    rows = [("file", "batch", "requests", "status", "done", "failed", "hours")]
+    rows = []
     for id, batch in state["batches"].items():
         total, done, failed = (batch["counts"].get(name, "") for name in ("total", "completed", "failed"))
         status = batch["status"] if batch.get("collected") else f"{batch['status']} ..."
         hours = f"{(now - batch['created_at']) / 3600:.1f}" if batch["created_at"] else ""
         rows.append((batch["input_file"], id, batch["requests"] or total, status, done, failed, hours))
     rows += [(name, "", facts["requests"], "waiting", "", "", "") for name, facts in sorted(state["files"].items())]
-    widths = [max(len(str(value)) for value in column) for column in zip(*rows, strict=True)]
-    for row in rows if len(rows) > 1 else []:
-        say("  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)).rstrip())
+    if rows:
+        columns = ("file", "batch", "requests", "status", "done", "failed", "hours")
+        say(pd.DataFrame(rows, columns=columns).to_string(index=False))
     _, price = processor.answers.estimate(total_load(processor.pending_loads().values()))
     say(f"cost so far ${spent:.4f}, to come {price}")
     if state["stopped"]:
@@ -2274,7 +2486,7 @@ def show_status(processor: DataProcessor, state: StateManager, settings: Cleanin
         settled = counts["cleaned"] + counts["rejected"] - state["settled_before"]
         hours = counts["pending"] / settled * (now - state["started"]) / 3600 if settled > 0 else None
         likely = "unknown until the first rows are in" if hours is None else f"in {hours:.1f} h at the rate so far"
-        rounds = math.ceil(len(state["files"]) / settings.max_concurrent_batches) + bool(state.live())
+        rounds = math.ceil(len(state["files"]) / state.settings.max_concurrent_batches) + bool(state.live())
         say(f"expected end {likely}, in {24 * rounds} h at the latest")
 
 
@@ -2288,9 +2500,9 @@ def run_until_settled(runner: BatchRunner) -> None:
 
 def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
     """Everything but status, with the workspace to itself."""
-    started, state = time.time(), StateManager(Path(args.workspace))
-    processor = DataProcessor(args, resolve(settings, state), state)
-    runner = BatchRunner(processor, state, settings, replan=args.command in ("prepare", "run"))
+    started, state = time.time(), StateManager(Path(args.workspace), settings)
+    processor = DataProcessor(args, state)
+    runner = BatchRunner(processor, replan=args.command in ("prepare", "run"))
     try:
         if args.command in ("prepare", "run") and settings.retry_failed:
             processor.answers.forgive()
@@ -2311,9 +2523,9 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
         if args.command == "poll" and Path(args.output).exists() and state["written"] == output_signature(processor):
             say(f"{args.output} is written; nothing to do here")
             return common.DONE
-        state.set(state="Completed", started=0, ask_again="")
+        state.set(state="Completed", started=0)
         wrong = write_outputs(processor, started)
-        state.set(state="Failed" if wrong else "Finalized")
+        state.set(state="Failed" if wrong else "Finalized", ask_again="")
         if wrong:
             raise Fail(wrong)
         return common.DONE
@@ -2359,9 +2571,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "status":
         if not (workspace / "plan.parquet").exists():
             raise Fail(f"{workspace}: nothing prepared there yet; start with `prepare` or `run`")
-        state = StateManager(workspace)
-        settings = resolve(settings, state)
-        show_status(DataProcessor(args, settings, state), state, settings)
+        show_status(DataProcessor(args, StateManager(workspace, settings)))
         return common.DONE
     common.images_folder(args.images, args.input)  # bad use is told before anything is locked
     with common.exclusive(workspace / "lock") as mine:

@@ -71,14 +71,6 @@ def photo_settings(config: PrepConfig) -> list:
 # Storage: what only this stage does to files and objects
 
 
-def remove(path: str) -> None:
-    """Delete a file or object if it is there."""
-    if is_s3(path):
-        common.s3_call(path, lambda client, bucket, key: client.delete_object(Bucket=bucket, Key=key))
-    else:
-        Path(path).unlink(missing_ok=True)
-
-
 def copy_atomic(source: str, target: str) -> None:
     """The same content under a second path of the same storage: a hard link where possible, S3's own copy there."""
     if is_s3(source):
@@ -324,7 +316,7 @@ class PhotoParts:
     def _damaged(self, name: str) -> Fail:
         """Remove a part; the error that says so."""
         for path in (join(self.place, f"{name}.parquet"), str(self.local / f"{name}.jpegs")):
-            remove(path)
+            common.remove(path)
         return Fail(f"{join(self.place, name)}: was damaged and is removed; run again, which scans its photos again")
 
     def scan(self, keys: list[str], workers: int, world: World) -> None:
@@ -410,7 +402,7 @@ class PhotoParts:
         for place in {self.place, str(self.local)}:
             for name, _ in common.list_files(place):
                 if name.endswith((".jpegs", ".parquet")) and os.path.splitext(name)[0] not in names:
-                    remove(join(place, name))
+                    common.remove(join(place, name))
 
 
 def read_rows(args: argparse.Namespace, config: PrepConfig) -> tuple[Any, Any]:
@@ -431,8 +423,7 @@ def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, wor
     queues: dict[str, list[tuple[int, str]]] = {}  # id -> (row, photo) still to be tried, the first ones last
     chosen, failed, wanted = defaultdict(list), {}, set()
     for id, candidates in common.products(rows, reasons):
-        named = ((number, common.photo_names(images, cells)) for number, _, cells in candidates)
-        queues[id] = [(number, name) for number, names in named for name in names][::-1]
+        queues[id] = [(number, name) for number, _, names in candidates for name in dict.fromkeys(names)][::-1]
     parts.load()
     while queues:
         turn = []
@@ -686,7 +677,7 @@ def write_shard(shard: Shard, texts: list, places: Any, plan: str, parts: PhotoP
         }  # fmt: skip
         if record["bytes"] > SHARD_BYTES:
             raise Fail(f"{shard.name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
-        remove(path)
+        common.remove(path)
         common.upload_atomic(common.canonical(record), join(output, shard.record))
     if is_s3(output):
         common.upload_atomic(local, path)
@@ -751,7 +742,7 @@ def remove_stale(output: str, splits: dict[str, dict]) -> None:
         wanted = {Path(shard["name"]).stem for shard in content["shards"]}
         for name, _ in common.list_files(folder):
             if Path(name).stem not in wanted:
-                remove(join(folder, name))
+                common.remove(join(folder, name))
         if is_s3(output):
             abort_uploads(folder)
         else:
@@ -873,7 +864,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         return DONE
     if is_s3(output):  # a refusal is told now, not after the scan
         common.upload_atomic(b"", join(output, ".writable"))
-        remove(join(output, ".writable"))
+        common.remove(join(output, ".writable"))
     kept = kept_splits(args.keep_split)
     with common.exclusive(folder / "lock") as held:
         if not held:
@@ -888,7 +879,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         same = rows.loc[items["row"], args.group_by] if args.group_by else ()
         items, whole = assign_splits(items, parts, same, config.seed, fold, kept)
         order = draw_order(items, config.seed)
-        remove(join(output, "manifest.json"))  # it never describes a folder that is being changed
+        common.remove(join(output, "manifest.json"))  # it never describes a folder that is being changed
         shards = plan_shards(order, config)
         shown = items if items["view"].any() else items.drop(columns="view")
         written = write_dataset(shards, shown, rows, parts, output, config, world)

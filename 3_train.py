@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -1288,18 +1287,16 @@ def probe_batch(clip: Clip, pictures: list[np.ndarray], captions: list[str]) -> 
 def load_probe(path: str, clip: Clip) -> Batch:
     """Pictures and captions of a CSV (image_path,caption) that is not about the catalogue."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as handle:
-            rows = [(Path(path).parent / row["image_path"], row["caption"]) for row in csv.DictReader(handle)]
-        if not rows:
+        rows = common.read_table(path, ("image_path", "caption"))
+        if not len(rows):
             raise ValueError("no rows")
-        pictures = [np.array(common.letterbox(common.load_image(source, clip.size), clip.size)) for source, _ in rows]
-        captions = [caption for _, caption in rows]
-        if None in captions:
-            raise ValueError(f"no caption for {rows[captions.index(None)][0].name}")
-    except (OSError, KeyError, TypeError, ValueError, BadImage) as error:
-        what = f"no column {error}" if isinstance(error, KeyError) else error
-        raise Fail(f"--probe {path}: {what}; it wants a CSV with image_path,caption and its pictures") from None
-    return probe_batch(clip, pictures, captions)
+        if len(without := rows["image_path"][rows["caption"] == ""]):
+            raise ValueError(f"no caption for {without.iloc[0]}")
+        sources = [Path(path).parent / name for name in rows["image_path"]]
+        pictures = [np.array(common.letterbox(common.load_image(source, clip.size), clip.size)) for source in sources]
+    except (OSError, ValueError, Fail, BadImage) as error:
+        raise Fail(f"--probe {path}: {error}; it wants a CSV with image_path,caption and its pictures") from None
+    return probe_batch(clip, pictures, rows["caption"].tolist())
 
 
 DRAWN = {  # what --probe drawn draws: signs of DejaVu Sans, a font that comes with matplotlib

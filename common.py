@@ -1,5 +1,5 @@
 """What two or more of the five scripts share, in sections: errors and exits, settings, progress, files, S3, shards,
-catalogue, metadata and prompts, photos, processes, CLIP, master.parquet, search, statistics.
+tables, metadata and prompts, photos, processes, CLIP, master.parquet, search, statistics.
 
 Importing it costs little: numpy, pandas, Pillow, boto3 and torch are imported by the functions that need them.
 """
@@ -7,7 +7,6 @@ Importing it costs little: numpy, pandas, Pillow, boto3 and torch are imported b
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import csv
 import dataclasses
@@ -515,312 +514,97 @@ def local_shards(shards: str | Path, entries: list[dict[str, Any]], cache: Path,
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Catalogue: CSV files as shops export them, as a pandas DataFrame of text
+# Tables of ours: cleaned.csv, queries, a probe. CSV in UTF-8; what shops export is read by 1_clean.py
 
 REQUIRED_COLUMNS = ("id", "name", "image_path")
 FURTHER = "further_photos"  # column: JSON list of a product's photos after the first
-# Names of columns, in lower case, letters and digits only. An export is known by its three columns.
-EXPORTS = {
-    "Shopify": (("handle", "urlhandle"), ("title",), ("imagesrc", "productimageurl")),
-    "WooCommerce": (("sku", "id"), ("name",), ("images",)),
-    "Google Merchant": (("id",), ("title",), ("imagelink",)),
-}
-OTHER_NAMES = (  # of our three columns, in exports that are none of these
-    ("id", "sku", "productid", "itemid", "itemnumber", "articlenumber", "artikelnummer", "handle"),
-    ("name", "title", "productname", "producttitle", "producttitel", "titel", "bezeichnung"),
-    ("imagepath", "image", "images", "imageurl", "imagelink", "imagesrc", "imagefile", "photo", "picture", "bild"),
-)
-FURTHER_NAMES = ("additionalimagelink", "additionalimages", "variantimage", "variantimageurl", "furtherphotos")
-NO_TABLES = {  # how files begin that are no text, or another kind of text
-    b"PK\3\4": "a spreadsheet or zip archive", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "gzip",
-    b"PAR1": "a Parquet file", b"%PDF": "a PDF", b"SQLite": "a database", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip", b"\xff\xd8\xff": "a photo", b"\x89PNG": "a photo",
-    b"<": "XML or HTML", b"{": "JSON", b"[": "JSON",
-}  # fmt: skip
-# UTF-8 of western letters and punctuation: what cp1252 would show as Ã¤ or â€“
-UTF8_SIGNS = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80[\x80-\xbf]")
-PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
+SAME_PHOTO = 5  # products that may share a photo; above it shows none of them
 
 
-def _as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
-    """An error handler of decoders: Windows-1252, with Latin-1 for the bytes that it leaves undefined."""
-    byte = error.object[error.start : error.start + 1]
-    return (byte.decode("latin-1") if byte in b"\x81\x8d\x8f\x90\x9d" else byte.decode("cp1252")), error.start + 1
+def read_table(path: str | Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Any:
+    """DataFrame of str of a CSV, its index the row number from 1; absent values are "", and blank lines no rows.
 
-
-codecs.register_error("as-windows", _as_windows)
-
-
-def read_catalogue(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
-    """(rows: DataFrame of str, one column a CSV column, index: row number over all files; reasons: Series of str).
-
-    reasons holds "" for a usable row, else why it cannot be used: missing id, too many fields, missing image_path,
-    duplicate id (the first usable row of an id counts; see products). Finds encoding (UTF-8, UTF-16, Windows-1252),
-    delimiter (comma, semicolon, tab, bar) and the three columns, which `columns` may name ("id=SKU,name=Title").
-    Values are kept to the letter; a second column of one name is name_2; absent values are "". Where the header is not
-    ours, rows of one id without a title of their own are no rows: their photos go to the product's further_photos.
-    Raises Fail for a missing or empty file, one that is no table, columns that are missing or not certain, and quotes
-    that swallow lines: those rows would be lost without a word.
+    The required columns must stand there once, the optional ones at most, in any case of letters; else Fail.
     """
     import pandas as pd
 
     csv.field_size_limit(1 << 24)
-    parts, surplus, first = [], set(), 1
-    for path in map(Path, paths):
-        encoding, delimiter, header, export = _csv_dialect(path, columns)
-        records, width, values = _csv_records(path, encoding, delimiter, header), len(header), []
-        next(records)
-        for record in filter(None, records):  # a blank line is no row
-            if len(record) > width:
-                surplus.add(first + len(values))
-            values.append(record[:width] + [""] * (width - len(record)))
-        part = pd.DataFrame(values, columns=header, index=range(first, first + len(values)), dtype="str")
-        first += len(values)
-        del values
-        parts.append(_gather_photos(part, surplus, export))
-        if len(part) > len(parts[-1]):
-            print(f"{path}: {len(part)} rows are {len(parts[-1])} products", flush=True)
-    rows = parts[0] if len(parts) == 1 else pd.concat(parts).fillna("")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            first = handle.readline()
+            handle.seek(0)
+            headers = {d: next(csv.reader([first], delimiter=d), []) for d in ",;\t|"}
+            fits = (d for d, names in headers.items() if {*required} <= {name.strip().lower() for name in names})
+            delimiter = next(fits, ",")
+            header, *records = [*csv.reader(handle, delimiter=delimiter, strict=True)] or [[]]
+    except (FileNotFoundError, IsADirectoryError):
+        raise Fail(f"{path}: no such CSV; check the path", USAGE) from None
+    except (csv.Error, UnicodeError) as error:
+        raise Fail(f"{path}: not a readable CSV ({error}); mend it, or export it again as UTF-8") from None
+    header = [name.strip() for name in header]
+    other_case = {*required, *optional} - {*header}
+    header = [name.lower() if name.lower() in other_case else name for name in header]
+    missing = [name for name in required if name not in header]
+    if wrong := missing + [name for name in (*required, *optional) if header.count(name) > 1]:
+        shown = ", ".join(header)[:200] or "nothing"
+        raise Fail(f"{path}: needs one column {' and one '.join(wrong)}; the header has {shown}", USAGE)
+    found = {number: record for number, record in enumerate(records, 1) if record}
+    for number, record in found.items():
+        if len(record) > len(header):
+            raise Fail(f"{path}: row {number} has more fields than the header; quote what holds a '{delimiter}'")
+        record += [""] * (len(header) - len(record))
+    return pd.DataFrame(list(found.values()), columns=header, index=list(found), dtype="str")
+
+
+def read_catalogue(paths: list[str | Path]) -> tuple[Any, Any]:
+    """(rows of cleaned CSVs, index: row number from 1 over all files; reasons, as row_reasons gives them)."""
+    import pandas as pd
+
+    tables = [read_table(path, REQUIRED_COLUMNS) for path in paths]
+    for path, table in zip(paths, tables, strict=True):
+        if not table.columns.is_unique:
+            name = table.columns[table.columns.duplicated()][0]
+            raise Fail(f"{path}: two columns are called {name}; rename one of them", USAGE)
+    rows = pd.concat(tables, ignore_index=True).fillna("")
+    rows.index += 1
+    return rows, row_reasons(rows)
+
+
+def row_reasons(rows, surplus: Iterable[int] = ()) -> Any:
+    """Series of str: "" for a usable row, else why it cannot be used. `surplus`: rows with too many fields.
+
+    Of the rows of one id the first usable one counts, and the others are duplicates; see products.
+    """
+    import pandas as pd
+
     reasons = pd.Series("", index=rows.index, dtype="str")
     reasons[rows["image_path"].str.strip() == ""] = "missing image_path"
     reasons[rows.index.isin(surplus)] = "too many fields"
     reasons[rows["id"].str.strip() == ""] = "missing id"
     again = rows.loc[reasons == "", "id"].duplicated()
     reasons[again.index[again]] = "duplicate id"
-    return rows, reasons
-
-
-def _csv_dialect(path: Path, columns: str = "") -> tuple[str, str, list[str], str]:
-    """Encoding (utf-8 or utf-16), delimiter, our names of the columns, and the export's name ("" of our own header)."""
-    try:
-        with open(path, "rb") as handle:
-            line = handle.read(1 << 20)
-    except FileNotFoundError:
-        raise Fail(f"{path}: no such CSV; check --input", USAGE) from None
-    except IsADirectoryError:
-        raise Fail(f"{path}: is a folder, not a CSV; check --input", USAGE) from None
-    for mark, what in NO_TABLES.items():
-        if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark):
-            raise Fail(f"{path}: is {what}, not a table of text; export it as CSV (UTF-8)", USAGE)
-    encoding = "utf-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
-    try:
-        text = next(_csv_lines(io.BytesIO(line), encoding, path), "")
-    except UnicodeError as error:
-        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
-    if not text.strip():
-        raise Fail(f"{path}: is empty; a header with {', '.join(REQUIRED_COLUMNS)} is needed")
-    if re.search(r"[\0-\x08\x0e-\x1f\x7f\ufffd]", text):
-        what = "UTF-16 without its mark" if "\0" in text else "no text"
-        raise Fail(f"{path}: its first line is {what}; export it as CSV (UTF-8)", USAGE)
-    headers = [(d, [name.strip() for name in next(csv.reader([text], delimiter=d), [])]) for d in ",;\t|"]
-    given = _parse_columns(columns)
-    found = [(delimiter, header, *_find_columns(header, given)) for delimiter, header in headers]
-    delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
-    ours = _certain_columns(path, header, places)
-    if export:
-        shown = ", ".join(f"{name} = {header[place]}" for place, name in ours.items())
-        print(f"{path}: {export}; {shown}", flush=True)
-    unique: list[str] = []
-    for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
-        free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
-        free = itertools.chain([ours.get(place, name)], free)
-        unique.append(next(n for n in free if place in ours or n not in {*unique, *REQUIRED_COLUMNS}))
-    return encoding, delimiter, unique, export
-
-
-def _parse_columns(columns: str) -> dict[str, str]:
-    """{our name: the file's} of `id=SKU,name="Title, long"`."""
-    given = dict(re.findall(r'(\w+)=("[^"]*"|[^,]*)(?:,|$)', columns))
-    if columns and (not given or given.keys() - set(REQUIRED_COLUMNS)):
-        raise Fail(f"--columns {columns}: write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them", USAGE)
-    return {name: value.strip('" ') for name, value in given.items()}
-
-
-def _plain_name(column: str) -> str:
-    """A column's name in lower case, letters and digits only."""
-    return re.sub(r"[\W_]", "", column.lower())
-
-
-def _find_columns(header: list[str], given: dict[str, str]) -> tuple[dict[str, list[int]], str]:
-    """(for each of our columns the places in the header that may be meant, what kind of table it is)."""
-    plain = [_plain_name(name) for name in header]
-
-    def places(names: Iterable[str], among: list[str]) -> list[int]:
-        return [place for place, name in enumerate(among) if name in names]
-
-    lower = [name.lower() for name in header]
-    ours = {name: places([name], header) or places([name], lower) for name in REQUIRED_COLUMNS}
-    found, export = ours, ""
-    if not all(ours.values()) and not given:
-        for export, columns in EXPORTS.items():
-            found = {
-                name: next(filter(None, (places([one], plain) for one in some)), [])
-                for name, some in zip(REQUIRED_COLUMNS, columns, strict=True)
-            }
-            if all(found.values()):
-                return found, export
-    others = {name: places(some, plain) for name, some in zip(REQUIRED_COLUMNS, OTHER_NAMES, strict=True)}
-    found = {name: ours[name] or others[name] for name in REQUIRED_COLUMNS}
-    found |= {name: places([value], header) for name, value in given.items()}
-    return found, "" if found == ours else "columns by --columns" if given else "columns by their names"
-
-
-def _certain_columns(path: Path, header: list[str], places: dict[str, list[int]]) -> dict[int, str]:
-    """{place: our name}; Fail where a column is missing or may be any of several."""
-    hint = "say which is which with --columns id=...,name=...,image_path=..."
-    if missing := [name for name, found in places.items() if not found]:
-        shown = "".join(c if c.isprintable() else "?" for c in ", ".join(header))[:200]
-        raise Fail(f"{path}: no column {', '.join(missing)}; the header has {shown}; {hint}", USAGE)
-    for name, found in places.items():
-        if len({header[place].lower() for place in found}) < len(found):
-            raise Fail(f"{path}: two columns are called {name}; rename the one that is not meant", USAGE)
-        if len(found) > 1:
-            raise Fail(f"{path}: {name} may be {', '.join(header[place] for place in found)}; {hint}", USAGE)
-    return {found[0]: name for name, found in places.items()}
-
-
-def _gather_photos(rows, surplus: set[int], export: str) -> Any:
-    """The rows with further_photos, where a product has any; of another table than ours, one row a product.
-
-    There, a row without a title of its own (variants, further photos) belongs to the titled row of its id.
-    """
-    import pandas as pd
-
-    plain = {_plain_name(name): name for name in rows.columns}
-    more = [name for key, name in plain.items() if key in FURTHER_NAMES]
-    if FURTHER in rows.columns or not (more or export) or rows.empty:
-        return rows
-    if export == "WooCommerce":
-        rows = _join_variations(rows, plain.get("parent"))
-    head, order = rows.index.to_series(), rows
-    if export:
-        name = rows["name"].str.strip()
-        usable = (rows["id"].str.strip() != "") & ~rows.index.isin(surplus)
-        title = name.where(usable & (name != "")).groupby(rows["id"]).transform("first").fillna("")
-        firsts = rows[usable & (name == title)].drop_duplicates("id")
-        mine = usable & ((name == title) | (name == ""))
-        head = head.where(~mine, rows["id"].map(dict(zip(firsts["id"], firsts.index, strict=True))))
-        if position := plain.get("imageposition"):
-            number = pd.to_numeric(rows[position], errors="coerce").fillna(math.inf)
-            order = rows.iloc[number.argsort(kind="stable")]
-    photos: dict[int, dict[str, None]] = {}
-    for number, *values in zip(head[order.index], *(order[name] for name in ["image_path", *more]), strict=True):
-        photos.setdefault(number, {}).update(dict.fromkeys(value for value in values if value.strip()))
-    rows = rows[head == rows.index]
-    found = [list(photos[number]) for number in rows.index]
-    rows = rows.assign(image_path=[one[0] if one else "" for one in found])
-    return rows.assign(**{FURTHER: [write_further(one[1:]) for one in found]})
-
-
-def _join_variations(rows, parent: str | None) -> Any:
-    """WooCommerce: a product without SKU is known by its ID; a variation takes its parent's id, and has no title."""
-    number = next((rows[name] for name in rows.columns if name != "id" and name.lower() == "id"), rows["id"])
-    taken = number.isin(set(rows["id"])) & (number != "")  # another product's SKU
-    id = rows["id"].where(rows["id"].str.strip() != "", number.where(~taken, "id:" + number))
-    if parent is None:
-        return rows.assign(id=id)
-    by_number = dict(zip("id:" + number, id, strict=True))
-    of = rows[parent].str.strip().map(lambda one: by_number.get(one, one))
-    child = (of != "") & of.isin(set(id))
-    return rows.assign(id=id.where(~child, of), name=rows["name"].where(~child, ""))
-
-
-def _csv_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
-    """The lines of a binary file as text. In UTF-8, what is none is read as Windows-1252, with a warning at the end.
-
-    A line with both is UTF-8 with single Windows bytes in it.
-    """
-    if encoding == "utf-16":
-        yield from io.TextIOWrapper(handle, encoding, newline="")
-        return
-    windows, utf8 = [], False
-    for number, line in enumerate(handle, 1):
-        try:
-            text = line.decode()
-            utf8 = utf8 or not text.isascii()
-        except UnicodeDecodeError:
-            signs = UTF8_SIGNS.search(line) is not None
-            text, utf8 = line.decode("utf-8" if signs else "cp1252", "as-windows"), utf8 or signs
-            windows.append(number)
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
-    if windows and utf8:
-        shown = ", ".join(map(str, windows[:5])) + (", ..." if len(windows) > 5 else "")
-        count = "1 line is" if len(windows) == 1 else f"{len(windows)} lines are"
-        print(f"warning: {path}: {count} not UTF-8, read as Windows-1252: {shown}", flush=True)
-
-
-def _csv_records(path: Path, encoding: str, delimiter: str, header: list[str]) -> Iterator[list[str]]:
-    """The values of each line, the header's first. Raises Fail for what cannot be read, and for stray quotes."""
-    ended, lines = False, []
-    with open(path, "rb") as handle:
-
-        def feed() -> Iterator[str]:
-            nonlocal ended
-            for line in _csv_lines(handle, encoding, path):
-                lines.append(line)
-                yield line
-            ended = True
-            yield "end"  # a row of its own, unless open quotes swallow it
-
-        reader = csv.reader(feed(), delimiter=delimiter)
-        while not ended:
-            begun = reader.line_num + 1
-            lines.clear()
-            try:
-                values = next(reader)
-            except (csv.Error, UnicodeError) as error:
-                raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
-            if ended and reader.line_num > begun:
-                raise Fail(f"{path}, line {begun}: the quotes opened there are never closed; mend that line")
-            if len(lines) > 1 and _are_rows(lines, delimiter, header):
-                raise Fail(f"{path}, line {begun}: the quotes opened there swallow {len(lines)} lines; mend that line")
-            if not ended:
-                yield values
-
-
-def _are_rows(lines: list[str], delimiter: str, header: list[str]) -> bool:
-    """Whether one record's lines are rows that stray quotes joined: text follows the closing ones, or each is whole."""
-    spaces = re.compile(f'" +(?={re.escape(delimiter)}|[\r\n]|$)')
-    try:
-        list(csv.reader([spaces.sub('"', line) for line in lines], delimiter=delimiter, strict=True))
-    except csv.Error:
-        return True
-    place = header.index("image_path") if "image_path" in header else 0
-    rows = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-    return all(len(row) >= len(header) and PICTURE_NAME.match(row[place].strip('"')) for row in rows)
-
-
-def write_further(photos: list[str]) -> str:
-    """The value of further_photos."""
-    return canonical(photos).decode() if photos else ""
-
-
-def photo_cells(image_path: str, further: str = "") -> list[str]:
-    """What a row says of its photos: image_path and the values of further_photos."""
-    try:
-        more = json.loads(further) if further.strip() else []
-    except (ValueError, RecursionError):
-        more = [further]
-    return [image_path, *map(str, more if isinstance(more, list) else [further])]
+    return reasons
 
 
 def products(rows, reasons) -> Iterator[tuple[str, list[tuple[int, str, list[str]]]]]:
-    """(id, the rows that may stand for it: number, name, photo cells). The first whose photo is usable counts."""
+    """(id, the rows that may stand for it: number, name, photos). The first whose photo is usable counts."""
 
     def read(some) -> Iterator[tuple[str, tuple]]:
-        further = some[FURTHER] if FURTHER in some.columns else itertools.repeat("")
-        for number, id, name, *photos in zip(some.index, *(some[n] for n in REQUIRED_COLUMNS), further, strict=False):
-            yield id, (number, name, photo_cells(*photos))
+        further = some[FURTHER] if FURTHER in some else itertools.repeat("")
+        columns = (some.index, *(some[name] for name in REQUIRED_COLUMNS), further)
+        for number, id, name, photo, more in zip(*columns, strict=False):
+            try:
+                others = json.loads(more) if more.strip() else []
+            except (ValueError, RecursionError):
+                others = more
+            others = map(str, others) if isinstance(others, list) else [more]
+            yield id, (number, name, list(filter(None, map(str.strip, (photo, *others)))))
 
-    others: dict[str, list[tuple]] = {}
+    again: dict[str, list[tuple]] = {}
     for id, one in read(rows[reasons == "duplicate id"]):
-        others.setdefault(id, []).append(one)
+        again.setdefault(id, []).append(one)
     for id, one in read(rows[reasons == ""]):
-        yield id, [one, *others.get(id, ())]
-
-
-SAME_PHOTO = 5  # products that may share a photo; above it shows none of them
+        yield id, [one, *again.get(id, ())]
 
 
 def csv_writer(handle: Any) -> Any:
@@ -839,9 +623,6 @@ def images_folder(images: str | None, inputs: list[str]) -> Path:
     return folder.resolve()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Queries: a CSV of what people type and the products that answer it
-
 MADE_UP = "made up"  # in the column source: nobody typed it
 
 
@@ -854,7 +635,8 @@ def read_queries(path: str | Path, ids: Iterable[str] | None = None) -> tuple[An
     """
     import pandas as pd
 
-    rows = _read_table(Path(path), ("query", "id"))
+    rows = read_table(path, ("query", "id"), ("grade", "weight", "source"))
+    rows = rows[(rows != "").any(axis=1)]  # spreadsheets write a line of commas for an empty one
     worth = [name for name in ("grade", "weight") if name in rows]
     if len(worth) > 1:
         raise Fail(f"{path}: has a column grade and a column weight; keep the one that is meant", USAGE)
@@ -876,33 +658,6 @@ def read_queries(path: str | Path, ids: Iterable[str] | None = None) -> tuple[An
         found = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "no rows"
         raise Fail(f"{path}: no query with a right answer is left ({found}); its ids must be those of the catalogue")
     return rows[reasons == ""].reset_index(drop=True), counts
-
-
-def _read_table(path: Path, required: tuple[str, ...]) -> Any:
-    """DataFrame of str of a small CSV, its index the row number from 1, with the required columns, in lower case."""
-    import pandas as pd
-
-    try:
-        data = path.read_bytes()
-        encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        text = data.decode(encoding, "as-windows" if encoding == "utf-8-sig" else "strict")
-        first = text.partition("\n")[0]
-        delimiter = max(",;\t|", key=first.count)
-        header, *records = csv.reader(io.StringIO(text or "\n", newline=""), delimiter=delimiter, strict=True)
-    except (FileNotFoundError, IsADirectoryError):
-        raise Fail(f"{path}: no such CSV; check the path", USAGE) from None
-    except (csv.Error, UnicodeError) as error:
-        raise Fail(f"{path}: not a readable CSV ({error}); mend it, or export it again as UTF-8") from None
-    header = [name.strip().lower() for name in header]
-    if missing := [name for name in required if header.count(name) != 1]:
-        shown = ", ".join(header)[:200] or "nothing"
-        raise Fail(f"{path}: needs one column {' and one '.join(missing)}; the header has {shown}", USAGE)
-    found = {number: record for number, record in enumerate(records, 1) if any(record)}  # a blank line is no row
-    for number, record in found.items():
-        if len(record) > len(header):
-            raise Fail(f"{path}: row {number} has more fields than the header; quote what holds a '{delimiter}'")
-        record += [""] * (len(header) - len(record))
-    return pd.DataFrame(list(found.values()), columns=header, index=list(found), dtype="str")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -992,9 +747,6 @@ def is_url(name: str) -> bool:
     return re.match(r"\s*https?://", name, re.IGNORECASE) is not None
 
 
-_real_folder = functools.lru_cache(4096)(os.path.realpath)  # photos lie many to a folder
-
-
 def resolve_image(folder: Path, image_path: str) -> Path:
     """The file that a row names, links followed; `folder` is resolved already. Raises BadImage.
 
@@ -1031,10 +783,7 @@ def resolve_image(folder: Path, image_path: str) -> Path:
 def _file_below(folder: Path, written: str) -> Path:
     """The file of this very name below the folder, links followed. Raises BadImage."""
     try:
-        above, name = os.path.split(os.path.join(folder, written))
-        path = os.path.join(_real_folder(above), name)
-        if name in ("", ".", "..") or os.path.islink(path):
-            path = os.path.realpath(path)
+        path = os.path.realpath(os.path.join(folder, written))
         there = os.path.isfile(path)
     except (ValueError, OSError) as error:  # NUL in the name, too long
         raise BadImage("missing file", str(error)) from None
@@ -1068,22 +817,6 @@ def _alike(folder: Path, written: str) -> list[str]:
         letters = _same_letters(part)
         found = there or [os.path.join(above, name) for above in found for name in _listing(above).get(letters, ())]
     return [path for path in found if os.path.isfile(path)]
-
-
-def photo_names(folder: Path, cells: list[str]) -> list[str]:
-    """The photos in cells that hold one name each, or several with comma, semicolon or bar in between."""
-    names: list[str] = []
-    for cell in map(str.strip, cells):
-        if is_url(cell):
-            names += re.split(r"\s*[,;|\s]\s*(?=https?://)", cell.rstrip(",;| "), flags=re.I)
-            continue
-        parts = [part.strip() for part in re.split("[,;|]", cell)]
-        if len(parts) > 1:
-            with contextlib.suppress(BadImage):
-                resolve_image(folder, cell)
-                parts = [cell]
-        names += parts
-    return list(dict.fromkeys(filter(None, names)))
 
 
 @functools.lru_cache(maxsize=16)

@@ -770,6 +770,18 @@ def test_an_unsound_pilot_stops_the_rest(shop, capsys):
     assert sum(shop.paid().values()) == 31  # the one that failed, once more
 
 
+def test_an_unsound_pilot_stops_sync_too(shop, capsys):
+    shop.rows = [shop.product(i) for i in range(30)]
+    shop.write()
+    shop.server.set_fault("broken_json@desk")
+    flags = ("--sync", "--pilot", "10", "--concurrency", "2")
+    assert shop.call("run", *flags) == 1
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "unsound: 15 of 16 answers could be parsed (1 broken JSON)" in error and sum(shop.paid().values()) == 16
+    shop.server.faults.clear()
+    assert shop.call("run", *flags) == 0 and sum(shop.paid().values()) == 31
+
+
 def test_a_pilot_without_an_answer_is_sent_again_before_the_rest(shop):
     shop.server.set_fault("vanish:1")
     flags = ("--pilot", "3", "--max-requests-per-file", "4", "--max-concurrent-batches", "5")

@@ -138,6 +138,254 @@ def run_2(shop: Shop, *flags: str) -> dict[str, list[dict]]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Encodings, delimiters, quotes and columns
+
+
+def write_csv(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+TABLE = [["id", "name", "image_path", "note"], ["007.1/é", 'Chair "X"', "a.jpg", "two\nlines"], ["8", "", "b.jpg", ""]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_any_encoding_and_delimiter_gives_the_same_rows(tmp_path, encoding, delimiter):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(TABLE)
+    rows, reasons = clean.read_feeds([write_csv(tmp_path / "c.csv", text.getvalue(), encoding)])
+    assert rows.columns.tolist() == TABLE[0] and rows.values.tolist() == TABLE[1:]
+    assert reasons.tolist() == ["", ""] and rows.index.tolist() == [1, 2]
+
+
+def records(*paths: Path) -> list[dict[str, str]]:
+    """Rows of a catalogue as dictionaries."""
+    return clean.read_feeds(list(paths))[0].to_dict("records")
+
+
+def test_bytes_that_are_not_utf8_are_read_as_windows_does(tmp_path):
+    path = tmp_path / "c.csv"
+    text = "id,name,image_path\r\n1,Sofa – 3’ “Oslo” €,Tisch – weiß.jpg\r\n"
+    path.write_bytes(text.encode("cp1252") + b"2,gap \x81,b.jpg\r\n")
+    first, second = records(path)
+    assert first == {"id": "1", "name": "Sofa – 3’ “Oslo” €", "image_path": "Tisch – weiß.jpg"}
+    assert second["name"] == "gap \x81"
+
+
+def test_a_quote_that_is_never_closed_loses_no_row_without_a_word(tmp_path):
+    good = "id,name,image_path,note\n" + "".join(f'{i},a,a.jpg,"two\nlines"\n' for i in range(20))
+    assert len(records(write_csv(tmp_path / "good.csv", good + '20,"a ""b""",a.jpg,"end"'))) == 21
+    stray = '20,"Sofa 72"W,a.jpg,"open\n21,b,b.jpg,c\n'
+    for tail in (
+        '"',
+        stray,
+        '20,a,a.jpg,"open',
+        '20,a,a.jpg,"open\n' + "".join(f"{i},a,a.jpg,x\n" for i in range(21, 300)),
+    ):
+        path = write_csv(tmp_path / "open.csv", good + tail)
+        with pytest.raises(common.Fail, match=r"open.csv, line 42: the quotes"):
+            records(path)
+
+
+def test_columns_of_one_name_are_kept_apart(tmp_path):
+    text = "ID,name,image_path,Name,tag,tag\n1,Oslo sofa,1.jpg,SKU-77,red,blue\n"
+    (row,) = records(write_csv(tmp_path / "c.csv", text))
+    assert row == {
+        "id": "1", "name": "Oslo sofa", "image_path": "1.jpg", "Name": "SKU-77", "tag": "red", "tag_2": "blue",
+    }  # fmt: skip
+    for header in ("id,name,name,image_path", "ID,Id,name,image_path"):
+        with pytest.raises(common.Fail, match=r"two columns are called (name|id); rename") as failure:
+            records(write_csv(tmp_path / "c.csv", f"{header}\n"))
+        assert failure.value.code == common.USAGE
+    more = "id,name,image_path,image_path_2,tag,tag,tag_2\n1,a,a.jpg,b.jpg,x,y,z\n"
+    (row,) = records(write_csv(tmp_path / "c.csv", more))
+    assert list(row) == ["id", "name", "image_path", "image_path_2", "tag", "tag_3", "tag_2"]
+    wide = 'id,name,image_path,"Size (W;D;H;L;X)"\n1,a,a.jpg,5\n'
+    assert list(records(write_csv(tmp_path / "c.csv", wide))[0])[3] == "Size (W;D;H;L;X)"
+
+
+def test_every_unusable_row_is_given_with_its_reason(tmp_path):
+    text = "id,name,image_path\n1,a,a.jpg\n,b,b.jpg\n1,c,c.jpg\n\n2,d,\n3,e,e.jpg,surplus\n4\n0001,f,f.jpg\n"
+    rows, reasons = clean.read_feeds([write_csv(tmp_path / "c.csv", text)])
+    assert list(zip(rows.index, rows["id"], reasons, strict=True)) == [
+        (1, "1", ""), (2, "", "missing id"), (3, "1", "duplicate id"), (4, "2", "missing image_path"),
+        (5, "3", "too many fields"), (6, "4", "missing image_path"), (7, "0001", ""),
+    ]  # fmt: skip
+    assert rows.loc[3, "name"] == "c"
+
+
+def test_several_files_are_one_catalogue(tmp_path):
+    first = write_csv(tmp_path / "1.csv", "id,name,image_path,price\n1,a,a.jpg,5\n")
+    second = write_csv(tmp_path / "2.csv", "ID;image_path;name;size\n2;b.jpg;b;L\n1;c.jpg;c;S\n")
+    rows, reasons = clean.read_feeds([first, second])
+    assert rows.columns.tolist() == ["id", "name", "image_path", "price", "size"]
+    assert rows.loc[2].to_dict() == {"id": "2", "name": "b", "image_path": "b.jpg", "price": "", "size": "L"}
+    assert rows.loc[1, "size"] == "" and reasons.tolist() == ["", "", "duplicate id"]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "c.csv: is empty"),
+        ("id,words,image_path\n", "no column name; the header has id, words, image_path; say which is which with --c"),
+        ("just words\n", "no column id, name, image_path"),
+    ],
+)
+def test_a_wrong_csv_says_what_is_wrong(tmp_path, text, said):
+    with pytest.raises(common.Fail, match=said):
+        records(write_csv(tmp_path / "c.csv", text))
+
+
+def test_two_stray_quotes_swallow_no_row(tmp_path):
+    head, rows = ("id\tname\timage_path\n", [f"{i}\tItem {i}\timg/{i}.jpg\n" for i in range(5)])
+    stray = [row.replace("Item", '"Item') if place in (1, 3) else row for place, row in enumerate(rows)]
+    closed = [rows[0], '1\t"Item\timg/1.jpg\n', '2\tItem 72"\timg/2.jpg\n', *rows[3:]]  # an end that looks right
+    bare = [row.replace(".jpg", "") for row in stray]
+    for lines in (stray, closed, bare):
+        with pytest.raises(common.Fail, match=r"c.csv, line 3: the quotes opened there swallow [23] lines"):
+            records(write_csv(tmp_path / "c.csv", head + "".join(lines)))
+    real = 'id,name,image_path,text\n1,"Item\none",1.jpg,"a, b, c\nd, e.jpg, f, g" \n2,Item,2.jpg,\n'
+    assert [row["id"] for row in records(write_csv(tmp_path / "c.csv", real))] == ["1", "2"]
+
+
+def test_single_lines_that_are_not_utf8_leave_the_others_alone(tmp_path, capsys):
+    names = ["Küchenstuhl – weiß", "Bänk", "Tür € “Oslo”", "plain"]
+    lines = ["id,name,image_path\n", *(f"{i},{name},ß{i}.jpg\n" for i, name in enumerate(names))]
+    path = tmp_path / "c.csv"
+    path.write_bytes(b"".join(line.encode("cp1252" if n in (2, 3) else "utf-8") for n, line in enumerate(lines)))
+    read = [(row["name"], row["image_path"]) for row in records(path)]
+    assert read == [(name, f"ß{i}.jpg") for i, name in enumerate(names)]
+    assert "warning: " in (said := capsys.readouterr().out) and "2 lines are not UTF-8" in said and "1252: 3, 4" in said
+    path.write_bytes(lines[0].encode() + "0,Küche ".encode() + "süß".encode("cp1252") + b",a.jpg\n")  # both in one line
+    assert records(path)[0]["name"] == "Küche süß"
+    path.write_bytes("".join(lines).encode("cp1252"))
+    capsys.readouterr()
+    assert [row["name"] for row in records(path)] == names and "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "head, said",
+    [
+        (b"PK\3\4\x14\0\6\0", "is a spreadsheet or zip archive, not a table of text; export it as CSV"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "is an old Excel file"),
+        (b"\x1f\x8b\x08\0", "is gzip"),
+        ("id,name,image_path\n".encode("utf-16-le"), "its first line is UTF-16 without its mark; export it as CSV"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><rss>", "is XML or HTML"),
+        (b'[{"id": 1}]', "is JSON"),
+        (b"id,\x07name,image_path\n", "its first line is no text"),
+    ],
+)
+def test_what_is_no_table_is_named_and_not_printed(tmp_path, head, said):
+    (tmp_path / "c.csv").write_bytes(head + b"\0\x81\xff" * 50)
+    with pytest.raises(common.Fail, match=said) as failure:
+        records(tmp_path / "c.csv")
+    assert str(failure.value).isprintable() and failure.value.code == common.USAGE
+
+
+@pytest.mark.parametrize(
+    "header, columns, said",
+    [
+        ("Handle,Title,Vendor,Image Src,Image Position", "", "Shopify; id = Handle, name = Title, image_path = "),
+        ("Title,URL handle,SKU,Product image URL", "", "Shopify; id = URL handle, name = Title"),
+        ("ID,Type,SKU,Name,Images,Parent", "", "WooCommerce; id = SKU, name = Name, image_path = Images"),
+        ("ID,Type,Name,Images", "", "WooCommerce; id = ID"),
+        ("id\ttitle\timage_link\tadditional_image_link", "", "Google Merchant; id = id, name = title"),
+        ("id\ttitle\timage link", "", "Google Merchant"),
+        ("sku;product_name;image_url", "", "by their names; id = sku, name = product_name, image_path = image_url"),
+        ("No;Words;File;id", 'id=No,name="Words",image_path=File', "by --columns; id = No, name = Words"),
+        ("id;name;Bild 1", "image_path=Bild 1", "by --columns; id = id, name = name, image_path = Bild 1"),
+        ("ID;Name;Image_Path;title;sku", "", ""),
+    ],
+)
+def test_columns_are_found_and_told(tmp_path, header, columns, said, capsys):
+    rows, _ = clean.read_feeds([write_csv(tmp_path / "c.csv", f"{header}\n")], columns)
+    assert set(common.REQUIRED_COLUMNS) <= set(rows.columns)
+    printed = capsys.readouterr().out
+    assert said in printed if said else not printed
+
+
+@pytest.mark.parametrize(
+    "header, columns, said",
+    [
+        ("sku,product_id,title,image", "", "id may be sku, product_id; say which is which with --columns"),
+        ("id,name,photo,picture", "", "image_path may be photo, picture"),
+        ("id,name,image_path", "id=SKU", "no column id; the header has id, name, image_path"),
+        ("id,name,image_path", "price=x", "--columns price=x: write id=COLUMN"),
+    ],
+)
+def test_no_column_is_guessed(tmp_path, header, columns, said):
+    with pytest.raises(common.Fail, match=said) as failure:
+        clean.read_feeds([write_csv(tmp_path / "c.csv", f"{header}\n")], columns)
+    assert failure.value.code == common.USAGE
+
+
+def test_the_rows_of_an_exports_product_become_one_with_all_its_photos(tmp_path, capsys):
+    text = """Handle,Title,Image Src,Image Position,Variant SKU,Variant Image
+    oslo,Oslo sofa,https://x/2.jpg,2,S1,
+    oslo,,https://x/1.jpg,1,S2,https://x/red.jpg
+    oslo,,,,S3,
+    lamp,Lamp,https://x/3.jpg,1,L,
+    oslo,Another sofa,https://x/9.jpg,1,S9,
+    """
+    rows, reasons = clean.read_feeds([write_csv(tmp_path / "c.csv", text.replace("    ", ""))])
+    assert rows["id"].tolist() == ["oslo", "lamp", "oslo"] and reasons.tolist() == ["", "", "duplicate id"]
+    assert rows["image_path"].tolist() == ["https://x/1.jpg", "https://x/3.jpg", "https://x/9.jpg"]
+    assert json.loads(rows.at[1, common.FURTHER]) == ["https://x/red.jpg", "https://x/2.jpg"]
+    assert rows.at[1, "Variant SKU"] == "S1" and rows.at[4, common.FURTHER] == ""
+    assert "5 rows are 3 products" in capsys.readouterr().out
+    text = "Handle,Title,Image Src\noslo,Oslo sofa,1.jpg,surplus\noslo,,2.jpg\noslo,,3.jpg\n,,4.jpg\nlamp,,5.jpg\n"
+    rows, reasons = clean.read_feeds([write_csv(tmp_path / "c.csv", text)])
+    assert [(n, rows.at[n, "image_path"], rows.at[n, common.FURTHER], reasons[n]) for n in rows.index] == [
+        (1, "1.jpg", "", "too many fields"), (2, "2.jpg", '["3.jpg"]', ""), (4, "4.jpg", "", "missing id"),
+        (5, "5.jpg", "", ""),
+    ]  # fmt: skip
+
+
+def test_variations_of_woocommerce_belong_to_their_parent(tmp_path):
+    text = """ID,Type,SKU,Name,Images,Parent
+    1,variable,OSLO,Oslo sofa,"https://x/a.jpg, https://x/b.jpg",
+    2,variation,OSLO-R,Oslo sofa - red,https://x/c.jpg,OSLO
+    3,variable,,Lamp,https://x/d.jpg,
+    4,variation,L-1,Lamp - big,https://x/e.jpg,id:3
+    5,simple,3,Stool,https://x/f.jpg,
+    6,variation,,Lost,https://x/g.jpg,GONE
+    """
+    rows, reasons = clean.read_feeds([write_csv(tmp_path / "c.csv", text.replace("    ", ""))])
+    assert rows["id"].tolist() == ["OSLO", "id:3", "3", "6"] and not reasons.any()  # 3 is another product's SKU
+    (_, [(_, _, cells)]), *_ = common.products(rows, reasons)
+    assert clean.photo_names(tmp_path, cells) == ["https://x/a.jpg", "https://x/b.jpg", "https://x/c.jpg"]
+
+
+def test_a_cell_may_hold_several_photos(tmp_path):
+    for name in ("a.jpg", "b, c.jpg", "d.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert clean.photo_names(tmp_path, ["a.jpg; d.jpg", "a.jpg|e.jpg"]) == ["a.jpg", "d.jpg", "e.jpg"]
+    assert clean.photo_names(tmp_path, ["b, c.jpg", ""]) == ["b, c.jpg"]
+    urls = "https://x/a,b.jpg?w=1,2, https://x/c.jpg,HTTP://y/d.jpg"
+    assert clean.photo_names(tmp_path, [urls]) == ["https://x/a,b.jpg?w=1,2", "https://x/c.jpg", "HTTP://y/d.jpg"]
+    path = write_csv(tmp_path / "c.csv", 'id,name,image_path,additional_image_link\n1,a,a.jpg,"d.jpg,a.jpg"\n')
+    rows, reasons = clean.read_feeds([path])
+    ((_, [(_, _, cells)]),) = common.products(rows, reasons)
+    assert clean.photo_names(tmp_path, cells) == ["a.jpg", "d.jpg"]
+
+
+def test_of_rows_with_one_id_the_first_usable_is_first(tmp_path):
+    text = "id,name,image_path\nA,a,\nA,a,1.jpg\nA,b,2.jpg\nB,b,3.jpg,surplus\nB,b,4.jpg\n"
+    rows, reasons = clean.read_feeds([write_csv(tmp_path / "c.csv", text)])
+    assert reasons.tolist() == ["missing image_path", "", "duplicate id", "too many fields", ""]
+    assert [(id, [number for number, *_ in some]) for id, some in common.products(rows, reasons)] == [
+        ("A", [2, 3]), ("B", [5]),
+    ]  # fmt: skip
+
+
+def test_a_missing_feed_is_wrong_use(tmp_path):
+    with pytest.raises(common.Fail, match=r"nowhere.csv: no such CSV; check --input") as failure:
+        records(tmp_path / "nowhere.csv")
+    assert failure.value.code == common.USAGE
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Exports
 
 
@@ -479,6 +727,15 @@ def test_a_server_that_misbehaves_loses_nothing_else(photos, tmp_path, monkeypat
     assert photos.headers["/good5.jpg"]["If-None-Match"]
 
 
+def test_connections_to_a_host_are_few_and_kept(photos, tmp_path, monkeypatch):
+    accept, accepted = photos.get_request, []
+    monkeypatch.setattr(photos, "get_request", lambda: (accepted.append(1), accept())[1])
+    photos.target = "/c0.jpg"
+    urls = [f"{photos.url}/c{i}.jpg" for i in range(60)] + [f"{photos.url}/moved{i}.jpg" for i in range(6)]
+    assert not fetch(tmp_path, urls) and len(accepted) <= clean.HOST_LANES
+    assert not fetch(tmp_path, urls) and photos.sent["/c1.jpg"] == 1 and len(accepted) <= 2 * clean.HOST_LANES
+
+
 def test_a_changed_photo_is_fetched_anew_and_one_without_etag_is_left_alone(photos, tmp_path):
     urls = [f"{photos.url}/a.jpg", f"{photos.url}/plain.jpg"]
     assert not fetch(tmp_path, urls)
@@ -490,7 +747,10 @@ def test_a_changed_photo_is_fetched_anew_and_one_without_etag_is_left_alone(phot
 def test_a_server_is_left_alone_as_long_as_it_asks(photos, tmp_path, monkeypatch):
     photos.wait = "3600"
     assert fetch(tmp_path, [f"{photos.url}/busy429.jpg"]).popitem()[1] == "status 429" and photos.asked.total() == 1
-    assert clean.retry_after("Fri, 31 Dec 2099 23:59:59 GMT") > 1e9 and clean.retry_after("soon") == 0
+    photos.wait = "Fri, 31 Dec 2099 23:59:59 GMT"
+    assert fetch(tmp_path, [f"{photos.url}/busy429.jpg"]) and photos.asked.total() == 2
+    photos.wait = "soon"  # no wish that anybody could understand
+    assert not fetch(tmp_path, [f"{photos.url}/busy429.jpg"]) and photos.asked.total() == 3
     photos.wait = "1"
     start = time.monotonic()
     assert not fetch(tmp_path, [f"{photos.url}/busy.jpg"]) and time.monotonic() - start >= 2

@@ -74,7 +74,7 @@ def test_no_row_of_a_csv_is_lost(tmp_path, rows, delimiter):
     writer.writerows(rows)
     path = tmp_path / "c.csv"
     path.write_bytes(text.getvalue().encode())
-    read, reasons = common.read_catalogue([path])
+    read, reasons = clean.read_feeds([path])
     assert len(read) == len(reasons) == len(rows)
     assert read["id"].tolist() == [row[0] for row in rows]
     assert read.loc[reasons == "", "id"].is_unique
@@ -89,7 +89,7 @@ def test_any_bytes_as_csv_are_rows_or_one_line(tmp_path, data):
     path = tmp_path / "c.csv"
     path.write_bytes(head + data.draw(st.binary(max_size=400)))
     try:
-        rows, reasons = common.read_catalogue([path])
+        rows, reasons = clean.read_feeds([path])
         for id, image_path, reason in zip(rows["id"], rows["image_path"], reasons, strict=True):
             assert reason or (id.strip() and image_path.strip())
     except common.Fail as error:
