@@ -258,12 +258,9 @@ def store_part(photos: list[Photo], made_with: str, place: str, local: Path) -> 
     return name
 
 
-def scan_part(config: PrepConfig, made_with: str, place: str, local: Path, keys: list[str]) -> list[tuple]:
-    """Scan photos and store them as a part; returns key, reason and detail of each. Runs in the workers."""
-    photos = [scan_photo(key, config) for key in keys]
-    if kept := [photo for photo in photos if photo.reason != UNREADABLE]:
-        store_part(kept, made_with, place, local)
-    return [(photo.key, photo.reason, photo.detail) for photo in photos]
+def scan_photos(keys: list[str], config: PrepConfig) -> list[Photo]:
+    """Scan some photos. Runs in the workers."""
+    return [scan_photo(key, config) for key in keys]
 
 
 class PhotoParts:
@@ -324,13 +321,17 @@ class PhotoParts:
         if workers <= 1 < world.size:  # as in the workers that there are else
             common.keep_freed_memory()
         most = min(PART_PHOTOS, 1 + PART_PIXELS // self.config.image_size**2, max(16, len(keys) // (8 * workers)))
-        work = functools.partial(scan_part, self.config, self.made_with, self.place, self.local)
-        made, what = common.photo_pool(work, common.batches(keys, most), workers), "scan"
+        work, unreadable = functools.partial(scan_photos, config=self.config), {}
+        photos, what = common.photo_pool(work, common.batches(keys, 16), workers), "scan"
         if world.main:
             what += f", process 1 of {world.size}" if world.size > 1 else ""
-            made = common.progress(made, what, len(keys), "photo")
-        for some in world.share([photo for photo in made if photo[1] == UNREADABLE]):
-            self.rejected |= {key: (reason, detail) for key, reason, detail in some}
+            photos = common.progress(photos, what, len(keys), "photo")
+        for some in common.batches(photos, most):
+            unreadable |= {photo.key: (photo.reason, photo.detail) for photo in some if photo.reason == UNREADABLE}
+            if kept := [photo for photo in some if photo.reason != UNREADABLE]:
+                store_part(kept, self.made_with, self.place, self.local)
+        for some in world.share(unreadable):
+            self.rejected |= some
 
     def places(self, numbers) -> Any:
         """A DataFrame for these photos: FACTS, part, and photo, the row within the part."""

@@ -807,7 +807,7 @@ def test_verify_finds_every_damage_on_s3(shop, bucket, capsys):
     assert prepare.main(["--verify", "--output", "s3://shop/p"]) == common.DONE
     for said, data in damages(output / name).items():
         if data is None:
-            prepare.remove(f"s3://shop/p/{name}")
+            common.remove(f"s3://shop/p/{name}")
         else:
             common.upload_atomic(data, f"s3://shop/p/{name}")
         assert prepare.main(["--verify", "--output", "s3://shop/p"]) == common.FAILED
