@@ -236,28 +236,6 @@ def scan_photo(key: str, config: PrepConfig) -> Photo:
         return Photo(key, "", UNREADABLE, error.strerror or str(error))
 
 
-def store_part(photos: list[Photo], made_with: str, place: str, local: Path) -> str:
-    """Write one part (see PhotoParts); returns its name."""
-    import pyarrow.parquet
-
-    packed, facts, out = io.BytesIO(), [], io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, photo in enumerate(photos):
-            member = tarfile.TarInfo(f"{number:04d}.jpg")
-            member.size = len(photo.jpeg)
-            at = tar.offset + tarfile.BLOCKSIZE, member.size, zlib.crc32(photo.jpeg)
-            facts.append((*photo[:-1], *at, len(photo.gradients) // GRADIENT_BYTES))
-            tar.addfile(member, io.BytesIO(photo.jpeg))
-    columns = list(map(list, zip(*facts, strict=True)))
-    pyarrow.parquet.write_table(pyarrow.table(columns, [*Photo._fields[:-1], *PLACE[1:], "views"]), out)
-    name = f"{made_with}-{common.digest(out.getvalue())[:16]}"
-    if is_s3(place):
-        common.atomic_write(local / f"{name}.jpegs", packed.getvalue())
-    common.upload_atomic(packed.getvalue(), join(place, f"{name}.jpegs"))
-    common.upload_atomic(out.getvalue(), join(place, f"{name}.parquet"))
-    return name
-
-
 def scan_photos(keys: list[str], config: PrepConfig) -> list[Photo]:
     """Scan some photos. Runs in the workers."""
     return [scan_photo(key, config) for key in keys]
@@ -329,9 +307,30 @@ class PhotoParts:
         for some in common.batches(photos, most):
             unreadable |= {photo.key: (photo.reason, photo.detail) for photo in some if photo.reason == UNREADABLE}
             if kept := [photo for photo in some if photo.reason != UNREADABLE]:
-                store_part(kept, self.made_with, self.place, self.local)
+                self._store(kept)
         for some in world.share(unreadable):
             self.rejected |= some
+
+    def _store(self, photos: list[Photo]) -> str:
+        """Write one part; returns its name."""
+        import pyarrow.parquet
+
+        packed, facts, out = io.BytesIO(), [], io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, photo in enumerate(photos):
+                member = tarfile.TarInfo(f"{number:04d}.jpg")
+                member.size = len(photo.jpeg)
+                at = tar.offset + tarfile.BLOCKSIZE, member.size, zlib.crc32(photo.jpeg)
+                facts.append((*photo[:-1], *at, len(photo.gradients) // GRADIENT_BYTES))
+                tar.addfile(member, io.BytesIO(photo.jpeg))
+        columns = list(map(list, zip(*facts, strict=True)))
+        pyarrow.parquet.write_table(pyarrow.table(columns, [*Photo._fields[:-1], *PLACE[1:], "views"]), out)
+        name = f"{self.made_with}-{common.digest(out.getvalue())[:16]}"
+        if is_s3(self.place):
+            common.atomic_write(self.local / f"{name}.jpegs", packed.getvalue())
+        common.upload_atomic(packed.getvalue(), join(self.place, f"{name}.jpegs"))
+        common.upload_atomic(out.getvalue(), join(self.place, f"{name}.parquet"))
+        return name
 
     def places(self, numbers) -> Any:
         """A DataFrame for these photos: FACTS, part, and photo, the row within the part."""
@@ -397,7 +396,7 @@ class PhotoParts:
                     facts = table.take(left.to_numpy()).to_pylist()
                     jpegs = [self.jpeg(name, *map(one.get, PLACE[1:])) for one in facts]
                     photos = [Photo(*map(one.get, Photo._fields[:-1]), jpegs[i]) for i, one in enumerate(facts)]
-                    names |= {store_part(photos, self.made_with, self.place, self.local)} if photos else set()
+                    names |= {self._store(photos)} if photos else set()
         for left in self.local.glob(".*.tmp"):  # by killed runs
             left.unlink()
         for place in {self.place, str(self.local)}:
@@ -614,7 +613,11 @@ class Shard(NamedTuple):
     name: str
     first: int
     rows: Any  # int [N]
-    record: str  # name of the file that says that the shard is finished, and what it was made of
+
+    @property
+    def record(self) -> str:
+        """Name of the file that says that the shard is finished, and what it was made of."""
+        return self.name.removesuffix(".tar") + ".json"
 
 
 def sample_text(fields: dict[str, str], facts: dict[str, Any], seed: int) -> tuple[bytes, bytes]:
@@ -643,8 +646,8 @@ def plan_shards(order: dict[str, Any], config: PrepConfig) -> list[Shard]:
     shards, first = [], 0
     for split, numbers in order.items():
         for start in range(0, len(numbers), size):
-            name, rows = f"{split}/shard-{start // size:06d}", numbers[start : start + size]
-            shards.append(Shard(f"{name}.tar", first, rows, f"{name}.json"))
+            rows = numbers[start : start + size]
+            shards.append(Shard(f"{split}/shard-{start // size:06d}.tar", first, rows))
             first += len(rows)
     return shards
 
@@ -850,9 +853,8 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         raise Fail("--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", USAGE)
     with contextlib.nullcontext() if world.main else contextlib.redirect_stdout(None):
         rows, reasons = read_rows(args, config)
-    facts = [photo_settings(config), config.seed, config.limit, [common.file_digest(path) for path in args.input]]
-    if world.size > 1 and len(set(world.share(common.digest(facts)))) > 1:
-        raise Fail("the processes have different catalogues, settings or versions of Pillow; give all the same", USAGE)
+    if world.size > 1:
+        check_same_work(args, config, world)
     # Beside the shards, or for S3 beside the CSV, for each process: the lock, and photos or copies of them.
     folder = Path(f"{args.input[0]}.work", str(world.rank)) if is_s3(output) else Path(output, ".work")
     parts = PhotoParts(join(output, ".work"), folder, config)
@@ -890,6 +892,13 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         parts.tidy(wanted if config.limit is None else None)  # the next run, without it, wants the others again
     print_report(report)
     return say_counts(rejects, len(rows), set(whole["id"]), args, config, time.monotonic() - start)
+
+
+def check_same_work(args: argparse.Namespace, config: PrepConfig, world: World) -> None:
+    """Fail where the processes of torchrun would not make the same of the same."""
+    facts = [photo_settings(config), config.seed, config.limit, [common.file_digest(path) for path in args.input]]
+    if len(set(world.share(common.digest(facts)))) > 1:
+        raise Fail("the processes have different catalogues, settings or versions of Pillow; give all the same", USAGE)
 
 
 def assign_splits(items, parts: PhotoParts, same: Iterable[str], seed: int, fold, kept: dict[str, str]) -> tuple:

@@ -176,7 +176,8 @@ def gather(world: World, *columns: Tensor) -> tuple[list[Tensor], int]:
         padded = column.new_zeros((max(counts), *column.shape[1:]))
         padded[: len(column)] = column
         parts = [torch.empty_like(padded) for _ in counts]
-        torch.distributed.all_gather(parts, padded)
+        with world.all_there():
+            torch.distributed.all_gather(parts, padded)
         whole.append(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
     return whole, sum(counts[: world.rank])
 
@@ -1121,7 +1122,8 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
     if world.size > 1:
         shared = [p for name, p in towers.trained.items() if not name.endswith(("logit_scale", "logit_bias"))]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in shared])
-        torch.distributed.all_reduce(flat)
+        with world.all_there():
+            torch.distributed.all_reduce(flat)
         for p, part in zip(shared, flat.split([p.numel() for p in shared]), strict=True):
             p.grad = part.view_as(p).clone()
     return loss.detach()
@@ -1886,13 +1888,8 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.nullcontext(True) if helping else common.exclusive(output / ".lock") as mine:
         if not mine:
             raise Fail(f"{output}: another run is writing here; wait for it, or choose another --output")
-        try:
-            with common.explain_out_of_memory("lower --micro-batch-size, or use --grad-checkpointing"):
-                run_scenario(config, shards, output)
-        except RuntimeError as error:
-            if re.search("Connection (closed|reset) by (remote )?peer", str(error)):
-                raise Fail("another process of this run stopped, and says why; start them all again") from None
-            raise
+        with common.explain_out_of_memory("lower --micro-batch-size, or use --grad-checkpointing"):
+            run_scenario(config, shards, output)
     return DONE
 
 

@@ -376,7 +376,7 @@ class Encoder:
     def __init__(self, clip: Clip, precision: str, place: str | Path, batch_size: int):
         key = [VECTORS_FORMAT, clip.fingerprint, clip.size, list(clip.mean), list(clip.std), precision]
         self.clip, self.precision, self.batch_size = clip, precision, batch_size
-        self.key, self.width = common.digest(key)[:24], common.encode(clip, captions=["a"]).shape[1]
+        self.key = common.digest(key)[:24]
         self.store = VectorStore(place, self.key, clip.name)
 
     def autocast(self):
@@ -743,7 +743,8 @@ def write_master(path: Path, rows, encoders: Sequence[Encoder], facts: dict[str,
                for text, of in (("", "image"), ("text_", "text")) for kind, encoder in kinds]  # fmt: skip
     rows = rows[rows["reason"] == ""]
     fields = [pa.field(name, pa.string()) for name in COLUMNS]
-    fields += [pa.field(name, pa.list_(pa.float32(), encoders[0].width)) for name, *_ in vectors]
+    width = encoders[0].clip.config["embed_dim"]
+    fields += [pa.field(name, pa.list_(pa.float32(), width)) for name, *_ in vectors]
     schema = pa.schema(fields, metadata=facts)
     compression = {f"{name}.list.element": "none" for name, _, _ in vectors} | dict.fromkeys(COLUMNS, "zstd")
     options = {"compression": compression, "use_dictionary": ["split", *ATTRIBUTES], "write_statistics": list(COLUMNS)}
@@ -1443,12 +1444,12 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
     with working_alone(place, world):
         clips = [load_run(base, world)]
         clips.append(load_run(run, world, clips[0]))
-        shards = open_shards(args.shards, SPLITS, local_copy(place), config)
-        encoders = [open_encoder(clip, shards, place, config, world) for clip in clips]
-        ours, theirs = (encoder.width for encoder in encoders)
+        ours, theirs = (clip.config["embed_dim"] for clip in clips)
         if ours != theirs:
             problem = f"makes vectors of width {theirs}, the base {clips[0].name} of {ours}"
             raise Fail(f"{clips[1].name}: {problem}; give the --model that it was fine-tuned from")
+        shards = open_shards(args.shards, SPLITS, local_copy(place), config)
+        encoders = [open_encoder(clip, shards, place, config, world) for clip in clips]
         rows, computed = make_vectors(shards, encoders, config, world, args.queries)
         if world.main:
             write_rejects(output, f"{output.name}.rejects.jsonl", rows, config.max_failed)

@@ -173,8 +173,8 @@ bench-gpu: | $(VENV) ## stages 3 and 4 on a GPU, checked and then timed; appends
 	$(PYTHON) tests/bench_gpu.py
 pictures: $(MASTER) ## the README's pictures, made again from the sample catalogue (needs chromium and chromedriver)
 	$(PYTHON) tests/pictures.py --data $(DATA) --output docs
-growth: | $(VENV) ## seconds and memory of each stage at 1,000, 5,000 and 20,000 products; appends to growth.jsonl
-	$(PYTHON) tests/growth.py
+growth: | $(VENV) ## seconds, memory and disk of each stage at ROWS="1000 5000 20000" products; appends to growth.jsonl
+	$(PYTHON) tests/growth.py --rows $(or $(ROWS),1000 5000 20000) --side $(or $(SIDE),160)
 memory: | $(VENV) ## parameters and memory of each scenario against full fine-tuning (ViT-B/32); writes memory.md
 	$(PYTHON) tests/bench_train.py | tee memory.md
 verify: | $(VENV) ## hold the shards against their manifest

@@ -997,7 +997,8 @@ class World:
             if cuda:
                 torch.cuda.set_device(self.device)
             limit = datetime.timedelta(hours=12)  # the others wait for one that fills a cache
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+            with self.all_there():
+                torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
 
     def share(self, value: Any) -> list[Any]:
         """What each process gives here, in the order of their ranks; every process waits for all."""
@@ -1006,7 +1007,7 @@ class World:
         import torch
 
         values = [None] * self.size
-        with self._all_there():
+        with self.all_there():
             torch.distributed.all_gather_object(values, value)
         return values
 
@@ -1017,12 +1018,13 @@ class World:
         import torch
 
         own = [None]
-        with self._all_there():
+        with self.all_there():
             torch.distributed.scatter_object_list(own, values)
         return own[0]
 
     @contextlib.contextmanager
-    def _all_there(self) -> Iterator[None]:
+    def all_there(self) -> Iterator[None]:
+        """Around what waits for the other processes: one line where one of them is gone."""
         try:
             yield
         except RuntimeError as error:

@@ -1,17 +1,19 @@
-"""How each stage grows: seconds and peak memory at 1,000, 5,000 and 20,000 drawn products.
+"""How each stage grows: seconds, peak memory and disk at 1,000, 5,000 and 20,000 drawn products.
 
-    python tests/growth.py [--rows 1000 5000 20000] [--folder data/growth]     measures, appends to growth.jsonl
-    python tests/growth.py --markdown                    the newest results as the README's table
+    python tests/growth.py [--rows 1000 5000 20000] [--side 160]     measures, appends to growth.jsonl
+    python tests/growth.py --markdown [--side 160]       the newest results as the table of docs/performance.md
     python tests/growth.py --plot docs/growth.svg        and as a picture
     python tests/growth.py --plan 10000000               stage 2's groups, split and plan for that many drawn looks
 
 Each stage runs as its command, stage 1 against the stand-in, stages 3 and 4 with the small CLIP; pictures are 160 px
-wide so that rows, not pixels, decide. Memory is the largest resident set of any one process of the stage.
+wide so that rows, not pixels, decide (--side draws larger ones). Memory is the largest resident set of any one process
+of the stage, disk what the stage left there.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import csv
 import datetime
@@ -34,34 +36,45 @@ import common
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "growth.jsonl"
 SMALL = "local-dir:tests/small_clip"
-SIDE = 160
 STAGES = {
     "clean": "1 clean",
     "prepare": "2 prepare",
-    "train": "3 train, one epoch",
+    "train": "3 train, linear_probe",
     "embed": "4 embed",
     "arena": "5 start",
 }
 COLORS = {"clean": "#1b6ca8", "prepare": "#c2571a", "train": "#2a7d4f", "embed": "#7a4fa3", "arena": "#8a6d00"}
 
 
-def make_shop(folder: Path, count: int) -> Path:
-    """A catalogue whose pictures are all unlike each other."""
+def draw_photos(folder: Path, numbers: range, side: int) -> None:
+    """Pictures unlike each other, `side` px wide and high."""
     import numpy as np
     from PIL import Image
 
+    for i in numbers:
+        forms = Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 9, 3), np.uint8))
+        forms.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=85)
+
+
+def make_shop(folder: Path, count: int, side: int) -> Path:
+    """A catalogue whose pictures are all unlike each other."""
     (folder / "images").mkdir(parents=True)
-    draw = np.random.default_rng(0)
     kinds, colors, materials = ("chair", "table", "lamp", "bed", "desk"), ("red", "black", "white"), ("oak", "steel")
     with open(folder / "catalogue.csv", "w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["id", "name", "image_path"])
         for i in range(count):
-            forms = Image.fromarray(draw.integers(0, 255, (9, 9, 3), np.uint8))
-            forms.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"images/{i}.jpg", quality=85)
             name = f"{colors[i % 3]} {materials[i % 2]} {kinds[i % 5]} {i}"
             writer.writerow([f"p{i}", name, f"images/{i}.jpg"])
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        some = [range(start, min(count, start + 1000)) for start in range(0, count, 1000)]
+        list(pool.map(draw_photos, [folder / "images"] * len(some), some, [side] * len(some)))
     return folder / "catalogue.csv"
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes that the files below a folder take."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def commands(shop: Path, work: Path) -> dict[str, list[str]]:
@@ -74,7 +87,7 @@ def commands(shop: Path, work: Path) -> dict[str, list[str]]:
                   "--output", cleaned, "--poll-interval", "0"],
         "prepare": ["2_prepare.py", "--input", cleaned, "--images", photos, "--output", shards],
         "train": ["3_train.py", "--shards", shards, "--scenario", "linear_probe", "--model", SMALL,
-                  "--pretrained", SMALL, "--output", str(run), "--epochs", "1"],
+                  "--pretrained", SMALL, "--output", str(run)],
         "embed": ["4_embed.py", "--shards", shards, "--model", SMALL, "--pretrained", SMALL,
                   "--finetuned", str(run / "model"), "--output", master],
         "arena": ["-c", f"import importlib; arena = importlib.import_module('5_arena'); arena.create_app({setup})"],
@@ -82,10 +95,14 @@ def commands(shop: Path, work: Path) -> dict[str, list[str]]:
 
 
 @contextlib.contextmanager
-def api(state: Path) -> Iterator[dict[str, str]]:
+def api(place: str | None) -> Iterator[dict[str, str]]:
     """An environment in which a stand-in, in a process of its own, answers for OpenAI."""
-    command = [sys.executable, "tests/openai_standin.py", "--state", str(state)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        tempfile.TemporaryDirectory(dir=place) as state,
+        subprocess.Popen(
+            [sys.executable, "tests/openai_standin.py", "--state", state], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as server,
+    ):
         yield os.environ | {"OPENAI_BASE_URL": server.stdout.readline().strip(), "OPENAI_API_KEY": "stand-in"}
         server.terminate()
 
@@ -164,26 +181,27 @@ def plan(count: int) -> None:
     show(f"{len(shards):,} shards")
 
 
-def newest() -> dict[int, dict]:
-    """rows -> the last result for that many."""
+def newest(side: int) -> dict[int, dict]:
+    """rows -> the last result for that many, with pictures of that size."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return dict(sorted({line["rows"]: line for line in lines}.items()))
+    return dict(sorted({line["rows"]: line for line in lines if line["side"] == side}.items()))
 
 
-def markdown() -> str:
-    """The README's table."""
-    found = newest()
+def markdown(found: dict[int, dict]) -> str:
+    """The table of docs/performance.md: seconds, memory, disk."""
     head = "| stage | " + " | ".join(f"{rows:,} products" for rows in found) + " |"
     lines = [head, "|---|" + "---|" * len(found)]
     for stage, name in STAGES.items():
-        cells = [f"{line[stage]['seconds']:.0f} s, {line[stage]['bytes'] / 1e6:,.0f} MB" for line in found.values()]
+        cells = [
+            f"{one['seconds']:,.0f} s, {one['bytes'] / 1e6:,.0f} MB, {one['disk'] / 1e6:,.0f} MB"
+            for one in (line[stage] for line in found.values())
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot() -> str:
+def plot(found: dict[int, dict]) -> str:
     """Seconds over rows, both logarithmic; the grey lines are what grows exactly as the rows do."""
-    found = newest()
     rows = list(found)
     seconds = [line[stage]["seconds"] for line in found.values() for stage in STAGES]
     left, right = math.log10(rows[0]), math.log10(rows[-1])
@@ -220,6 +238,7 @@ def plot() -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20_000], help="catalogue sizes")
+    parser.add_argument("--side", type=int, default=160, help="width and height of the pictures in pixels")
     parser.add_argument("--folder", help="where to work; by default a temporary folder")
     parser.add_argument("--markdown", action="store_true", help="print the last results as a table and stop")
     parser.add_argument("--plan", type=int, metavar="LOOKS", help="measure stage 2's planning alone, and stop")
@@ -231,20 +250,23 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.markdown:
-        print(markdown())
+        print(markdown(newest(args.side)))
     elif args.plan:
         plan(args.plan)
     elif args.plot:
-        common.atomic_write(args.plot, plot())
+        common.atomic_write(args.plot, plot(newest(args.side)))
     else:
         for rows in args.rows:
-            with tempfile.TemporaryDirectory(dir=args.folder) as folder, api(Path(folder, "standin")) as environment:
-                result = {"date": datetime.date.today().isoformat(), "rows": rows}
-                shop = make_shop(Path(folder) / "shop", rows)
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder, api(args.folder) as environment:
+                result = {"date": datetime.date.today().isoformat(), "rows": rows, "side": args.side}
+                shop = make_shop(Path(folder) / "shop", rows, args.side)
+                used = on_disk(Path(folder))
                 for stage, command in commands(shop, Path(folder)).items():
                     seconds, memory = measure(command, environment)
-                    result[stage] = {"seconds": round(seconds, 2), "bytes": memory}
-                    print(f"{rows:,} products, {STAGES[stage]}: {seconds:.1f} s, {memory / 1e6:,.0f} MB", flush=True)
+                    before, used = used, on_disk(Path(folder))
+                    result[stage] = {"seconds": round(seconds, 2), "bytes": memory, "disk": used - before}
+                    sizes = f"{memory / 1e6:,.0f} MB of memory, {(used - before) / 1e6:,.0f} MB of disk"
+                    print(f"{rows:,} products, {STAGES[stage]}: {seconds:.1f} s, {sizes}", flush=True)
                 shutil.rmtree(shop.parent)
             with open(RESULTS, "a") as results:
                 results.write(json.dumps(result) + "\n")
