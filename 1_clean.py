@@ -31,13 +31,14 @@ import math
 import os
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
 import urllib.parse
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -651,21 +652,25 @@ def build_row(
 # Photos at URLs: fetched before anything is sent, once, into WORKSPACE.photos, one file a URL, named by its sha256
 
 HOST_LANES, LANES = 6, 32  # connections at once to one host, and in all
-FETCH_TIMEOUT, FETCH_LIMIT = 20.0, 120.0  # seconds that a connection may be silent, and that a photo may take
+FETCH_TIMEOUT, FETCH_LIMIT = 20, 120  # seconds that a connection may be silent, and that a photo may take
 FETCH_ATTEMPTS, REDIRECTS = 4, 5
 FETCH_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second attempt, doubled each time; a server's wish at most
 MAX_FETCHED = 64 << 20  # bytes of a photo
-FETCH_HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; catalogue photos)", "Accept": "image/*,*/*;q=0.5",
-                 "Accept-Encoding": "identity"}  # fmt: skip
+FETCH_HEADERS = ["User-Agent: Mozilla/5.0 (compatible; catalogue photos)", "Accept: image/*,*/*;q=0.5",
+                 "Accept-Encoding: identity"]  # fmt: skip
+CONDITIONS = {"etag": "If-None-Match", "last-modified": "If-Modified-Since"}  # of an answer -> of a later request
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")  # or ftyp: AVIF, HEIC
-
-
-class NotFetched(Exception):
-    """Why a photo could not be fetched; `pause`: seconds after which it may be tried again, None for never."""
-
-    def __init__(self, reason: str, pause: float | None = None):
-        super().__init__(reason)
-        self.pause = pause
+FETCH_ERRORS = {  # libcurl's codes: the reason, and whether another attempt may help; others: a broken connection
+    "UNSUPPORTED_PROTOCOL": ("not http or https", False),
+    "URL_MALFORMAT": ("not a URL", False),
+    "COULDNT_RESOLVE_HOST": ("unknown host", False),
+    "COULDNT_CONNECT": ("no connection", True),
+    "PARTIAL_FILE": ("answer cut", True),
+    "OPERATION_TIMEDOUT": ("too slow", True),
+    "TOO_MANY_REDIRECTS": ("too many redirects", False),
+    "FILESIZE_EXCEEDED": ("too large", False),
+    "PEER_FAILED_VERIFICATION": ("certificate refused", False),
+}
 
 
 def is_public(address: str) -> bool:
@@ -678,58 +683,140 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def photo_connections(allow_private: bool) -> Any:
-    """urllib3's pools of connections, at most HOST_LANES to a host; a thread waits for a free one.
+def is_picture(start: bytes) -> bool:
+    """Whether a file that starts with these 12 bytes may be a picture."""
+    return start.startswith(PICTURE_STARTS) or start[4:8] == b"ftyp"
 
-    Each goes to an address that was looked up once, checked and then used: no name can change its mind.
+
+def wire_url(url: str) -> str:
+    """A feed's URL as RFC 3986 has it: spaces and what is not ASCII encoded. Raises ValueError where it is none."""
+    if not re.search("[^!-~]", url):
+        return url
+    parts = urllib.parse.urlsplit(url.strip())
+    quoted = [urllib.parse.quote(part, safe="!$%&'()*+,/:;=?@[]~") for part in (parts.path, parts.query)]
+    return parts._replace(netloc=parts.netloc.encode("idna").decode(), path=quoted[0], query=quoted[1]).geturl()
+
+
+class NotFetched(Exception):
+    """Why a photo could not be fetched; `pause`: seconds that the server asks for, None where nothing would help."""
+
+    def __init__(self, reason: str, pause: float | None = None):
+        super().__init__(reason)
+        self.pause = pause
+
+
+class Transfer:
+    """A lane of libcurl's, which brings one photo after the other into a file, over redirects.
+
+    Every address is checked when its connection is opened, whatever name, redirect or second look-up led to it.
     """
-    import urllib3
-    from urllib3.util.connection import create_connection
 
-    def connect(connection) -> socket.socket:
+    def __init__(self, allow_private: bool):
+        import certifi
+        import pycurl
+
+        self.curl, self.allow_private, self.file = pycurl.Curl(), allow_private, None
+        self.errors = {getattr(pycurl, f"E_{name}"): why for name, why in FETCH_ERRORS.items()}
+        web = pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS
+        options = {"PROTOCOLS": web, "REDIR_PROTOCOLS": web, "FOLLOWLOCATION": 1, "MAXREDIRS": REDIRECTS, "NOSIGNAL": 1}
+        options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
+        options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED, "BUFFERSIZE": 256 << 10}
+        options["PROXY"] = ""  # behind a proxy no address could be checked
+        trusted = ssl.get_default_verify_paths()  # as Python trusts; SSL_CERT_FILE and SSL_CERT_DIR say otherwise
+        options["CAINFO"] = trusted.cafile or certifi.where()
+        options |= {"CAPATH": trusted.capath} if trusted.capath else {}
+        options |= {"OPENSOCKETFUNCTION": self._connect, "WRITEFUNCTION": self._write}
+        for name, value in options.items():
+            self.curl.setopt(getattr(pycurl, name), value)
+
+    def start(self, url: str, attempt: int, path: str, known: dict[str, Any]) -> None:
+        """Prepare to fetch `url` into `path`. Raises ValueError where it is no URL."""
+        self.url, self.attempt, self.path, self.size, self.begin = url, attempt, path, 0, b""
+        self.file, self.refused, self.error, self.headers = None, "", None, []
+        self.curl.setopt(self.curl.URL, wire_url(url))
+        asked = [f"{name}: {known[name]}" for name in CONDITIONS.values() if known.get(name) and os.path.exists(path)]
+        self.curl.setopt(self.curl.HTTPHEADER, FETCH_HEADERS + asked)
+        self.curl.setopt(self.curl.HEADERFUNCTION, self.headers.append)
+
+    def _connect(self, purpose: int, address: Any) -> Any:
+        if not self.allow_private and not is_public(address.addr[0]):
+            self.refused = "private address (--allow-private)"
+            return self.curl.SOCKET_BAD
+        return socket.socket(address.family, address.socktype, address.protocol)
+
+    def _write(self, block: bytes) -> int | None:
+        """Take a block of an answer; anything but None stops the transfer."""
         try:
-            found = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError):
-            raise NotFetched("unknown host") from None
-        addresses = [place[0] for *_, place in found]
-        if not allow_private and not all(map(is_public, addresses)):
-            raise NotFetched("private address (--allow-private)")
-        for number, address in enumerate(addresses, 1):
-            try:
-                options = connection.socket_options
-                return create_connection((address, connection.port), FETCH_TIMEOUT, socket_options=options)
-            except OSError as error:
-                why = "too slow" if isinstance(error, TimeoutError) else f"connection broken ({type(error).__name__})"
-                if number == len(addresses):
-                    raise NotFetched(why, 0.0) from None
-        raise NotFetched("unknown host")
+            if self.file is None:
+                if self._last_headers()[0].split()[1] != b"200":
+                    return None  # nobody reads what a page of errors says
+                self.file = open("{}/.{}.tmp".format(*os.path.split(self.path)), "wb")
+            self.begin += block[: 12 - len(self.begin)]
+            if len(self.begin) == 12 and not is_picture(self.begin):
+                self.refused = "not an image"
+                return 0
+            self.size += self.file.write(block)
+        except BaseException as error:  # libcurl would print it and go on
+            self.error = error
+            return 0
 
-    pools = urllib3.PoolManager(1000, maxsize=HOST_LANES, block=True, timeout=FETCH_TIMEOUT, retries=False)
-    kinds, pools.pool_classes_by_scheme = pools.pool_classes_by_scheme, {}
-    for scheme, kind in kinds.items():  # http and https
-        checked = type("CheckedConnection", (kind.ConnectionCls,), {"_new_conn": connect})
-        pools.pool_classes_by_scheme[scheme] = type("CheckedPool", (kind,), {"ConnectionCls": checked})
-    return pools
+    def _last_headers(self) -> list[bytes]:
+        """The lines after the last redirect, the status first."""
+        starts = [number for number, line in enumerate(self.headers) if line.startswith(b"HTTP/")]
+        return self.headers[starts[-1] :]
+
+    def finish(self, code: int) -> tuple[str, int, dict[str, str]]:
+        """At an end with this code: ("fetched" or "unchanged", bytes, headers for the next, conditional request).
+
+        Raises NotFetched, or what went wrong on this machine, such as a full disk.
+        """
+        try:
+            if self.error:
+                raise self.error
+            if self.file:
+                self.file.close()
+            if code:
+                why, again = self.errors.get(code, (f"connection broken (libcurl's code {code})", True))
+                raise NotFetched(self.refused or why, None if self.refused or not again else 0.0)
+            status = self.curl.getinfo(self.curl.RESPONSE_CODE)
+            if status == 304:
+                os.utime(self.path)
+                return "unchanged", 0, {}
+            if status != 200:
+                again = status in (408, 425, 429) or status >= 500
+                raise NotFetched(f"status {status}", self.curl.getinfo(self.curl.RETRY_AFTER) if again else None)
+            if not is_picture(self.begin):
+                raise NotFetched("not an image" if self.size else "empty answer")
+            os.replace(self.file.name, self.path)
+            self.file = None
+        finally:
+            self.stop()
+        headers = (line.decode("latin-1").partition(":") for line in self._last_headers())
+        headers = {name.strip().lower(): value.strip() for name, _, value in headers}
+        return "fetched", self.size, {ask: headers[name] for name, ask in CONDITIONS.items() if headers.get(name)}
+
+    def stop(self) -> None:
+        """Leave nothing unfinished behind."""
+        if self.file:
+            self.file.close()
+            os.unlink(self.file.name)
+            self.file = None
 
 
 class PhotoFetcher:
-    """Fetches URLs by some threads. index.jsonl: what makes a later request conditional.
+    """Fetches URLs over some connections at once. index.jsonl: what makes a later request conditional.
 
     `unfinished` stands while a round is under way: the next call goes on with it. In a new round, photos that are here
     are asked for again only if they have changed, as far as the server gave a means to (ETag, Last-Modified).
     """
 
     def __init__(self, folder: Path, allow_private: bool):
-        self.folder, self.connections = folder, photo_connections(allow_private)
+        self.folder, self.allow_private = folder, allow_private
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
-        self.quiet_until: dict[str, float] = {}  # host -> time before which it is left alone
-        self.lock, self.stop = threading.Lock(), threading.Event()
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
-        from multiprocessing.pool import ThreadPool  # its threads end with the process, even within a call
-
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.unfinished.exists():
             self.unfinished.touch()
@@ -737,19 +824,14 @@ class PhotoFetcher:
         found = ((entry.name, entry.stat()) for entry in os.scandir(self.folder))
         here = {name: stat.st_mtime_ns for name, stat in found if stat.st_size}  # after a power cut some may be empty
         names = {url: common.digest(url.encode()) for url in urls}
-        wanted = [url for url, n in names.items() if n not in here or (here[n] < begun and n in self.known)]
+        wanted = {url: n for url, n in names.items() if n not in here or (here[n] < begun and n in self.known)}
         counts, failures, size = Counter(), {}, 0
-        lanes = sum(min(HOST_LANES, count) for count in Counter(map(host_of, wanted)).values())
-        with ThreadPool(min(LANES, lanes) or 1) as pool:
-            try:
-                outcomes = pool.imap_unordered(self.try_often, wanted)
-                for url, outcome, got in common.progress(outcomes, "fetch", len(wanted), "photo"):
-                    size += got
-                    counts[outcome] += 1
-                    if outcome not in ("fetched", "unchanged"):
-                        failures[url] = outcome
-            finally:
-                self.stop.set()
+        with contextlib.closing(self.transfers(wanted)) as outcomes:
+            for url, outcome, got in common.progress(outcomes, "fetch", len(wanted), "photo"):
+                size += got
+                counts[outcome] += 1
+                if outcome not in ("fetched", "unchanged"):
+                    failures[url] = outcome
         if counts["fetched"]:
             os.sync()
         self.unfinished.unlink()
@@ -760,113 +842,66 @@ class PhotoFetcher:
             say(f"  {count}: {reason} (such as {next(url for url, why in failures.items() if why == reason)})")
         return failures
 
-    def try_often(self, url: str) -> tuple[str, str, int]:
-        """(URL, "fetched", "unchanged" or why not, bytes)."""
-        from urllib3 import exceptions
+    def transfers(self, wanted: dict[str, str]) -> Iterator[tuple[str, str, int]]:
+        """Fetch {URL: file name}; gives (URL, "fetched", "unchanged" or why not, bytes) as each is settled."""
+        import pycurl
 
-        host, why = host_of(url), "interrupted"
-        for attempt in range(FETCH_ATTEMPTS):
-            self.stop.wait(max(0.0, self.quiet_until.get(host, 0.0) - time.monotonic()))
-            if self.stop.is_set():
-                break
-            try:
-                return url, *self.get(url)
-            except NotFetched as error:
-                why, pause = str(error), error.pause
-            except (TimeoutError, exceptions.TimeoutError):
-                why, pause = "too slow", 0.0
-            except ValueError:  # of urllib.parse and urllib3: no URL at all
-                why, pause = "not a URL", None
-            except (OSError, exceptions.HTTPError) as error:
-                why, pause = f"connection broken ({type(error).__name__})", 0.0
-                if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                    why, pause = "certificate refused", None
-            if pause is None or pause > LONGEST_PAUSE:
-                break
-            if pause:
-                self.quiet_until[host] = time.monotonic() + pause
-            elif attempt + 1 < FETCH_ATTEMPTS:
-                self.stop.wait(FETCH_PAUSE * 2**attempt)
-        return url, why, 0
-
-    def get(self, url: str) -> tuple[str, int]:
-        """Fetch one photo, over redirects; gives ("fetched" or "unchanged", bytes).
-
-        Raises NotFetched, OSError, ValueError and urllib3's HTTPError.
-        """
-        path, headers = self.folder / common.digest(url.encode()), dict(FETCH_HEADERS)
-        if path.exists() and (known := self.known.get(path.name)):
-            headers |= {name: known[name] for name in ("If-None-Match", "If-Modified-Since") if known.get(name)}
-        # As sent, and as long as it says: a length that is not kept is looked at here.
-        options = {"redirect": False, "preload_content": False, "decode_content": False}
-        options |= {"enforce_content_length": False}
-        deadline, place = time.monotonic() + FETCH_LIMIT, url
-        for _ in range(REDIRECTS + 1):
-            if not common.is_url(place):
-                raise NotFetched("not http or https")
-            response = self.connections.request("GET", place.strip(), headers=headers, **options)
-            try:
-                if not (target := response.get_redirect_location()):
-                    return self.store(url, path, response, deadline)
-                response.read(1 << 16)
-            finally:  # a connection is kept if the answer was read to its end
-                response.close()
-                response.release_conn()
-            place = urllib.parse.urljoin(place, target)
-        raise NotFetched("too many redirects")
-
-    def store(self, url: str, path: Path, response: Any, deadline: float) -> tuple[str, int]:
-        """Store an answer that brings a photo, or nothing new; NotFetched for any other one."""
-        import urllib3
-
-        if response.status == 304:
-            response.read()
-            os.utime(path)
-            return "unchanged", 0
-        if response.status != 200:
-            pause = 0.0 if response.status in (408, 425, 429) or response.status >= 500 else None
-            with contextlib.suppress(urllib3.exceptions.InvalidHeader):
-                pause = pause if pause is None else urllib3.Retry().get_retry_after(response) or 0.0
-            raise NotFetched(f"status {response.status}", pause)
-        temporary = path.with_name(f".{path.name}.tmp")  # flushed to disk with all others, at the end of the round
+        multi, hosts = pycurl.CurlMulti(), {url: host_of(url) for url in wanted}
+        multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, HOST_LANES)  # wherever redirects lead
+        lanes = {lane.curl: lane for lane in (Transfer(self.allow_private) for _ in range(min(LANES, len(wanted))))}
+        free, busy, quiet_until = [*lanes.values()], Counter(), Counter()  # by host
+        queues = {host: deque() for host in hosts.values()}  # of (time before which it waits, URL, attempt)
+        for url, host in hosts.items():
+            queues[host].append((0.0, url, 1))
         try:
-            with open(temporary, "wb") as file:
-                size = copy_picture(response, file, deadline)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        line = {"name": path.name, "url": url, "If-None-Match": response.headers.get("ETag")}
-        line |= {"If-Modified-Since": response.headers.get("Last-Modified")}
-        if line["If-None-Match"] or line["If-Modified-Since"]:
-            with self.lock, open(self.index, "a", encoding="utf-8") as index:
+            while len(free) < len(lanes) or any(queues.values()):
+                now = time.monotonic()
+                for host, queue in queues.items():
+                    while queue and free and busy[host] < HOST_LANES and max(queue[0][0], quiet_until[host]) <= now:
+                        lane, (_, url, attempt) = free.pop(), queue.popleft()
+                        try:
+                            lane.start(url, attempt, f"{self.folder}/{wanted[url]}", self.known.get(wanted[url], {}))
+                            multi.add_handle(lane.curl)
+                            busy[host] += 1
+                        except ValueError:
+                            free.append(lane)
+                            yield url, "not a URL", 0
+                multi.perform()
+                _, done, failed = multi.info_read()
+                for curl, code in [(curl, 0) for curl in done] + [(curl, code) for curl, code, _ in failed]:
+                    multi.remove_handle(curl)
+                    free.append(lane := lanes[curl])
+                    busy[hosts[lane.url]] -= 1
+                    try:
+                        yield lane.url, *self.keep(lane, code)
+                    except NotFetched as error:
+                        pause = error.pause
+                        if pause is None or pause > LONGEST_PAUSE or lane.attempt == FETCH_ATTEMPTS:
+                            yield lane.url, str(error), 0
+                            continue
+                        if pause:
+                            quiet_until[hosts[lane.url]] = now + pause
+                        again = now + FETCH_PAUSE * 2 ** (lane.attempt - 1)
+                        queues[hosts[lane.url]].append((again, lane.url, lane.attempt + 1))
+                if not done and not failed and multi.select(0.1) <= 0:
+                    time.sleep(0.01)  # select does not wait where nothing is under way
+        finally:
+            for lane in lanes.values():
+                lane.stop()
+
+    def keep(self, lane: Transfer, code: int) -> tuple[str, int]:
+        """("fetched" or "unchanged", bytes) of a transfer that has ended; raises as its `finish` does."""
+        outcome, size, conditions = lane.finish(code)
+        if conditions:
+            line = {"name": os.path.basename(lane.path), "url": lane.url} | conditions
+            with open(self.index, "a", encoding="utf-8") as index:
                 index.write(json.dumps(line) + "\n")
-        return "fetched", size
+        return outcome, size
 
 
 def host_of(url: str) -> str:
     """The part of a URL that says where to ask, "" where it is none."""
     return (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower()
-
-
-def copy_picture(response: Any, file: Any, deadline: float) -> int:
-    """Copy an answer that is a picture, whole, and not too large; gives its bytes. Raises NotFetched, OSError."""
-    if (response.length_remaining or 0) > MAX_FETCHED:
-        raise NotFetched("too large")
-    size = 0
-    while block := response.read(1 << 16):
-        if size == 0 and not (block.startswith(PICTURE_STARTS) or block[4:8] == b"ftyp"):
-            raise NotFetched("not an image")
-        size += file.write(block)
-        if size > MAX_FETCHED:
-            raise NotFetched("too large")
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    if response.length_remaining:
-        raise ConnectionError("the answer was cut")
-    if not size:
-        raise NotFetched("empty answer")
-    return size
 
 
 # --------------------------------------------------------------------------------------------------------------------
