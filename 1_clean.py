@@ -667,7 +667,6 @@ FETCH_ERRORS = {  # libcurl's codes: the reason, and whether another attempt may
     "COULDNT_CONNECT": ("no connection", True),
     "PARTIAL_FILE": ("answer cut", True),
     "OPERATION_TIMEDOUT": ("too slow", True),
-    "TOO_MANY_REDIRECTS": ("too many redirects", False),
     "FILESIZE_EXCEEDED": ("too large", False),
     "PEER_FAILED_VERIFICATION": ("certificate refused", False),
 }
@@ -689,12 +688,16 @@ def is_picture(start: bytes) -> bool:
 
 
 def wire_url(url: str) -> str:
-    """A feed's URL as RFC 3986 has it: spaces and what is not ASCII encoded. Raises ValueError where it is none."""
-    if not re.search("[^!-~]", url):
+    """A feed's URL as RFC 3986 has it: what may not stand in one is encoded. Raises ValueError where it is none."""
+    url = url.strip().partition("#")[0]
+    if not re.search(r'[^!-~]|["<>\\^`{|}]', url):
         return url
-    parts = urllib.parse.urlsplit(url.strip())
-    quoted = [urllib.parse.quote(part, safe="!$%&'()*+,/:;=?@[]~") for part in (parts.path, parts.query)]
-    return parts._replace(netloc=parts.netloc.encode("idna").decode(), path=quoted[0], query=quoted[1]).geturl()
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    user, path, query = (
+        urllib.parse.quote(part, safe="!$%&'()*+,/:;=?@[]~") for part in (user, parts.path, parts.query)
+    )
+    return parts._replace(netloc=user + at + host.encode("idna").decode(), path=path, query=query).geturl()
 
 
 class NotFetched(Exception):
@@ -705,22 +708,30 @@ class NotFetched(Exception):
         self.pause = pause
 
 
-class Transfer:
-    """A lane of libcurl's, which brings one photo after the other into a file, over redirects.
+class Wanted(NamedTuple):
+    """A photo that is asked for."""
 
-    Every address is checked when its connection is opened, whatever name, redirect or second look-up led to it.
+    url: str
+    place: str  # the same, or where a redirect led
+    attempt: int = 1
+    redirects: int = 0
+
+
+class Transfer:
+    """A lane of libcurl's, which brings one photo after the other into a file.
+
+    Every address is checked when its connection is opened, whatever name or second look-up led to it.
     """
 
     def __init__(self, allow_private: bool):
         import certifi
         import pycurl
 
-        self.curl, self.allow_private, self.file = pycurl.Curl(), allow_private, None
+        self.curl, self.allow_private, self.file, self.temporary = pycurl.Curl(), allow_private, None, ""
         self.errors = {getattr(pycurl, f"E_{name}"): why for name, why in FETCH_ERRORS.items()}
-        web = pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS
-        options = {"PROTOCOLS": web, "REDIR_PROTOCOLS": web, "FOLLOWLOCATION": 1, "MAXREDIRS": REDIRECTS, "NOSIGNAL": 1}
+        options = {"PROTOCOLS": pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS, "NOSIGNAL": 1, "BUFFERSIZE": 256 << 10}
         options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
-        options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED, "BUFFERSIZE": 256 << 10}
+        options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED}
         options["PROXY"] = ""  # behind a proxy no address could be checked
         trusted = ssl.get_default_verify_paths()  # as Python trusts; SSL_CERT_FILE and SSL_CERT_DIR say otherwise
         options["CAINFO"] = trusted.cafile or certifi.where()
@@ -729,28 +740,33 @@ class Transfer:
         for name, value in options.items():
             self.curl.setopt(getattr(pycurl, name), value)
 
-    def start(self, url: str, attempt: int, path: str, known: dict[str, Any]) -> None:
-        """Prepare to fetch `url` into `path`. Raises ValueError where it is no URL."""
-        self.url, self.attempt, self.path, self.size, self.begin = url, attempt, path, 0, b""
-        self.file, self.refused, self.error, self.headers = None, "", None, []
-        self.curl.setopt(self.curl.URL, wire_url(url))
+    def start(self, photo: Wanted, path: str, known: dict[str, Any]) -> None:
+        """Prepare to fetch a photo into `path`. Raises ValueError or pycurl.error where its URL is none."""
+        self.photo, self.path, self.size, self.begin = photo, path, 0, b""
+        self.refused, self.error, self.headers = "", None, []
         asked = [f"{name}: {known[name]}" for name in CONDITIONS.values() if known.get(name) and os.path.exists(path)]
-        self.curl.setopt(self.curl.HTTPHEADER, FETCH_HEADERS + asked)
+        self.curl.setopt(self.curl.URL, wire_url(photo.place))
+        self.curl.setopt(self.curl.HTTPHEADER, FETCH_HEADERS + [line.encode("latin-1") for line in asked])
         self.curl.setopt(self.curl.HEADERFUNCTION, self.headers.append)
 
     def _connect(self, purpose: int, address: Any) -> Any:
         if not self.allow_private and not is_public(address.addr[0]):
             self.refused = "private address (--allow-private)"
             return self.curl.SOCKET_BAD
-        return socket.socket(address.family, address.socktype, address.protocol)
+        self.refused = ""  # what another address of this host was
+        try:
+            return socket.socket(address.family, address.socktype, address.protocol)
+        except OSError:
+            return self.curl.SOCKET_BAD
 
     def _write(self, block: bytes) -> int | None:
         """Take a block of an answer; anything but None stops the transfer."""
         try:
-            if self.file is None:
+            if not self.temporary:
                 if self._last_headers()[0].split()[1] != b"200":
                     return None  # nobody reads what a page of errors says
-                self.file = open("{}/.{}.tmp".format(*os.path.split(self.path)), "wb")
+                self.temporary = "{}/.{}.tmp".format(*os.path.split(self.path))
+                self.file = open(self.temporary, "wb")
             self.begin += block[: 12 - len(self.begin)]
             if len(self.begin) == 12 and not is_picture(self.begin):
                 self.refused = "not an image"
@@ -761,34 +777,35 @@ class Transfer:
             return 0
 
     def _last_headers(self) -> list[bytes]:
-        """The lines after the last redirect, the status first."""
-        starts = [number for number, line in enumerate(self.headers) if line.startswith(b"HTTP/")]
+        """The status line and what follows it, without interim answers such as 100."""
+        starts = [number for number, line in enumerate(self.headers) if re.match(rb"HTTP/[\d.]+ +\d", line, re.I)]
         return self.headers[starts[-1] :]
 
     def finish(self, code: int) -> tuple[str, int, dict[str, str]]:
         """At an end with this code: ("fetched" or "unchanged", bytes, headers for the next, conditional request).
 
-        Raises NotFetched, or what went wrong on this machine, such as a full disk.
+        For a redirect ("moved", 0, {"to": URL}). Raises NotFetched, or what went wrong here, such as a full disk.
         """
         try:
             if self.error:
                 raise self.error
             if self.file:
                 self.file.close()
-            if code:
+            status = self.curl.getinfo(self.curl.RESPONSE_CODE)
+            if code and (status < 400 or code == self.curl.E_OPERATION_TIMEDOUT):  # else the status says it all
                 why, again = self.errors.get(code, (f"connection broken (libcurl's code {code})", True))
                 raise NotFetched(self.refused or why, None if self.refused or not again else 0.0)
-            status = self.curl.getinfo(self.curl.RESPONSE_CODE)
-            if status == 304:
+            if status == 304 and os.path.exists(self.path):
                 os.utime(self.path)
                 return "unchanged", 0, {}
+            if target := self.curl.getinfo(self.curl.REDIRECT_URL):
+                return "moved", 0, {"to": target}
             if status != 200:
                 again = status in (408, 425, 429) or status >= 500
                 raise NotFetched(f"status {status}", self.curl.getinfo(self.curl.RETRY_AFTER) if again else None)
             if not is_picture(self.begin):
                 raise NotFetched("not an image" if self.size else "empty answer")
-            os.replace(self.file.name, self.path)
-            self.file = None
+            os.replace(self.temporary, self.path)
         finally:
             self.stop()
         headers = (line.decode("latin-1").partition(":") for line in self._last_headers())
@@ -798,9 +815,12 @@ class Transfer:
     def stop(self) -> None:
         """Leave nothing unfinished behind."""
         if self.file:
-            self.file.close()
-            os.unlink(self.file.name)
-            self.file = None
+            with contextlib.suppress(OSError):  # a full disk is told already
+                self.file.close()
+        if self.temporary:
+            with contextlib.suppress(FileNotFoundError):  # it has its name, or was never made
+                os.unlink(self.temporary)
+        self.file, self.temporary = None, ""
 
 
 class PhotoFetcher:
@@ -814,6 +834,10 @@ class PhotoFetcher:
         self.folder, self.allow_private = folder, allow_private
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
+        self.queues: dict[
+            str, deque
+        ] = {}  # host -> (time before which it waits, Wanted) of what is still to be asked for
+        self.busy, self.quiet_until = Counter(), Counter()  # host -> its transfers; time before which it is left alone
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
@@ -842,61 +866,73 @@ class PhotoFetcher:
             say(f"  {count}: {reason} (such as {next(url for url, why in failures.items() if why == reason)})")
         return failures
 
-    def transfers(self, wanted: dict[str, str]) -> Iterator[tuple[str, str, int]]:
+    def transfers(self, names: dict[str, str]) -> Iterator[tuple[str, str, int]]:
         """Fetch {URL: file name}; gives (URL, "fetched", "unchanged" or why not, bytes) as each is settled."""
         import pycurl
 
-        multi, hosts = pycurl.CurlMulti(), {url: host_of(url) for url in wanted}
-        multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, HOST_LANES)  # wherever redirects lead
-        lanes = {lane.curl: lane for lane in (Transfer(self.allow_private) for _ in range(min(LANES, len(wanted))))}
-        free, busy, quiet_until = [*lanes.values()], Counter(), Counter()  # by host
-        queues = {host: deque() for host in hosts.values()}  # of (time before which it waits, URL, attempt)
-        for url, host in hosts.items():
-            queues[host].append((0.0, url, 1))
+        multi = pycurl.CurlMulti()
+        multi.setopt(pycurl.M_MAXCONNECTS, 2 * LANES)  # idle ones included
+        lanes = {lane.curl: lane for lane in (Transfer(self.allow_private) for _ in range(min(LANES, len(names))))}
+        free = [*lanes.values()]
+        for url in names:
+            self.put(Wanted(url, url))
         try:
-            while len(free) < len(lanes) or any(queues.values()):
-                now = time.monotonic()
-                for host, queue in queues.items():
-                    while queue and free and busy[host] < HOST_LANES and max(queue[0][0], quiet_until[host]) <= now:
-                        lane, (_, url, attempt) = free.pop(), queue.popleft()
-                        try:
-                            lane.start(url, attempt, f"{self.folder}/{wanted[url]}", self.known.get(wanted[url], {}))
-                            multi.add_handle(lane.curl)
-                            busy[host] += 1
-                        except ValueError:
-                            free.append(lane)
-                            yield url, "not a URL", 0
+            while len(free) < len(lanes) or self.queues:
+                for photo in self.due(free):
+                    try:
+                        name = names[photo.url]
+                        free[-1].start(photo, f"{self.folder}/{name}", self.known.get(name, {}))
+                        multi.add_handle(free.pop().curl)
+                        self.busy[host_of(photo.place)] += 1
+                    except (ValueError, pycurl.error):
+                        yield photo.url, "not a URL", 0
                 multi.perform()
                 _, done, failed = multi.info_read()
                 for curl, code in [(curl, 0) for curl in done] + [(curl, code) for curl, code, _ in failed]:
                     multi.remove_handle(curl)
-                    free.append(lane := lanes[curl])
-                    busy[hosts[lane.url]] -= 1
-                    try:
-                        yield lane.url, *self.keep(lane, code)
-                    except NotFetched as error:
-                        pause = error.pause
-                        if pause is None or pause > LONGEST_PAUSE or lane.attempt == FETCH_ATTEMPTS:
-                            yield lane.url, str(error), 0
-                            continue
-                        if pause:
-                            quiet_until[hosts[lane.url]] = now + pause
-                        again = now + FETCH_PAUSE * 2 ** (lane.attempt - 1)
-                        queues[hosts[lane.url]].append((again, lane.url, lane.attempt + 1))
+                    free.append(lanes[curl])
+                    self.busy[host_of(lanes[curl].photo.place)] -= 1
+                    if settled := self.settle(lanes[curl], code):
+                        yield settled
                 if not done and not failed and multi.select(0.1) <= 0:
                     time.sleep(0.01)  # select does not wait where nothing is under way
         finally:
             for lane in lanes.values():
                 lane.stop()
 
-    def keep(self, lane: Transfer, code: int) -> tuple[str, int]:
-        """("fetched" or "unchanged", bytes) of a transfer that has ended; raises as its `finish` does."""
-        outcome, size, conditions = lane.finish(code)
-        if conditions:
-            line = {"name": os.path.basename(lane.path), "url": lane.url} | conditions
+    def put(self, photo: Wanted, pause: float = 0.0) -> None:
+        """Queue a photo, to be asked for after so many seconds."""
+        self.queues.setdefault(host_of(photo.place), deque()).append((time.monotonic() + pause, photo))
+
+    def due(self, free: list[Transfer]) -> Iterator[Wanted]:
+        """What may be asked for now, host by host, while lanes are free."""
+        now = time.monotonic()
+        for host, queue in list(self.queues.items()):
+            while queue and free and self.busy[host] < HOST_LANES and max(queue[0][0], self.quiet_until[host]) <= now:
+                yield queue.popleft()[1]
+            if not queue:
+                del self.queues[host]
+
+    def settle(self, lane: Transfer, code: int) -> tuple[str, str, int] | None:
+        """What came of a transfer that has ended; None where its photo is asked for again."""
+        photo = lane.photo
+        try:
+            outcome, size, more = lane.finish(code)
+            if outcome == "moved":
+                if photo.redirects == REDIRECTS:
+                    raise NotFetched("too many redirects")
+                return self.put(photo._replace(place=more["to"], redirects=photo.redirects + 1))
+        except NotFetched as error:
+            if error.pause is None or error.pause > LONGEST_PAUSE or photo.attempt == FETCH_ATTEMPTS:
+                return photo.url, str(error), 0
+            if error.pause:
+                self.quiet_until[host_of(photo.place)] = time.monotonic() + error.pause
+            return self.put(Wanted(photo.url, photo.url, photo.attempt + 1), FETCH_PAUSE * 2 ** (photo.attempt - 1))
+        if more:
+            line = {"name": os.path.basename(lane.path), "url": photo.url} | more
             with open(self.index, "a", encoding="utf-8") as index:
                 index.write(json.dumps(line) + "\n")
-        return outcome, size
+        return photo.url, outcome, size
 
 
 def host_of(url: str) -> str:

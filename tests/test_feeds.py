@@ -72,6 +72,15 @@ class Photos(BaseHTTPRequestHandler):
             return None
         if name.startswith("none"):
             return self.answer(200, b"")
+        if name.startswith("unasked304"):
+            return self.answer(304, None)
+        if name.startswith("lower"):  # and with a header that looks like a status
+            self.wfile.write(b"http/1.1 200 OK\r\nHTTP/: 1\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            return None
+        if name.startswith("gone"):
+            self.answer(404, b"half", {"Content-Length": "100"})
+            self.close_connection = True
+            return None
         if name.startswith("closed"):
             self.close_connection = True
             return None
@@ -81,7 +90,7 @@ class Photos(BaseHTTPRequestHandler):
             server.stopped.wait(5)
         if name.startswith("huge"):
             return self.stream(data)
-        return self.answer(200, data, {"ETag": tag} if "plain" not in name else {})
+        return self.answer(200, data, {"ETag": tag + "ü" * ("odd" in name)} if "plain" not in name else {})
 
     def answer(self, status: int, data: bytes | None, headers: dict | None = None) -> None:
         self.send_response(status)
@@ -109,7 +118,7 @@ class Photos(BaseHTTPRequestHandler):
 @pytest.fixture
 def photos(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr(clean, "FETCH_PAUSE", 0.0)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Photos)
+    server = ThreadingHTTPServer(("0.0.0.0", 0), Photos)
     server.handle_error = lambda *_: None  # a killed client is none of ours
     server.daemon_threads, server.block_on_close = True, False
     server.asked, server.sent, server.headers, server.files = Counter(), Counter(), {}, {}
@@ -717,18 +726,20 @@ def test_a_server_that_misbehaves_loses_nothing_else(photos, tmp_path, monkeypat
     monkeypatch.setattr(clean, "FETCH_TIMEOUT", 1)
     photos.target = "/good0.jpg"
     names = ["busy429.jpg", "busy503.jpg", "status404", "status500", "page", "loop", "cut", "slow", "huge", "moved.jpg"]
-    names += ["full", "none", "closed"]
+    names += ["full", "none", "closed", "unasked304", "gone", "lower.jpg", "good|<1>.jpg#ö ö"]
     names += [f"good{i}.jpg" for i in range(20)] + ["a b/ü.jpg?x=1&y=ü"]
     urls = [f"{photos.url}/{name}" for name in names] + ["http://no-such-host.invalid/b.jpg", "http://[bad/a.jpg"]
     failures = {url.rpartition("/")[2]: reason for url, reason in fetch(tmp_path, urls).items()}
     assert failures == {
         "status404": "status 404", "status500": "status 500", "page": "not an image", "loop": "too many redirects",
         "cut": "answer cut", "slow": "too slow", "huge": "too large", "full": "too large", "none": "empty answer",
+        "unasked304": "status 304", "gone": "status 404",
         "closed": "connection broken (libcurl's code 52)", "a.jpg": "not a URL", "b.jpg": "unknown host",
     }  # fmt: skip
     assert kept(tmp_path, f"{photos.url}/moved.jpg") == photo("red", sum(b"good0.jpg"), 64)
     assert photos.asked["/status404"] == 1 and photos.asked["/status500"] == photos.asked["/cut"] == 4
-    assert not list(tmp_path.glob(".*.tmp")) and len(list(tmp_path.glob("?" * 64))) == 24
+    assert not list(tmp_path.glob(".*.tmp")) and len(list(tmp_path.glob("?" * 64))) == 26
+    assert photos.asked["/gone"] == 1 and photos.asked["/good%7C%3C1%3E.jpg"] == 1
     before = Counter(photos.asked)
     assert not fetch(tmp_path, [url for url in urls if "good" in url])
     assert all(photos.asked[f"/good{i}.jpg"] - before[f"/good{i}.jpg"] == 1 for i in range(1, 20))
@@ -745,12 +756,33 @@ def test_connections_to_a_host_are_few_and_kept(photos, tmp_path, monkeypatch):
     assert not fetch(tmp_path, urls) and photos.sent["/c1.jpg"] == 1 and len(accepted) <= 2 * clean.HOST_LANES
 
 
+def test_many_hosts_that_lead_to_one_wait_for_its_few_connections(photos, tmp_path, monkeypatch):
+    under_way, most, lock = Counter(), Counter(), threading.Lock()
+    answer = Photos.answer
+
+    def slowly(self, status, data, headers=None):
+        with lock:
+            under_way[status] += 1
+            most[status] = max(most[status], under_way[status])
+        time.sleep(0.1 if status == 200 else 0)
+        answer(self, status, data, headers)
+        with lock:
+            under_way[status] -= 1
+
+    monkeypatch.setattr(Photos, "answer", slowly)
+    monkeypatch.setattr(clean, "FETCH_LIMIT", 1)  # less than all of them take together
+    photos.target = f"http://localhost:{photos.server_port}/shared.jpg"
+    urls = [f"http://127.0.0.{1 + i % 8}:{photos.server_port}/moved{i}.jpg" for i in range(96)]
+    assert not fetch(tmp_path, urls) and photos.asked["/shared.jpg"] == 96 and most[200] <= clean.HOST_LANES
+
+
 def test_a_changed_photo_is_fetched_anew_and_one_without_etag_is_left_alone(photos, tmp_path):
     urls = [f"{photos.url}/a.jpg", f"{photos.url}/plain.jpg"]
-    assert not fetch(tmp_path, urls)
+    assert not fetch(tmp_path, [*urls, f"{photos.url}/odd.jpg"])
+    assert not fetch(tmp_path, [f"{photos.url}/odd.jpg"])  # its ETag is not ASCII
     photos.files = {"a.jpg": photo("blue"), "plain.jpg": photo("blue")}
     assert not fetch(tmp_path, urls)
-    assert kept(tmp_path, urls[0]) == photo("blue") and photos.asked == {"/a.jpg": 2, "/plain.jpg": 1}
+    assert kept(tmp_path, urls[0]) == photo("blue") and photos.asked == {"/a.jpg": 2, "/plain.jpg": 1, "/odd.jpg": 2}
 
 
 def test_a_server_is_left_alone_as_long_as_it_asks(photos, tmp_path, monkeypatch):
