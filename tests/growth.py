@@ -36,6 +36,7 @@ import common
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "growth.jsonl"
 SMALL = "local-dir:tests/small_clip"
+SIDE = 160
 STAGES = {
     "clean": "1 clean",
     "prepare": "2 prepare",
@@ -181,7 +182,7 @@ def plan(count: int) -> None:
     show(f"{len(shards):,} shards")
 
 
-def newest(side: int) -> dict[int, dict]:
+def newest(side: int = SIDE) -> dict[int, dict]:
     """rows -> the last result for that many, with pictures of that size."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     return dict(sorted({line["rows"]: line for line in lines if line["side"] == side}.items()))
@@ -238,7 +239,7 @@ def plot(found: dict[int, dict]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 5000, 20_000], help="catalogue sizes")
-    parser.add_argument("--side", type=int, default=160, help="width and height of the pictures in pixels")
+    parser.add_argument("--side", type=int, default=SIDE, help="width and height of the pictures in pixels")
     parser.add_argument("--folder", help="where to work; by default a temporary folder")
     parser.add_argument("--markdown", action="store_true", help="print the last results as a table and stop")
     parser.add_argument("--plan", type=int, metavar="LOOKS", help="measure stage 2's planning alone, and stop")

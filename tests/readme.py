@@ -95,8 +95,9 @@ def swept(path: Path = ROOT / "data/sweep/sweep.json") -> str:
 
 def measured_growth() -> str:
     """The growth table; draws docs/growth.svg beside it."""
-    common.atomic_write(ROOT / "docs/growth.svg", growth.plot())
-    return growth.markdown()
+    found = growth.newest()
+    common.atomic_write(ROOT / "docs/growth.svg", growth.plot(found))
+    return growth.markdown(found)
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
