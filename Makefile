@@ -182,7 +182,7 @@ verify: | $(VENV) ## hold the shards against their manifest
 # The longest files first, so that none is left for one core alone.
 LONGEST := $(addprefix tests/test_,pipeline.py train.py small_machines.py embed.py clean.py)
 test: lint | $(VENV) ## every test, on two cores
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 lint: | $(VENV) ## style and mistakes that a reader would find
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
