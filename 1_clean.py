@@ -694,10 +694,9 @@ def wire_url(url: str) -> str:
         return url
     parts = urllib.parse.urlsplit(url)
     user, at, host = parts.netloc.rpartition("@")
-    user, path, query = (
-        urllib.parse.quote(part, safe="!$%&'()*+,/:;=?@[]~") for part in (user, parts.path, parts.query)
-    )
-    return parts._replace(netloc=user + at + host.encode("idna").decode(), path=path, query=query).geturl()
+    quoted = functools.partial(urllib.parse.quote, safe="!$%&'()*+,/:;=?@[]~")
+    host = quoted(user) + at + host.encode("idna").decode()
+    return parts._replace(netloc=host, path=quoted(parts.path), query=quoted(parts.query)).geturl()
 
 
 class NotFetched(Exception):
@@ -834,10 +833,9 @@ class PhotoFetcher:
         self.folder, self.allow_private = folder, allow_private
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
-        self.queues: dict[
-            str, deque
-        ] = {}  # host -> (time before which it waits, Wanted) of what is still to be asked for
-        self.busy, self.quiet_until = Counter(), Counter()  # host -> its transfers; time before which it is left alone
+        # By host: (time before which it waits, Wanted) of what is to be asked for; transfers; time of being left alone.
+        self.queues: dict[str, deque] = {}
+        self.busy, self.quiet_until = Counter(), Counter()
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""

@@ -174,7 +174,7 @@ bench-gpu: | $(VENV) ## stages 3 and 4 on a GPU, checked and then timed; appends
 pictures: $(MASTER) ## the README's pictures, made again from the sample catalogue (needs chromium and chromedriver)
 	$(PYTHON) tests/pictures.py --data $(DATA) --output docs
 growth: | $(VENV) ## seconds, memory and disk of each stage at ROWS="1000 5000 20000" products; appends to growth.jsonl
-	$(PYTHON) tests/growth.py --rows $(or $(ROWS),1000 5000 20000) --side $(or $(SIDE),160)
+	$(PYTHON) tests/growth.py $(if $(ROWS),--rows $(ROWS)) $(if $(SIDE),--side $(SIDE))
 memory: | $(VENV) ## parameters and memory of each scenario against full fine-tuning (ViT-B/32); writes memory.md
 	$(PYTHON) tests/bench_train.py | tee memory.md
 verify: | $(VENV) ## hold the shards against their manifest

@@ -183,9 +183,12 @@ def plan(count: int) -> None:
 
 
 def newest(side: int = SIDE) -> dict[int, dict]:
-    """rows -> the last result for that many, with pictures of that size."""
+    """rows -> the last result for that many, with pictures of that size. Raises Fail where there is none."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return dict(sorted({line["rows"]: line for line in lines if line["side"] == side}.items()))
+    found = {line["rows"]: line for line in lines if line["side"] == side}
+    if not found:
+        raise common.Fail(f"{RESULTS}: no result with pictures of {side} px; measure with --side {side}")
+    return dict(sorted(found.items()))
 
 
 def markdown(found: dict[int, dict]) -> str:

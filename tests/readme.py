@@ -106,6 +106,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "bench": ("docs/performance.md", lambda: bench.markdown(bench.RESULTS)),
     "gpu": ("docs/performance.md", lambda: bench_gpu.markdown(bench_gpu.RESULTS)),
     "growth": ("docs/performance.md", measured_growth),
+    "growth-500": ("docs/performance.md", lambda: growth.markdown(growth.newest(500))),
     "memory": ("docs/performance.md", lambda: (ROOT / "memory.md").read_text(encoding="utf-8").rstrip()),
     "sweep": ("docs/recipes.md", swept),
 }
