@@ -159,7 +159,6 @@ from open_clip.transformer import ResidualAttentionBlock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as T
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -224,6 +223,9 @@ def in_order(count: int, size: int, rank: int = 0, ranks: int = 1) -> Iterator[t
         yield list(range(first, min(first + size, stop))), count
 
 
+NO_VIEWS = torch.empty(0, 7)
+
+
 class Batch(NamedTuple):
     """A part of an effective batch, on the CPU. What could not be read is missing from it, never replaced."""
 
@@ -232,26 +234,54 @@ class Batch(NamedTuple):
     keys: Tensor  # int64 [B, 2]: duplicate group and caption; pairs that agree in one are positives of each other
     images: Tensor  # uint8 [B, 3, S, S], or a frozen tower's float32 [B, W]
     texts: Tensor  # tokens int64 [B, L], or a frozen tower's float32 [B, W]
+    views: Tensor = NO_VIEWS  # float32 [B, 7]: draw_view() of each picture; [0, 7] where they are shown as they are
 
     def part(self, start: int, size: int) -> Batch:
         return Batch(self.total, *(field[start : start + size] for field in self[1:]))
 
 
-def augment(pixels: Tensor, kind: str, seed: str) -> Tensor:
-    """uint8 [3, S, S] -> the same shape: cropped, flipped, for `advanced` turned and blurred too.
+def draw_view(kind: str, seed: str) -> tuple[float, ...]:
+    """How to show a picture: six numbers of an affine map from what is shown to the picture, in sides from -1 to 1,
+    row by row, and the blur, the weight of each neighbour of a pixel. Crop and flip, for `advanced` turned and blurred.
 
     Never recoloured, for prompts name colors.
     """
-    draw, size = random.Random(seed), pixels.shape[-1]
+    draw, angle, blur = random.Random(seed), 0.0, 0.0
     if kind == "advanced":
-        pixels = T.rotate(pixels, draw.uniform(-10, 10), T.InterpolationMode.BILINEAR, fill=[255.0] * 3)
+        angle = math.radians(draw.uniform(-10, 10))
         if draw.random() < 0.3:
-            pixels = T.gaussian_blur(pixels, [3, 3], [draw.uniform(0.1, 1.0)])
-    side = max(1, round(size * math.sqrt(draw.uniform(CROPS[kind], 1.0))))
-    top, left = draw.randint(0, size - side), draw.randint(0, size - side)
-    crop = pixels[None, :, top : top + side, left : left + side]
-    pixels = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
-    return pixels.flip(-1) if draw.random() < 0.5 else pixels
+            neighbour = math.exp(-0.5 / draw.uniform(0.1, 1.0) ** 2)  # against 1 for the pixel itself
+            blur = neighbour / (1 + 2 * neighbour)
+    side = math.sqrt(draw.uniform(CROPS[kind], 1.0))
+    x, y = (draw.uniform(side - 1, 1 - side) for _ in range(2))  # the middle of the crop
+    flipped = -side if draw.random() < 0.5 else side
+    cos, sin = math.cos(angle), math.sin(angle)
+    return cos * flipped, -sin * side, cos * x - sin * y, sin * flipped, cos * side, sin * x + cos * y, blur
+
+
+def augment(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its pictures as its views say, on the device: a GPU takes 5 us for one, a core 2 ms.
+
+    Outside of a picture is white, as in its letterbox.
+    """
+    pixels, views, size = batch.images.to(device, non_blocking=True), batch.views, batch.images.shape[-1]
+    if not len(views):
+        return batch._replace(images=pixels)
+    shown, middles = torch.empty_like(pixels), (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
+    together = 256 if device.type == "cuda" else 8  # that stay in a processor's cache; in float32, a few times
+    for rows in (slice(start, start + together) for start in range(0, len(views), together)):
+        blurred = views[rows, 6].nonzero()[:, 0]  # on the CPU: no wait for a GPU
+        blur = views[rows, 6][blurred].view(-1, 1, 1, 1).to(device, non_blocking=True)
+        a, b, c = views[rows, :6].to(device, non_blocking=True).view(-1, 1, 1, 2, 3).unbind(-1)
+        grid = a * middles[:, None] + b * middles[:, None, None] + c  # (B, S, S, 2)
+        x = 255 + F.grid_sample(pixels[rows].float() - 255, grid, align_corners=False)
+        if len(blurred):
+            blurred = blurred.to(device, non_blocking=True)
+            y = F.pad(x[blurred], (1, 1, 1, 1), "reflect")
+            y = y[..., 1:-1, :] + blur * (y[..., :-2, :] - 2 * y[..., 1:-1, :] + y[..., 2:, :])
+            x[blurred] = y[..., 1:-1] + blur * (y[..., :-2] - 2 * y[..., 1:-1] + y[..., 2:])
+        shown[rows] = x.round_()
+    return batch._replace(images=shown, views=NO_VIEWS)
 
 
 def hash_text(text: str) -> int:
@@ -285,7 +315,7 @@ class Split:
         self.name, self.entries, self.paths, self.clip, self.config = name, entries, paths, clip, config
         self.training = name == "train"
         self.augmented = self.training and config.augment != "none"
-        self.kept: dict[str, dict[str, Any]] = {}  # tower -> arrays of keep_pictures() or keep_captions()
+        self.kept: dict[str, dict[str, Any]] = {}  # "captions", "image", "text" -> arrays of keep_captions() and others
         self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
         shard: list[int] = []
@@ -315,7 +345,7 @@ class Split:
     def check_unreadable(self) -> None:
         """Fail where more samples than --max-failed are unreadable."""
         total, lost = self.counts().values()
-        if not len(self) or lost > self.config.max_failed * total:
+        if lost == total or lost > self.config.max_failed * total:
             first = next((": ".join(fault) for fault in self.damaged.items()), None)
             first = first or next(iter(self.unreadable.values()), "none left")
             raise Fail(
@@ -334,7 +364,8 @@ class Split:
 
     def read(self, i: int, *kinds: str) -> list[bytes]:
         """The bytes of members of sample i, read in one piece, since they lie side by side. Raises BadImage."""
-        wanted = [tuple(map(int, self.places[i, self.KINDS.index(kind)])) for kind in kinds]
+        places = self.places[i].tolist()
+        wanted = [places[self.KINDS.index(kind)] for kind in kinds]
         start, end = min(offset for offset, _ in wanted), max(offset + size for offset, size in wanted)
         if min(size for _, size in wanted) < 0:
             raise BadImage(f"a member is missing ({', '.join(kinds)} wanted)")
@@ -344,13 +375,6 @@ class Split:
         if len(data) < end - start:
             raise BadImage("the shard ends early")
         return [data[offset - start : offset - start + size] for offset, size in wanted]
-
-    def picture(self, i: int, epoch: int | None) -> Tensor:
-        """uint8 [3, S, S] of sample i, augmented in training. Raises BadImage."""
-        pixels = common.decode_jpeg(self.read(i, "jpg")[0], self.clip.size)
-        if self.augmented:
-            pixels = augment(pixels, self.config.augment, f"{self.config.seed} {epoch} {i}")
-        return pixels
 
     def captions(self, i: int, epochs: Iterable[int | None]) -> tuple[str, list[str]]:
         """(duplicate group of sample i, its caption in each epoch). Raises BadImage.
@@ -368,55 +392,47 @@ class Split:
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise BadImage(f"damaged text ({error})") from None
 
-    def load(self, ids: list[int], epoch: int | None, image: bool, text: bool) -> dict[int, tuple | str]:
-        """What one thread does for a few samples: (keys, pixels, tokens) of each, or what is wrong with it."""
-        loaded: dict[int, tuple | str] = {}
-        for i in ids:
+    def load(self, ids: list[int], images: Tensor) -> dict[int, str]:
+        """What one thread does for a few samples: fill in their pictures; returns what is wrong with which."""
+        failed = {}
+        for i, image in zip(ids, images, strict=True):
             try:
-                keys, pixels, tokens = None, self.picture(i, epoch) if image else None, None
-                if text:
-                    group, (caption,) = self.captions(i, [epoch])
-                    keys, tokens = [hash_text(group), hash_text(caption)], self.clip.tokenizer([caption])[0]
-                loaded[i] = keys, pixels, tokens
+                image.copy_(common.decode_jpeg(self.read(i, "jpg")[0], self.clip.size))
             except BadImage as error:
-                loaded[i] = str(error)
-        return loaded
+                failed[i] = str(error)
+        return failed
 
-    def assemble(self, ids: list[int], total: int, blocks: list, epoch, image: bool, text: bool) -> tuple[Batch, dict]:
+    def assemble(self, ids: list[int], total: int, epoch: int | None, images: Tensor, blocks: list) -> tuple:
         """(the step's batch, what could not be read with the reasons); blocks: futures of load()."""
-        items = {i: item for block in blocks for i, item in block.result().items()}
-        failed = {i: item for i, item in items.items() if isinstance(item, str)}
-        ids = [i for i in ids if i not in failed]
-        images = texts = torch.empty(len(ids), 0)  # where not wanted
-        keys = torch.empty(len(ids), 2, dtype=torch.int64)
-        if image and ids:
-            images = torch.stack([items[i][1] for i in ids])
-        if text and ids:
-            keys, texts = torch.tensor([items[i][0] for i in ids]), torch.stack([items[i][2] for i in ids])
-        for tower, kept in self.kept.items():
-            rows = kept["table"][ids, (epoch or 0) % kept["table"].shape[1]]
-            features = torch.from_numpy(kept["features"][rows])
-            if tower == "image":
-                images = features
-            else:
-                texts = features
-                keys = torch.stack([torch.from_numpy(kept["groups"][ids]), torch.from_numpy(rows)], dim=1)
-        if torch.cuda.is_available() and self.clip.device.type == "cuda":  # pinned memory is copied without waiting
-            keys, images, texts = keys.pin_memory(), images.pin_memory(), texts.pin_memory()
-        return Batch(total, torch.tensor(ids, dtype=torch.int64), keys, images, texts), failed
+        failed = {i: reason for block in blocks for i, reason in block.result().items()}
+        if failed:
+            good = [place for place, i in enumerate(ids) if i not in failed]
+            ids, images = [ids[place] for place in good], images[good]
+        views, kept = NO_VIEWS, self.kept
+        if "image" in kept:
+            table = kept["image"]["table"]
+            images = torch.from_numpy(kept["image"]["features"][table[ids, (epoch or 0) % table.shape[1]]])
+        elif self.augmented and ids:
+            kind, seed = self.config.augment, self.config.seed
+            views = torch.tensor([draw_view(kind, f"{seed} {epoch} {i}") for i in ids])
+        table = kept["captions"]["table"]
+        rows = table[ids, (epoch or 0) % table.shape[1]]
+        texts = kept["text"]["features"][rows] if "text" in kept else kept["captions"]["tokens"][rows].astype(np.int64)
+        keys = np.stack([kept["captions"]["groups"][ids], rows], axis=1)
+        tensors = torch.from_numpy(keys), images, torch.from_numpy(texts), views
+        if self.clip.device.type == "cuda":  # pinned memory is copied without waiting
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Batch(total, torch.tensor(ids, dtype=torch.int64), *tensors), failed
 
-    def batches(
-        self, plan: Iterable[tuple[list[int], int]], epoch: int | None = None, image: bool = True, text: bool = True
-    ) -> Iterator[Batch]:
+    def batches(self, plan: Iterable[tuple[list[int], int]], epoch: int | None = None) -> Iterator[Batch]:
         """A Batch for each step of the plan; the next ones are read meanwhile. Fail where too much is unreadable.
 
-        image, text: False where not needed. Threads, not processes: decoding leaves the interpreter's lock, and nothing
-        passes through /dev/shm.
+        Threads, not processes: decoding leaves the interpreter's lock, and nothing passes through /dev/shm.
         """
-        image, text = image and "image" not in self.kept, text and "text" not in self.kept
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
         workers = self.config.workers or min(MOST_READERS, max(1, (os.cpu_count() or 1) // processes))
         reading: deque = deque()  # (number of samples, future of assemble())
+        shape, pinned = (3, self.clip.size, self.clip.size), self.clip.device.type == "cuda"
 
         def finished() -> Batch:
             batch, failed = reading.popleft()[1].result()
@@ -427,10 +443,11 @@ class Split:
         try:
             for ids, total in plan:
                 ids = [i for i in ids if i not in self.unreadable]
-                starts = range(0, len(ids) if image or text else 0, READ_TOGETHER)
-                some = (ids[start : start + READ_TOGETHER] for start in starts)
-                blocks = [pool.submit(self.load, block, epoch, image, text) for block in some]
-                reading.append((len(ids), pool.submit(self.assemble, ids, total, blocks, epoch, image, text)))
+                count = 0 if "image" in self.kept else len(ids)
+                images = torch.empty(count, *shape, dtype=torch.uint8, pin_memory=pinned)
+                parts = (slice(start, start + READ_TOGETHER) for start in range(0, len(images), READ_TOGETHER))
+                blocks = [pool.submit(self.load, ids[part], images[part]) for part in parts]
+                reading.append((len(ids), pool.submit(self.assemble, ids, total, epoch, images, blocks)))
                 while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * workers * READ_TOGETHER:
                     yield finished()
             while reading:
@@ -1098,6 +1115,7 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
     pairs with their micro batch only, which is another loss. `scale_up` is a GradScaler's.
     """
     towers, world = run.towers, run.world
+    batch = augment(batch, world.device)
     parts = [batch.part(start, run.micro) for start in range(0, len(batch.ids), run.micro)]
     fits = len(parts) == 1
     embedded = []
@@ -1133,6 +1151,51 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 # Features of frozen towers, computed once and kept on disk: their weights never change
 
 
+def keep(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
+    """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
+    made = [[entry["sha256"] for entry in split.entries], run.clip.fingerprint, len(split), run.config.seed, *made]
+    folder = cache_folder(run.world, run.output) / f"{split.name}-{name}-{common.digest(made)[:16]}"
+    with first_on_this_machine(run.world):
+        if not (folder / "failed.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            make(folder)
+            common.write_json(folder / "failed.json", sorted(split.unreadable.items()))
+    split.unreadable |= dict(common.read_json(folder / "failed.json"))
+    split.kept[name] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+
+
+def keep_captions(run: Run, split: Split) -> None:
+    """Read and tokenise a split's captions, those of all epochs, once. Where "varied" there is another each epoch.
+
+    table.npy, int64 [N, epochs]: row of each sample's caption in tokens.npy, int32 [captions, L]; groups.npy, int64
+    [N]. By length, so that little is padded where rows are read in order.
+    """
+    epochs = run.config.epochs if split.training and run.config.captions == "varied" else 1
+
+    def make(folder: Path) -> None:
+        rows: dict[str, int] = {}
+        table, groups = np.zeros((len(split), epochs), np.int64), np.zeros(len(split), np.int64)
+        for i in range(len(split)):
+            try:
+                group, captions = split.captions(i, range(epochs))
+                groups[i], table[i] = hash_text(group), [rows.setdefault(caption, len(rows)) for caption in captions]
+            except BadImage as error:
+                split.mark_unreadable({i: str(error)})
+        by_length = sorted(rows, key=len)
+        place = np.argsort([rows[caption] for caption in by_length])  # of a row in by_length
+        np.save(folder / "table.npy", place[table])
+        np.save(folder / "groups.npy", groups)
+        tokens = None
+        for start in range(0, len(by_length), 1024):
+            part = split.clip.tokenizer(by_length[start : start + 1024]).numpy()
+            if tokens is None:
+                tokens = new_array(folder / "tokens.npy", np.int32, (len(by_length), part.shape[1]))
+            tokens[start : start + len(part)] = part
+
+    keep(run, split, "captions", [run.config.captions, epochs], make)
+
+
 def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     """Run frozen towers over a split once: linear_probe then trains 500 times faster, text_lora 7 times.
 
@@ -1141,20 +1204,14 @@ def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     """
     config = run.config
     split.augmented = split.training and config.augment != "none" and not adapted  # a probe needs no more views
-    for tower in (tower for tower, lora in run.towers.adapted.items() if lora == adapted):
-        varies = split.augmented if tower == "image" else split.training and config.captions == "varied"
-        variants = (VIEWS if tower == "image" else config.epochs) if varies else 1
-        made = [[entry["sha256"] for entry in split.entries], run.clip.fingerprint, config.precision, varies, variants]
-        made += [config.seed, config.augment, len(split), "rows"]
-        folder = cache_folder(run.world, run.output) / f"{split.name}-{tower}-{common.digest(made)[:16]}"
-        with first_on_this_machine(run.world):
-            if not (folder / "failed.json").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                (keep_pictures if tower == "image" else keep_captions)(run, split, folder, variants)
-                common.write_json(folder / "failed.json", sorted(split.unreadable.items()))
-        split.unreadable |= dict(common.read_json(folder / "failed.json"))
-        split.kept[tower] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    views = VIEWS if split.augmented else 1
+    table, count = split.kept["captions"]["table"], len(split.kept["captions"]["tokens"])
+    if run.towers.adapted["image"] == adapted:
+        made = [config.precision, config.augment, views]
+        keep(run, split, "image", made, lambda folder: keep_pictures(run, split, folder, views))
+    if run.towers.adapted["text"] == adapted:
+        blocks, made = token_blocks(run, split), [config.precision, config.captions, *table.shape]
+        keep(run, split, "text", made, lambda folder: keep_features(run, split, "text", folder, count, blocks))
     split.augmented = split.training and config.augment != "none"
 
 
@@ -1168,37 +1225,23 @@ def forget_features(run: Run, split: Split) -> None:
                 shutil.rmtree(folder)
 
 
+def token_blocks(run: Run, split: Split) -> Iterator[tuple[Any, Tensor]]:
+    """(rows, int64 [B, L]) of all captions of a split."""
+    tokens = split.kept["captions"]["tokens"]
+    for rows in (slice(start, start + run.micro) for start in range(0, len(tokens), run.micro)):
+        yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
+
+
 def keep_pictures(run: Run, split: Split, folder: Path, views: int) -> None:
     """table.npy, int64 [N, views]: row of each view in features.npy."""
     np.save(folder / "table.npy", np.arange(views * len(split)).reshape(views, -1).T)
 
     def blocks() -> Iterator[tuple[Any, Tensor]]:
         for view in range(views):
-            for batch in split.batches(in_order(len(split), run.micro), view, text=False):
-                yield view * len(split) + batch.ids.numpy(), batch.images
+            for batch in split.batches(in_order(len(split), run.micro), view):
+                yield view * len(split) + batch.ids.numpy(), augment(batch, run.world.device).images
 
     keep_features(run, split, "image", folder, views * len(split), blocks())
-
-
-def keep_captions(run: Run, split: Split, folder: Path, epochs: int) -> None:
-    """table.npy, int64 [N, epochs]: row of each sample's caption in features.npy; groups.npy, int64 [N]."""
-    rows: dict[str, int] = {}
-    table, groups = np.zeros((len(split), epochs), np.int64), np.zeros(len(split), np.int64)
-    for i in range(len(split)):
-        try:
-            group, captions = split.captions(i, range(epochs))
-            groups[i], table[i] = hash_text(group), [rows.setdefault(caption, len(rows)) for caption in captions]
-        except BadImage as error:
-            split.mark_unreadable({i: str(error)})
-    np.save(folder / "table.npy", table)
-    np.save(folder / "groups.npy", groups)
-    by_length = sorted(rows, key=len)  # little is padded this way
-
-    def blocks() -> Iterator[tuple[Any, Tensor]]:
-        for some in (by_length[start : start + run.micro] for start in range(0, len(rows), run.micro)):
-            yield [rows[caption] for caption in some], split.clip.tokenizer(some)
-
-    keep_features(run, split, "text", folder, len(rows), blocks())
 
 
 def keep_features(run: Run, split: Split, tower: str, folder: Path, count: int, blocks: Iterable) -> None:
@@ -1210,13 +1253,18 @@ def keep_features(run: Run, split: Split, tower: str, folder: Path, count: int, 
         with torch.no_grad(), run.towers.autocast():
             x = run.towers.features(tower, inputs).float().cpu().numpy()
         if features is None:
-            path = folder / "features.npy"
-            features = np.lib.format.open_memmap(path, "w+", np.float32, (count, x.shape[1]))
-            if hasattr(os, "posix_fallocate"):  # writing to a memory map on a full disk kills the process (SIGBUS)
-                with open(path, "r+b") as handle:
-                    os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+            features = new_array(folder / "features.npy", np.float32, (count, x.shape[1]))
         features[rows] = x
     features.flush()
+
+
+def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in a file, with its room on the disk: on a full one, writing to a memory map kills the process."""
+    array = np.lib.format.open_memmap(path, "w+", kind, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+    return array
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1867,6 +1915,8 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
         return
     if run.world.main:
         marker.unlink(missing_ok=True)
+    for split in (run.train, run.validation)[0 if trains else 1 :]:
+        keep_captions(run, split)
     if trains:
         facts = fine_tune(run, checkpoint)
     else:

@@ -135,7 +135,7 @@ def our_run(scenario: str, precision: str, micro: int = BATCH, **settings):
 
 
 def our_batch(run, size: int = BATCH):
-    """Pictures and tokens drawn, or a frozen tower's kept features."""
+    """Pictures, to be augmented as a run does it unasked, and tokens drawn; or a frozen tower's kept features."""
     import torch
 
     stage = importlib.import_module("3_train")
@@ -145,7 +145,9 @@ def our_batch(run, size: int = BATCH):
     images = images if vision else torch.randn(size, 768, generator=random)
     texts = caption_tokens(size) if text else torch.randn(size, 512, generator=random)
     keys = torch.arange(2 * size).view(size, 2)
-    return stage.Batch(size, torch.arange(size), keys, images.pin_memory(), texts.pin_memory())
+    views = [stage.draw_view("advanced", str(seed)) for seed in range(size if vision else 0)]
+    tensors = (keys, images, texts, torch.tensor(views).reshape(-1, 7))
+    return stage.Batch(size, torch.arange(size), *(tensor.pin_memory() for tensor in tensors))
 
 
 def our_step(run) -> Callable[[], object]:

@@ -546,13 +546,17 @@ def test_every_sample_of_a_damaged_shard_is_read_or_counted(tiny_world, tmp_path
     except common.Fail as error:  # with nothing left there is nothing to train on
         assert "4 of 4 train samples are unreadable" in str(error) and "shard-000000.tar" in str(error)
     else:
-        items = split.load(list(range(len(split))), 0, True, True).items()
-        split.mark_unreadable({i: item for i, item in items if isinstance(item, str)})
-        good = [item for _, item in items if not isinstance(item, str)]
-        for keys, pixels, caption in good:
-            assert pixels.shape == (3, 32, 32) and isinstance(caption, str)
-            assert len(keys) == 2 and all(isinstance(key, int) for key in keys)
-        assert split.counts() == {"samples": 4, "unreadable": 4 - len(good)}
+        images = train.torch.full((len(split), 3, 32, 32), 7, dtype=train.torch.uint8)
+        failed = split.load(list(range(len(split))), images)
+        for i in range(len(split)):
+            assert i in failed or not (images[i] == 7).all()
+            try:
+                group, (caption,) = split.captions(i, [0])
+                assert isinstance(group, str) and isinstance(caption, str)
+            except common.BadImage as error:
+                failed[i] = str(error)
+        split.mark_unreadable(failed)
+        assert split.counts() == {"samples": 4, "unreadable": 4 - len(split) + len(failed)}
     shards = embed.open_shards(str(folder), common.SPLITS, tmp_path / "vectors", embed.EmbeddingConfig())
     rows = [row for number in range(len(shards.entries)) for row, _ in embed.read_shard(shards, number)]
     assert len(rows) == 12

@@ -57,8 +57,10 @@ def train(base, output, *more):
 def make_run(base, output, *more):
     """A Run as the command line makes it, before its first step."""
     args = stage.build_parser().parse_args(arguments(base, output, *more))
-    config = common.from_flags(stage.TrainingConfig, args)
-    return stage.prepare(config, str(args.shards), output)
+    run = stage.prepare(common.from_flags(stage.TrainingConfig, args), str(args.shards), output)
+    for split in (run.train, run.validation):
+        stage.keep_captions(run, split)
+    return run
 
 
 def weights(folder):
@@ -114,7 +116,7 @@ def test_a_scenario_trains_its_parameters_and_no_others(base, tmp_path, scenario
 def test_fresh_adapters_change_nothing_and_zero_shot_builds_no_optimizer(base, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "make_optimizer", None)
     facts = train(base, tmp_path / "zero", "--scenario", "zero_shot")
-    assert facts["model_dir"] is None and sorted(os.listdir(tmp_path / "zero")) == [".lock", "train.json"]
+    assert facts["model_dir"] is None and sorted(os.listdir(tmp_path / "zero")) == [".lock", "cache", "train.json"]
     clip = common.load_clip(str(base / "clip"))
     run = make_run(base, tmp_path / "dual", "--scenario", "dual_lora")
     batch = next(run.validation.batches(stage.in_order(16, 16)))
@@ -482,7 +484,7 @@ def double_run(base, output, *more):
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(base, tmp_path):
     run = double_run(base, tmp_path)
-    batch = next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, 0, 1), 0))
+    batch = stage.augment(next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, 0, 1), 0)), run.world.device)
     run.towers.train(False)
     loss, whole = gradient(run, batch, 64)
     images, texts = run.towers.embed(batch)  # and by plain autograd, without any of our machinery
@@ -543,20 +545,20 @@ def rank_gradient(base, output):
     run.towers.train(True)
     loss, grads = gradient(run, batch, 8)
     torch.save((loss, grads, batch.ids), Path(output) / f"gradient-{world.rank}.pt")
-    picture, update, train, read, steps = stage.Split.picture, stage.update, stage.train, [], []
+    assemble, update, train, read, steps = stage.Split.assemble, stage.update, stage.train, [], []
 
-    def noted_picture(split, i, epoch):
-        pixels = picture(split, i, epoch)
+    def noted_assemble(split, ids, total, epoch, *rest):
+        batch, failed = assemble(split, ids, total, epoch, *rest)
         if split.training:
-            read.append((epoch, i))
-        return pixels
+            read.extend((epoch, i) for i in batch.ids.tolist())
+        return batch, failed
 
     def noted_train(run, *rest):
         if not run.trial:  # what was read and done to find the learning rate counts for nothing
             read.clear(), steps.clear()
         return train(run, *rest)
 
-    stage.Split.picture, stage.update = noted_picture, lambda *a: steps.append(1) or update(*a)
+    stage.Split.assemble, stage.update = noted_assemble, lambda *a: steps.append(1) or update(*a)
     stage.train = noted_train
     flags = ("--lora-dropout", 0, "--workers", 4, "--shards", Path(output) / "shards")
     assert stage.main(arguments(Path(base), Path(output) / "run", *flags)) == 0
@@ -629,21 +631,52 @@ def test_captions_change_with_the_epoch_and_are_the_items_own(base, tmp_path):
     assert fixed.train.captions(5, [1])[1] == [fixed.train.read(5, "txt")[0].decode()]
 
 
+def shown(pixels, kind, seeds):
+    """uint8 [len(seeds), 3, S, S]: a picture as it is shown for each seed."""
+    views = torch.tensor([stage.draw_view(kind, str(seed)) for seed in seeds])
+    images = pixels.expand(len(views), *pixels.shape)
+    batch = stage.Batch(len(views), torch.arange(len(views)), None, images, torch.empty(len(views), 0), views)
+    return stage.augment(batch, torch.device("cpu")).images
+
+
 @pytest.mark.parametrize("kind", ["simple", "advanced"])
 def test_augmentation_is_seeded_varies_and_never_recolors(kind):
     plain = torch.tensor([200, 30, 90]).byte().view(3, 1, 1).expand(3, 32, 32)
     drawn = torch.full((3, 32, 32), 255).byte()
     drawn[:, 4:28, 4:14] = torch.tensor([20, 120, 60]).byte().view(3, 1, 1)
-    results = [stage.augment(drawn, kind, str(seed)) for seed in range(6)]
-    assert len({tuple(r.flatten().tolist()) for r in results}) > 3
-    assert all(torch.equal(r, stage.augment(drawn, kind, str(seed))) for seed, r in enumerate(results))
+    results = shown(drawn, kind, range(100))
+    assert results.shape == (100, 3, 32, 32) and results.dtype == torch.uint8
+    assert len({tuple(r.flatten().tolist()) for r in results}) > 50
+    for seed in (0, 63, 64, 99):  # whatever it is shown together with
+        assert torch.equal(shown(drawn, kind, [seed])[0], results[seed])
     for result in results:
-        assert result.shape == (3, 32, 32) and result.dtype == torch.uint8
         middle = result[:, 12:20].reshape(3, -1).T.int()
         assert (middle - torch.tensor([20, 120, 60])).abs().sum(1).min() <= 9  # the color is still there
-    for seed in range(6):
-        flat = stage.augment(plain, kind, str(seed))[:, 12:20, 12:20].int()
-        assert (flat - torch.tensor([200, 30, 90]).view(3, 1, 1)).abs().max() <= 2
+    flat = shown(plain, kind, range(100))[:, :, 12:20, 12:20].int()
+    assert (flat - torch.tensor([200, 30, 90]).view(3, 1, 1)).abs().max() <= 2
+
+
+def test_turn_and_crop_are_pillows_and_the_blur_is_torchvisions():
+    from torchvision.transforms.v2 import functional as T
+
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 6, 3), np.uint8)).resize((64, 64))
+    pixels = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)
+    neighbour, bilinear = math.exp(-0.5 / 0.8**2), Image.Resampling.BILINEAR
+    view = torch.tensor([[1, 0, 0, 0, 1, 0, neighbour / (1 + 2 * neighbour)]])
+    batch = stage.Batch(1, torch.arange(1), None, pixels[None], torch.empty(1, 0), view)
+    blurred = stage.augment(batch, torch.device("cpu")).images[0]
+    assert (blurred.int() - T.gaussian_blur(pixels, [3, 3], [0.8, 0.8]).int()).abs().max() <= 1
+    flipped = set()
+    for seed in range(20):
+        a, b, c, d, e, f, blur = stage.draw_view("advanced", str(seed))
+        if not blur:
+            affine = (a, b, 32 * (c + 1 - a - b), d, e, 32 * (f + 1 - d - e))  # in pixels
+            theirs = smooth.transform((64, 64), Image.Transform.AFFINE, affine, bilinear, fillcolor="white")
+            theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()
+            difference = (shown(pixels, "advanced", [seed])[0].int() - theirs).abs()
+            assert difference[:, 8:-8, 8:-8].max() <= 2
+            flipped.add(a < 0)
+    assert flipped == {False, True}
 
 
 @pytest.mark.parametrize(("scenario", "augment"), [
@@ -653,7 +686,7 @@ def test_kept_features_train_the_same_model(base, tmp_path, monkeypatch, scenari
     kept = train(base, tmp_path / "kept", "--scenario", scenario, "--augment", augment)
     names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "kept" / "cache").iterdir())
     frozen = [tower for tower, lora in zip(("image", "text"), stage.SCENARIOS[scenario][:2], strict=True) if not lora]
-    assert names == sorted(f"{split}-{tower}" for split in ("train", "validation") for tower in frozen)
+    assert names == sorted(f"{split}-{what}" for split in ("train", "validation") for what in ("captions", *frozen))
     if augment != "none":
         features = next((tmp_path / "kept" / "cache").glob("train-image-*/features.npy"))
         assert features.stat().st_size > 4 * 64 * 32 * 4  # four views of each picture
@@ -1387,7 +1420,7 @@ def test_a_tower_that_lora_cannot_reach_says_so(base, tmp_path):
 def test_other_architectures_train_and_come_back(base, tmp_path, kind, scenario):
     torch.manual_seed(0)
     model = small(kind, tmp_path).eval()
-    clip = dataclasses.replace(common.load_clip(str(base / "clip")), model=model, name=kind)
+    clip = dataclasses.replace(common.load_clip(str(base / "clip")), model=model, name=kind, fingerprint=kind)
     clip.size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
     clip.config = {"embed_dim": model.visual(torch.zeros(1, 3, clip.size, clip.size)).shape[1]}
     if kind == "hf":
@@ -1397,6 +1430,7 @@ def test_other_architectures_train_and_come_back(base, tmp_path, kind, scenario)
     run.clip, run.towers = clip, stage.Towers(clip, run.config)
     for data in (run.train, run.validation):
         data.clip = clip
+        stage.keep_captions(run, data)
     names = set(run.towers.trained)
     assert any("qkv" in name for name in names) == (kind in ("timm", "siglip"))
     assert ("logit_bias" in names) == (kind == "siglip")
