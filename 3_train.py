@@ -22,11 +22,13 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
+import socket
 import sys
 import tarfile
 import time
@@ -35,6 +37,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import common
@@ -64,9 +67,9 @@ CROPS = {"simple": 0.8, "advanced": 0.6}  # --augment: least share of the pictur
 VIEWS = 4  # augmented views of a picture that are kept where its tower is frozen and runs only once
 ALPHAS = tuple(k / 10 for k in range(11))  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
-READ_TOGETHER = 8  # samples a thread reads in one go: a future for each would cost a fifth of the decoding
+READ_TOGETHER = 16  # samples a thread reads in one go: a future for each would cost a fifth of the decoding
 READ_AHEAD = 2  # steps that are read, at least, while one is computed
-MOST_READERS = 16  # threads by default: four, at 5 ms a turned and blurred picture, leave a large GPU waiting
+MOST_READERS = 16  # threads by default
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings and command line
@@ -112,7 +115,7 @@ class TrainingConfig:
     limit: int | None = setting(None, "use only the first N samples of each split", low=1)
     seed: int = setting(42, "of order, captions, augmentation, dropout and LoRA's start")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int | None = setting(None, "threads that read and decode pictures (unset: one a core, up to 16)", low=1)
+    workers: int | None = setting(None, "threads, or processes for a GPU, that read (unset: one a core, to 16)", low=1)
     cache_gb: float = setting(50.0, "disk for local copies of the shards that lie on S3", low=0)
     checkpoint_minutes: float = setting(10.0, "time between checkpoints within an epoch", low=0)
     checkpoint_url: str | None = setting(None, "s3://bucket/prefix that checkpoints are copied to and resumed from")
@@ -392,29 +395,33 @@ class Split:
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise BadImage(f"damaged text ({error})") from None
 
-    def load(self, ids: list[int], images: Tensor) -> dict[int, str]:
-        """What one thread does for a few samples: fill in their pictures; returns what is wrong with which."""
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process needs that only reads."""
+        return {name: value for name, value in vars(self).items() if name not in ("clip", "kept", "readers")}
+
+    def load(self, ids: list[int], images: Tensor, seed: str | None) -> tuple[dict[int, str], list[tuple]]:
+        """Fill in the pictures of a few samples, uint8 [len(ids), 3, S, S]; returns (what is wrong with which,
+        draw_view() of each, none without a seed)."""
         failed = {}
         for i, image in zip(ids, images, strict=True):
             try:
-                image.copy_(common.decode_jpeg(self.read(i, "jpg")[0], self.clip.size))
+                image.copy_(common.decode_jpeg(self.read(i, "jpg")[0], images.shape[-1]))
             except BadImage as error:
                 failed[i] = str(error)
-        return failed
+        return failed, [draw_view(self.config.augment, f"{seed} {i}") for i in ids] if seed else []
 
     def assemble(self, ids: list[int], total: int, epoch: int | None, images: Tensor, blocks: list) -> tuple:
         """(the step's batch, what could not be read with the reasons); blocks: futures of load()."""
-        failed = {i: reason for block in blocks for i, reason in block.result().items()}
+        loaded, kept = [block.result() for block in blocks], self.kept
+        failed = {i: reason for some, _ in loaded for i, reason in some.items()}
+        views = torch.tensor([view for _, some in loaded for view in some]).reshape(-1, NO_VIEWS.shape[1])
         if failed:
             good = [place for place, i in enumerate(ids) if i not in failed]
             ids, images = [ids[place] for place in good], images[good]
-        views, kept = NO_VIEWS, self.kept
+            views = views[good] if len(views) else views
         if "image" in kept:
             table = kept["image"]["table"]
             images = torch.from_numpy(kept["image"]["features"][table[ids, (epoch or 0) % table.shape[1]]])
-        elif self.augmented and ids:
-            kind, seed = self.config.augment, self.config.seed
-            views = torch.tensor([draw_view(kind, f"{seed} {epoch} {i}") for i in ids])
         table = kept["captions"]["table"]
         rows = table[ids, (epoch or 0) % table.shape[1]]
         texts = kept["text"]["features"][rows] if "text" in kept else kept["captions"]["tokens"][rows].astype(np.int64)
@@ -425,12 +432,8 @@ class Split:
         return Batch(total, torch.tensor(ids, dtype=torch.int64), *tensors), failed
 
     def batches(self, plan: Iterable[tuple[list[int], int]], epoch: int | None = None) -> Iterator[Batch]:
-        """A Batch for each step of the plan; the next ones are read meanwhile. Fail where too much is unreadable.
-
-        Threads, not processes: decoding leaves the interpreter's lock, and nothing passes through /dev/shm.
-        """
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
-        workers = self.config.workers or min(MOST_READERS, max(1, (os.cpu_count() or 1) // processes))
+        """A Batch for each step of the plan; the next ones are read meanwhile. Fail where too much is unreadable."""
+        seed, readers = f"{self.config.seed} {epoch}" if self.augmented else None, self.readers
         reading: deque = deque()  # (number of samples, future of assemble())
         shape, pinned = (3, self.clip.size, self.clip.size), self.clip.device.type == "cuda"
 
@@ -439,21 +442,77 @@ class Split:
             self.mark_unreadable(failed)
             return batch
 
-        pool = ThreadPoolExecutor(workers)
+        if "image" not in self.kept:
+            readers.start()
+        pool = ThreadPoolExecutor(readers.count)
         try:
             for ids, total in plan:
                 ids = [i for i in ids if i not in self.unreadable]
                 count = 0 if "image" in self.kept else len(ids)
                 images = torch.empty(count, *shape, dtype=torch.uint8, pin_memory=pinned)
-                parts = (slice(start, start + READ_TOGETHER) for start in range(0, len(images), READ_TOGETHER))
-                blocks = [pool.submit(self.load, ids[part], images[part]) for part in parts]
+                parts = (slice(start, start + READ_TOGETHER) for start in range(0, count, READ_TOGETHER))
+                blocks = [pool.submit(readers.load, self, ids[part], images[part], seed) for part in parts]
                 reading.append((len(ids), pool.submit(self.assemble, ids, total, epoch, images, blocks)))
-                while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * workers * READ_TOGETHER:
+                while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * readers.count * READ_TOGETHER:
                     yield finished()
             while reading:
                 yield finished()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Readers:
+    """What threads call to load samples: Split.load itself, or in processes that each have a lock of their own.
+
+    Threads do on a CPU, which is busy anyway. Beside a GPU that takes thousands of pictures a second, the thread that
+    starts its kernels would wait for the interpreter's lock so often that a step takes three times as long.
+    """
+
+    def __init__(self, splits: list[Split], workers: int | None, apart: bool):
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, on this machine
+        self.count = workers or min(MOST_READERS, max(1, (os.cpu_count() or 1) // processes))
+        self.splits, self.apart = {split.name: split for split in splits}, apart
+        self.idle: SimpleQueue = SimpleQueue()  # (pipe, socket for pixels) of each process
+
+    def start(self) -> None:
+        """Start the processes where there are to be some; they end with this one."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["open_clip"])  # with torch, once for all: it takes seconds and 300 MB
+        for _ in range(self.count if self.apart and self.idle.empty() else 0):
+            (pipe, its_pipe), (pixels, its_pixels) = context.Pipe(), socket.socketpair()
+            context.Process(target=serve_pictures, args=(self.splits, its_pipe, its_pixels), daemon=True).start()
+            its_pipe.close(), its_pixels.close()
+            self.idle.put((pipe, pixels))
+
+    def load(self, split: Split, ids: list[int], images: Tensor, seed: str | None) -> tuple:
+        """Split.load(). Raises Fail where the process that should do it is gone."""
+        if not self.apart:
+            return split.load(ids, images, seed)
+        pipe, pixels = reader = self.idle.get()
+        try:
+            pipe.send((split.name, ids, images.shape[-1], seed))
+            left = memoryview(images.numpy()).cast("B")
+            while left and (got := pixels.recv_into(left, 0, socket.MSG_WAITALL)):
+                left = left[got:]
+            return pipe.recv()
+        except (EOFError, OSError):
+            raise Fail("a process that read pictures died; if memory ran out, lower --workers and run again") from None
+        finally:
+            self.idle.put(reader)
+
+
+def serve_pictures(splits: dict[str, Split], pipe: Any, pixels: socket.socket) -> None:
+    """In a process of its own: answer Readers.load() until the other end is closed. No pixel is pickled, or passes
+    through /dev/shm."""
+    common.start_worker()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            name, ids, size, seed = pipe.recv()
+            images = torch.empty(len(ids), 3, size, size, dtype=torch.uint8)
+            answer = splits[name].load(ids, images, seed)
+            pixels.sendall(images.numpy())
+            pipe.send(answer)
 
 
 def open_splits(shards: str, manifest: dict, cache: Path, clip: Clip, config: TrainingConfig) -> list[Split]:
@@ -469,7 +528,11 @@ def open_splits(shards: str, manifest: dict, cache: Path, clip: Clip, config: Tr
         if leaked := [entry["name"] for entry in entries if entry["sha256"] in test]:
             raise Fail(f"{leaked[0]}: this shard is in the test split too; run 2_prepare.py again")
     paths = iter(common.local_shards(shards, [*splits["train"], *splits["validation"]], cache, config.cache_gb))
-    return [Split(name, some, [next(paths) for _ in some], clip, config) for name, some in splits.items()]
+    splits = [Split(name, some, [next(paths) for _ in some], clip, config) for name, some in splits.items()]
+    readers = Readers(splits, config.workers, apart=clip.device.type == "cuda")
+    for split in splits:
+        split.readers = readers
+    return splits
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -942,7 +942,7 @@ def photo_pool(work: Callable[[list], list], blocks: Iterable[list], workers: in
 
     # Not fork: a forked child would hold its parent's lock after the parent's death.
     context = multiprocessing.get_context("forkserver")
-    pool, waiting = ProcessPoolExecutor(workers, context, _start_photo_worker), deque()
+    pool, waiting = ProcessPoolExecutor(workers, context, start_worker), deque()
     try:
         for block in blocks:
             waiting.append(pool.submit(work, block))
@@ -956,7 +956,7 @@ def photo_pool(work: Callable[[list], list], blocks: Iterable[list], workers: in
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_photo_worker() -> None:
+def start_worker() -> None:
     """In a worker: keep memory for the next photo, leave Ctrl-C to the parent, and end when that is gone."""
     import multiprocessing
     import threading

@@ -540,14 +540,15 @@ def test_every_sample_of_a_damaged_shard_is_read_or_counted(tiny_world, tmp_path
         path.write_bytes(repaired(path.read_bytes()))
     config = train.TrainingConfig(workers=1, max_failed=1.0, augment="advanced")
     manifest = common.load_manifest(folder)
-    clip = types.SimpleNamespace(size=32, tokenizer=lambda captions: captions)
+    clip = types.SimpleNamespace(size=32, device=train.torch.device("cpu"))
     try:
         split = train.open_splits(str(folder), manifest, tmp_path / "cache", clip, config)[0]
     except common.Fail as error:  # with nothing left there is nothing to train on
         assert "4 of 4 train samples are unreadable" in str(error) and "shard-000000.tar" in str(error)
     else:
         images = train.torch.full((len(split), 3, 32, 32), 7, dtype=train.torch.uint8)
-        failed = split.load(list(range(len(split))), images)
+        failed, views = split.load(list(range(len(split))), images, "42 0")
+        assert len(views) == len(split)
         for i in range(len(split)):
             assert i in failed or not (images[i] == 7).all()
             try:

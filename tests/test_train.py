@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
+import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
@@ -616,6 +617,28 @@ def test_every_sample_once_an_epoch_over_ranks_and_workers(base, tmp_path):
     again = list(stage.epoch_plan(64, 20, 7, 3, 0, 2, skip=2))
     assert again == shares[0][2:]  # resume to the sample, without reading
     assert again != list(stage.epoch_plan(64, 20, 7, 4, 0, 2, skip=2))
+
+
+def test_readers_in_processes_read_what_threads_read(base, tmp_path):
+    """As beside a GPU, where they keep the interpreter's lock free for the thread that starts kernels."""
+    damaged(base, tmp_path, 3)
+    run = make_run(base, tmp_path, "--shards", tmp_path / "shards")
+    plan = list(stage.epoch_plan(64, 20, 7, 3, 0, 1))
+    threads = list(run.train.batches(plan, 3))
+    lost, run.train.unreadable = run.train.unreadable, {}
+    readers = stage.Readers([run.train, run.validation], 2, apart=True)
+    run.train.readers = run.validation.readers = readers
+    processes = list(run.train.batches(plan, 3))
+    assert run.train.unreadable == lost and len(lost) == 3
+    for one, other in zip(threads, processes, strict=True):
+        assert len(one.views) == len(one.images)
+        assert all(torch.equal(*pair) for pair in zip(one[1:], other[1:], strict=True))
+    checked = next(run.validation.batches(stage.in_order(16, 16)))
+    assert len(checked.images) == 16 and len(checked.views) == 0
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(common.Fail, match=r"process that read pictures died; .*--workers"):
+        list(run.train.batches(plan, 4))
 
 
 def test_captions_change_with_the_epoch_and_are_the_items_own(base, tmp_path):
