@@ -853,8 +853,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         raise Fail("--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", USAGE)
     with contextlib.nullcontext() if world.main else contextlib.redirect_stdout(None):
         rows, reasons = read_rows(args, config)
-    if world.size > 1:
-        check_same_work(args, config, world)
+    check_same_work(args, config, world)
     # Beside the shards, or for S3 beside the CSV, for each process: the lock, and photos or copies of them.
     folder = Path(f"{args.input[0]}.work", str(world.rank)) if is_s3(output) else Path(output, ".work")
     parts = PhotoParts(join(output, ".work"), folder, config)
@@ -896,6 +895,8 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
 
 def check_same_work(args: argparse.Namespace, config: PrepConfig, world: World) -> None:
     """Fail where the processes of torchrun would not make the same of the same."""
+    if world.size == 1:
+        return
     facts = [photo_settings(config), config.seed, config.limit, [common.file_digest(path) for path in args.input]]
     if len(set(world.share(common.digest(facts)))) > 1:
         raise Fail("the processes have different catalogues, settings or versions of Pillow; give all the same", USAGE)

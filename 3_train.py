@@ -28,6 +28,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import socket
 import sys
 import tarfile
@@ -67,9 +68,9 @@ CROPS = {"simple": 0.8, "advanced": 0.6}  # --augment: least share of the pictur
 VIEWS = 4  # augmented views of a picture that are kept where its tower is frozen and runs only once
 ALPHAS = tuple(k / 10 for k in range(11))  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
-READ_TOGETHER = 16  # samples a thread reads in one go: a future for each would cost a fifth of the decoding
+READ_TOGETHER = 64  # samples, at most, that a reader reads in one go: each go keeps the interpreter's lock a moment
 READ_AHEAD = 2  # steps that are read, at least, while one is computed
-MOST_READERS = 16  # threads by default
+MOST_READERS = 16  # by default
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings and command line
@@ -262,15 +263,13 @@ def draw_view(kind: str, seed: str) -> tuple[float, ...]:
     return cos * flipped, -sin * side, cos * x - sin * y, sin * flipped, cos * side, sin * x + cos * y, blur
 
 
-def augment(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its pictures as its views say, on the device: a GPU takes 5 us for one, a core 2 ms.
+def augment(pixels: Tensor, views: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] -> the same, shown as the views [B, 7] say; on a GPU 8 us a picture, on a core 2 ms.
 
     Outside of a picture is white, as in its letterbox.
     """
-    pixels, views, size = batch.images.to(device, non_blocking=True), batch.views, batch.images.shape[-1]
-    if not len(views):
-        return batch._replace(images=pixels)
-    shown, middles = torch.empty_like(pixels), (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
+    size, device, shown = pixels.shape[-1], pixels.device, torch.empty_like(pixels)
+    middles = (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
     together = 256 if device.type == "cuda" else 8  # that stay in a processor's cache; in float32, a few times
     for rows in (slice(start, start + together) for start in range(0, len(views), together)):
         blurred = views[rows, 6].nonzero()[:, 0]  # on the CPU: no wait for a GPU
@@ -284,7 +283,7 @@ def augment(batch: Batch, device: torch.device) -> Batch:
             y = y[..., 1:-1, :] + blur * (y[..., :-2, :] - 2 * y[..., 1:-1, :] + y[..., 2:, :])
             x[blurred] = y[..., 1:-1] + blur * (y[..., :-2] - 2 * y[..., 1:-1] + y[..., 2:])
         shown[rows] = x.round_()
-    return batch._replace(images=shown, views=NO_VIEWS)
+    return shown
 
 
 def hash_text(text: str) -> int:
@@ -425,7 +424,7 @@ class Split:
         table = kept["captions"]["table"]
         rows = table[ids, (epoch or 0) % table.shape[1]]
         texts = kept["text"]["features"][rows] if "text" in kept else kept["captions"]["tokens"][rows].astype(np.int64)
-        keys = np.stack([kept["captions"]["groups"][ids], rows], axis=1)
+        keys = np.stack([kept["captions"]["groups"][ids], kept["captions"]["hashes"][rows]], axis=1)
         tensors = torch.from_numpy(keys), images, torch.from_numpy(texts), views
         if self.clip.device.type == "cuda":  # pinned memory is copied without waiting
             tensors = [tensor.pin_memory() for tensor in tensors]
@@ -450,10 +449,11 @@ class Split:
                 ids = [i for i in ids if i not in self.unreadable]
                 count = 0 if "image" in self.kept else len(ids)
                 images = torch.empty(count, *shape, dtype=torch.uint8, pin_memory=pinned)
-                parts = (slice(start, start + READ_TOGETHER) for start in range(0, count, READ_TOGETHER))
+                together = min(READ_TOGETHER, math.ceil(len(ids) / readers.count)) or 1
+                parts = (slice(start, start + together) for start in range(0, count, together))
                 blocks = [pool.submit(readers.load, self, ids[part], images[part], seed) for part in parts]
                 reading.append((len(ids), pool.submit(self.assemble, ids, total, epoch, images, blocks)))
-                while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * readers.count * READ_TOGETHER:
+                while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * readers.count * together:
                     yield finished()
             while reading:
                 yield finished()
@@ -475,17 +475,23 @@ class Readers:
         self.idle: SimpleQueue = SimpleQueue()  # (pipe, socket for pixels) of each process
 
     def start(self) -> None:
-        """Start the processes where there are to be some; they end with this one."""
+        """Start the processes where there are to be some; they end with this one, and leave Ctrl-C to it."""
+        if not self.apart or not self.idle.empty():
+            return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["open_clip"])  # with torch, once for all: it takes seconds and 300 MB
-        for _ in range(self.count if self.apart and self.idle.empty() else 0):
-            (pipe, its_pipe), (pixels, its_pixels) = context.Pipe(), socket.socketpair()
-            context.Process(target=serve_pictures, args=(self.splits, its_pipe, its_pixels), daemon=True).start()
-            its_pipe.close(), its_pixels.close()
-            self.idle.put((pipe, pixels))
+        allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(self.count):
+                (pipe, its_pipe), (pixels, its_pixels) = context.Pipe(), socket.socketpair()
+                context.Process(target=serve_pictures, args=(self.splits, its_pipe, its_pixels), daemon=True).start()
+                its_pipe.close(), its_pixels.close()
+                self.idle.put((pipe, pixels))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
 
     def load(self, split: Split, ids: list[int], images: Tensor, seed: str | None) -> tuple:
-        """Split.load(). Raises Fail where the process that should do it is gone."""
+        """Split.load(), with its errors. Raises Fail where the process that should do it is gone."""
         if not self.apart:
             return split.load(ids, images, seed)
         pipe, pixels = reader = self.idle.get()
@@ -494,11 +500,14 @@ class Readers:
             left = memoryview(images.numpy()).cast("B")
             while left and (got := pixels.recv_into(left, 0, socket.MSG_WAITALL)):
                 left = left[got:]
-            return pipe.recv()
+            answer = pipe.recv()
         except (EOFError, OSError):
             raise Fail("a process that read pictures died; if memory ran out, lower --workers and run again") from None
         finally:
             self.idle.put(reader)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
 
 
 def serve_pictures(splits: dict[str, Split], pipe: Any, pixels: socket.socket) -> None:
@@ -510,7 +519,10 @@ def serve_pictures(splits: dict[str, Split], pipe: Any, pixels: socket.socket) -
         while True:
             name, ids, size, seed = pipe.recv()
             images = torch.empty(len(ids), 3, size, size, dtype=torch.uint8)
-            answer = splits[name].load(ids, images, seed)
+            try:
+                answer = splits[name].load(ids, images, seed)
+            except OSError as error:
+                answer = error
             pixels.sendall(images.numpy())
             pipe.send(answer)
 
@@ -1002,19 +1014,20 @@ class Towers:
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision, torch.float32)
         return torch.autocast(self.clip.device.type, kind, enabled=kind is not torch.float32)
 
-    def features(self, tower: str, inputs: Tensor) -> Tensor:
-        """What a tower gives before its projection, [B, W], for uint8 pictures or int64 tokens."""
-        if tower == "image":
-            return self.model.visual(common.normalise_pixels(self.clip, inputs))
-        return common.text_features(self.model, inputs)
+    def features(self, tower: str, inputs: Tensor, views: Tensor = NO_VIEWS) -> Tensor:
+        """What a tower gives before its projection, [B, W], for uint8 pictures in their views, or int64 tokens."""
+        if tower == "text":
+            return common.text_features(self.model, inputs)
+        pixels = inputs.to(self.clip.device, non_blocking=True)
+        return self.model.visual(common.normalise_pixels(self.clip, augment(pixels, views) if len(views) else pixels))
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(images, texts), float [B, D], L2-normalised. A frozen tower's kept features are only projected."""
         embedded = []
-        for tower, inputs in (("image", batch.images), ("text", batch.texts)):
+        for tower, x in (("image", batch.images), ("text", batch.texts)):
             with self.autocast():
-                kept = inputs.is_floating_point()
-                x = inputs.to(self.clip.device, non_blocking=True) if kept else self.features(tower, inputs)
+                kept = x.is_floating_point()
+                x = x.to(self.clip.device, non_blocking=True) if kept else self.features(tower, x, batch.views)
                 x = self.projections[tower](x)
             embedded.append(F.normalize(x.to(self.model.logit_scale.dtype), dim=-1))
         return embedded[0], embedded[1]
@@ -1178,7 +1191,6 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
     pairs with their micro batch only, which is another loss. `scale_up` is a GradScaler's.
     """
     towers, world = run.towers, run.world
-    batch = augment(batch, world.device)
     parts = [batch.part(start, run.micro) for start in range(0, len(batch.ids), run.micro)]
     fits = len(parts) == 1
     embedded = []
@@ -1216,30 +1228,39 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 
 def keep(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
     """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
-    made = [[entry["sha256"] for entry in split.entries], run.clip.fingerprint, len(split), run.config.seed, *made]
+    made = [[entry["sha256"] for entry in split.entries], sorted(split.damaged), len(split), run.config.seed, *made]
+    made.append(run.clip.fingerprint)
     folder = cache_folder(run.world, run.output) / f"{split.name}-{name}-{common.digest(made)[:16]}"
+    mark = folder / "failed.json"  # samples that could not be read; written last
+    anew = not run.config.resume and not run.world.local_rank and mark.is_file() and common.read_json(mark)
     with first_on_this_machine(run.world):
-        if not (folder / "failed.json").is_file():
+        if anew or not mark.is_file():  # anew: what could not be read may be mended by now
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             make(folder)
-            common.write_json(folder / "failed.json", sorted(split.unreadable.items()))
-    split.unreadable |= dict(common.read_json(folder / "failed.json"))
+            for path in folder.glob("*.npy"):
+                with open(path, "rb") as handle:
+                    os.fsync(handle.fileno())
+            common.write_json(mark, sorted(split.unreadable.items()))
+    split.unreadable |= dict(common.read_json(mark))
     split.kept[name] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
 def keep_captions(run: Run, split: Split) -> None:
     """Read and tokenise a split's captions, those of all epochs, once. Where "varied" there is another each epoch.
 
-    table.npy, int64 [N, epochs]: row of each sample's caption in tokens.npy, int32 [captions, L]; groups.npy, int64
-    [N]. By length, so that little is padded where rows are read in order.
+    table.npy, int64 [N, epochs until they begin again]: row of each sample's caption in hashes.npy, int64 [captions],
+    and tokens.npy, int32 [captions, L], by length, so that little is padded where they are read in order; groups.npy,
+    int64 [N].
     """
-    epochs = run.config.epochs if split.training and run.config.captions == "varied" else 1
+    varied = split.training and run.config.captions == "varied"
+    turns = math.lcm(*range(1, len(common.TEMPLATES) + 1))  # whatever the number of an item's prompts
+    epochs = min(run.config.epochs, turns) if varied else 1
 
     def make(folder: Path) -> None:
         rows: dict[str, int] = {}
         table, groups = np.zeros((len(split), epochs), np.int64), np.zeros(len(split), np.int64)
-        for i in range(len(split)):
+        for i in common.progress(range(len(split)), f"{split.name} captions", unit="sample"):
             try:
                 group, captions = split.captions(i, range(epochs))
                 groups[i], table[i] = hash_text(group), [rows.setdefault(caption, len(rows)) for caption in captions]
@@ -1249,6 +1270,7 @@ def keep_captions(run: Run, split: Split) -> None:
         place = np.argsort([rows[caption] for caption in by_length])  # of a row in by_length
         np.save(folder / "table.npy", place[table])
         np.save(folder / "groups.npy", groups)
+        np.save(folder / "hashes.npy", np.array([hash_text(caption) for caption in by_length]))
         tokens = None
         for start in range(0, len(by_length), 1024):
             part = split.clip.tokenizer(by_length[start : start + 1024]).numpy()
@@ -1256,7 +1278,8 @@ def keep_captions(run: Run, split: Split) -> None:
                 tokens = new_array(folder / "tokens.npy", np.int32, (len(by_length), part.shape[1]))
             tokens[start : start + len(part)] = part
 
-    keep(run, split, "captions", [run.config.captions, epochs], make)
+    words = split.clip.tokenizer(["Another tokenizer, another cache."]).tolist()
+    keep(run, split, "captions", [varied, epochs, common.TEMPLATES, common.DETAILS, words], make)
 
 
 def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
@@ -1265,16 +1288,17 @@ def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     Pictures that are augmented anew each epoch have no lasting features: a few fixed views are kept instead.
     `adapted`: the towers that LoRA will adapt, as they are before; forget_features() removes them.
     """
-    config = run.config
+    config, tokens = run.config, split.kept["captions"]["tokens"]
     split.augmented = split.training and config.augment != "none" and not adapted  # a probe needs no more views
     views = VIEWS if split.augmented else 1
-    table, count = split.kept["captions"]["table"], len(split.kept["captions"]["tokens"])
     if run.towers.adapted["image"] == adapted:
         made = [config.precision, config.augment, views]
         keep(run, split, "image", made, lambda folder: keep_pictures(run, split, folder, views))
     if run.towers.adapted["text"] == adapted:
-        blocks, made = token_blocks(run, split), [config.precision, config.captions, *table.shape]
-        keep(run, split, "text", made, lambda folder: keep_features(run, split, "text", folder, count, blocks))
+        parts = (slice(start, start + run.micro) for start in range(0, len(tokens), run.micro))
+        blocks = ((rows, torch.from_numpy(tokens[rows].astype(np.int64)), NO_VIEWS) for rows in parts)
+        made = [config.precision, hashlib.sha256(tokens).hexdigest()]
+        keep(run, split, "text", made, lambda folder: keep_features(run, split, "text", folder, len(tokens), blocks))
     split.augmented = split.training and config.augment != "none"
 
 
@@ -1288,37 +1312,29 @@ def forget_features(run: Run, split: Split) -> None:
                 shutil.rmtree(folder)
 
 
-def token_blocks(run: Run, split: Split) -> Iterator[tuple[Any, Tensor]]:
-    """(rows, int64 [B, L]) of all captions of a split."""
-    tokens = split.kept["captions"]["tokens"]
-    for rows in (slice(start, start + run.micro) for start in range(0, len(tokens), run.micro)):
-        yield rows, torch.from_numpy(tokens[rows].astype(np.int64))
-
-
 def keep_pictures(run: Run, split: Split, folder: Path, views: int) -> None:
     """table.npy, int64 [N, views]: row of each view in features.npy."""
     np.save(folder / "table.npy", np.arange(views * len(split)).reshape(views, -1).T)
 
-    def blocks() -> Iterator[tuple[Any, Tensor]]:
+    def blocks() -> Iterator[tuple[Any, Tensor, Tensor]]:
         for view in range(views):
             for batch in split.batches(in_order(len(split), run.micro), view):
-                yield view * len(split) + batch.ids.numpy(), augment(batch, run.world.device).images
+                yield view * len(split) + batch.ids.numpy(), batch.images, batch.views
 
     keep_features(run, split, "image", folder, views * len(split), blocks())
 
 
 def keep_features(run: Run, split: Split, tower: str, folder: Path, count: int, blocks: Iterable) -> None:
-    """features.npy, float32 [count, W]: what a tower gives before its projection, for blocks of (rows, inputs)."""
+    """features.npy, float32 [count, W]: what a tower gives before its projection; blocks of (rows, inputs, views)."""
     features, title = None, f"{split.name} {'pictures' if tower == 'image' else 'captions'}, once"
-    for rows, inputs in common.progress(blocks, title, math.ceil(count / run.micro), "batch"):
+    for rows, inputs, views in common.progress(blocks, title, math.ceil(count / run.micro), "batch"):
         if not len(inputs):
             continue
         with torch.no_grad(), run.towers.autocast():
-            x = run.towers.features(tower, inputs).float().cpu().numpy()
+            x = run.towers.features(tower, inputs, views).float().cpu().numpy()
         if features is None:
             features = new_array(folder / "features.npy", np.float32, (count, x.shape[1]))
         features[rows] = x
-    features.flush()
 
 
 def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -1869,8 +1885,8 @@ def choose_rate(run: Run, state: State) -> None:
         forget_features(run, split)
 
 
-def explain_result(state: State, alpha: float, mrr: float, lora: bool) -> list[str]:
-    """What a person should know about a run that gained nothing, or less than it could."""
+def explain_result(run: Run, state: State, alpha: float, mrr: float, lora: bool) -> list[str]:
+    """Print and return what a person should know about a run that gained nothing, or less than it could."""
     probe, notes = state.search.get("probe_mrr", 0.0), []
     if alpha == 0:
         notes.append("nothing that was trained validates better than the base by more than its error: it is exported")
@@ -1878,21 +1894,22 @@ def explain_result(state: State, alpha: float, mrr: float, lora: bool) -> list[s
         notes.append("LoRA did not improve the validation MRR; the projections of linear_probe are exported")
     if lora and mrr < probe:
         notes.append(f"validation MRR {mrr:.4f} is below linear_probe's {probe:.4f}; use --scenario linear_probe")
+    for note in notes:
+        run.print(f"note: {note}")
     return notes
 
 
 def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     """Train, evaluate and export; returns what train.json says about it."""
     config, world, towers = run.config, run.world, run.towers
-    if checkpoint:
-        check_identity(checkpoint, run.identity)
-    else:
+    if not checkpoint:
         towers.check_lora_gradients()
     state = State(**checkpoint["state"]) if checkpoint else State()
     share, run.micro = math.ceil(run.effective / world.size), config.micro_batch_size
     if run.micro == "auto":  # found once a run: another split of the same batch adds up in another order
         run.micro = checkpoint["micro"] if checkpoint else min(world.share(towers.fitting_micro_batch(share)))
     for split in (run.train, run.validation):
+        keep_captions(run, split)
         cache_tower_features(run, split)
     run.print(
         f"effective batch {run.effective} = {world.size} processes x {math.ceil(share / run.micro)} micro batches of "
@@ -1910,9 +1927,7 @@ def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     alpha = choose_alpha(config.wise, swept, state.search.get("probe_mrr", 0.0))
     print_alphas(run, swept, alpha)
     before, best = swept[0]["validation"], next(f["validation"] for f in swept if f["alpha"] == alpha)
-    notes = explain_result(state, alpha, best["mrr"], bool(lora))
-    for note in notes:
-        run.print(f"note: {note}")
+    notes = explain_result(run, state, alpha, best["mrr"], bool(lora))
     if world.main:
         towers.export(run.output, alpha, state.best["weights"])
         draw_curves(state, swept, run.output / "curves.png")
@@ -1976,13 +1991,14 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     if run.world.share(finished)[0]:
         run.print(f"{marker}: finished already; --no-resume trains again")
         return
+    if checkpoint:
+        check_identity(checkpoint, run.identity)
     if run.world.main:
         marker.unlink(missing_ok=True)
-    for split in (run.train, run.validation)[0 if trains else 1 :]:
-        keep_captions(run, split)
     if trains:
         facts = fine_tune(run, checkpoint)
     else:
+        keep_captions(run, run.validation)
         facts = {"model_dir": None, "validation": {"zero_shot": evaluate(run, run.validation)}}
     if run.world.main:
         write_result(run, shards, time.monotonic() - start, facts)

@@ -65,7 +65,7 @@ def our_step(scenario: str, precision: str, kept: bool = True, plain: bool = Fal
     return lambda: stage.update(run, state, optimizer, scaler, batch, 1000)
 
 
-def plain_features(clip, tower: str, inputs):
+def plain_features(clip, tower: str, inputs, views):
     """What a tower gives before its projection, by open_clip's own forward."""
     import common
 

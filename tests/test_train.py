@@ -8,10 +8,12 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -485,7 +487,7 @@ def double_run(base, output, *more):
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(base, tmp_path):
     run = double_run(base, tmp_path)
-    batch = stage.augment(next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, 0, 1), 0)), run.world.device)
+    batch = next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, 0, 1), 0))
     run.towers.train(False)
     loss, whole = gradient(run, batch, 64)
     images, texts = run.towers.embed(batch)  # and by plain autograd, without any of our machinery
@@ -635,10 +637,37 @@ def test_readers_in_processes_read_what_threads_read(base, tmp_path):
         assert all(torch.equal(*pair) for pair in zip(one[1:], other[1:], strict=True))
     checked = next(run.validation.batches(stage.in_order(16, 16)))
     assert len(checked.images) == 16 and len(checked.views) == 0
+    run.validation.paths[0].rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=run.validation.paths[0].name):
+        next(run.validation.batches(stage.in_order(16, 16)))
     for process in multiprocessing.active_children():
         process.kill()
     with pytest.raises(common.Fail, match=r"process that read pictures died; .*--workers"):
         list(run.train.batches(plan, 4))
+
+
+def test_kept_captions_are_those_of_the_samples_that_are_there(base, tmp_path):
+    """Neither a damaged shard nor a damaged text leaves captions beside other pictures once it is mended."""
+    shutil.copytree(base / "shards", tmp_path / "shards")
+    path, flags = tmp_path / "shards/train/shard-000000.tar", ("--shards", tmp_path / "shards", "--max-failed", 0.9)
+    whole = path.read_bytes()
+
+    def kept(output, *more):
+        return make_run(base, output, *flags, "--limit", 20, *more).train
+
+    fresh = kept(tmp_path / "fresh")
+    path.write_bytes(whole[:5000])
+    assert kept(tmp_path / "run").damaged
+    members = stage.index_shard(base / "shards/train/shard-000000.tar")[3]
+    offset, size = members["json"]
+    path.write_bytes(whole[:offset] + b"\0" * size + whole[offset + size :])
+    assert list(kept(tmp_path / "run").unreadable) == [3]
+    path.write_bytes(whole)
+    assert list(kept(tmp_path / "run").unreadable) == [3]  # known, and not read again
+    mended = kept(tmp_path / "run", "--no-resume")
+    assert mended.unreadable == {}
+    for name, array in fresh.kept["captions"].items():
+        assert np.array_equal(array, mended.kept["captions"][name])
 
 
 def test_captions_change_with_the_epoch_and_are_the_items_own(base, tmp_path):
@@ -657,9 +686,7 @@ def test_captions_change_with_the_epoch_and_are_the_items_own(base, tmp_path):
 def shown(pixels, kind, seeds):
     """uint8 [len(seeds), 3, S, S]: a picture as it is shown for each seed."""
     views = torch.tensor([stage.draw_view(kind, str(seed)) for seed in seeds])
-    images = pixels.expand(len(views), *pixels.shape)
-    batch = stage.Batch(len(views), torch.arange(len(views)), None, images, torch.empty(len(views), 0), views)
-    return stage.augment(batch, torch.device("cpu")).images
+    return stage.augment(pixels.expand(len(views), *pixels.shape), views)
 
 
 @pytest.mark.parametrize("kind", ["simple", "advanced"])
@@ -686,8 +713,7 @@ def test_turn_and_crop_are_pillows_and_the_blur_is_torchvisions():
     pixels = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)
     neighbour, bilinear = math.exp(-0.5 / 0.8**2), Image.Resampling.BILINEAR
     view = torch.tensor([[1, 0, 0, 0, 1, 0, neighbour / (1 + 2 * neighbour)]])
-    batch = stage.Batch(1, torch.arange(1), None, pixels[None], torch.empty(1, 0), view)
-    blurred = stage.augment(batch, torch.device("cpu")).images[0]
+    blurred = stage.augment(pixels[None], view)[0]
     assert (blurred.int() - T.gaussian_blur(pixels, [3, 3], [0.8, 0.8]).int()).abs().max() <= 1
     flipped = set()
     for seed in range(20):
@@ -795,7 +821,6 @@ def test_after_kill_9_at_any_step_it_goes_on_to_the_same_bits(
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_named(base, tmp_path, undisturbed, capsys, monkeypatch):
-    import shutil
 
     shutil.copytree(undisturbed, tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -1099,8 +1124,9 @@ def test_lora_begins_at_the_linear_probe_and_never_ends_below_it(base, tmp_path,
     if ruined["validation"]["best_epoch"] == 0:
         assert "note: LoRA did not improve" in capsys.readouterr().out
     state = stage.State(search={"probe_mrr": 0.6}, best={"epoch": 3})
-    assert "below linear_probe's 0.6000" in stage.explain_result(state, 1.0, 0.5, lora=True)[0]
-    assert stage.explain_result(state, 1.0, 0.7, lora=True) == []
+    run = types.SimpleNamespace(print=print)
+    assert "below linear_probe's 0.6000" in stage.explain_result(run, state, 1.0, 0.5, lora=True)[0]
+    assert stage.explain_result(run, state, 1.0, 0.7, lora=True) == []
 
 
 def test_nothing_is_chosen_on_the_test_split(base, tmp_path, capsys):
@@ -1333,8 +1359,6 @@ def test_a_nan_stops_with_the_last_good_state(base, tmp_path, capsys, monkeypatc
 
 def damaged(base, tmp_path, count):
     """A copy of the shards with `count` pictures of the first shard overwritten."""
-    import shutil
-
     shutil.copytree(base / "shards", tmp_path / "shards")
     path = tmp_path / "shards" / "train" / "shard-000000.tar"
     data = bytearray(path.read_bytes())
