@@ -69,7 +69,7 @@ def markdown(path: Path) -> str:
     runs = {line["stage"]: line["date"] for line in lines}
     newest = {line["case"]: line for line in lines if line["date"] == runs[line["stage"]]}
     rows = ["| what | times as fast | aim | now bound by |", "|---|---|---|---|"]
-    for line in newest.values():
+    for line in sorted(newest.values(), key=lambda line: line["stage"]):
         spread = f"{line['ratio']} ({line['low']}-{line['high']})"
         rows.append(f"| {line['case']} | {spread} | {line['target']} | {line['bound']} |")
     return "\n".join(rows)

@@ -821,7 +821,6 @@ def test_after_kill_9_at_any_step_it_goes_on_to_the_same_bits(
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_named(base, tmp_path, undisturbed, capsys, monkeypatch):
-
     shutil.copytree(undisturbed, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(stage, "update", None)
@@ -1131,8 +1130,6 @@ def test_lora_begins_at_the_linear_probe_and_never_ends_below_it(base, tmp_path,
 
 def test_nothing_is_chosen_on_the_test_split(base, tmp_path, capsys):
     """Training is the same to the bit without the test split; a shard of it that leaks into validation is found."""
-    import shutil
-
     train(base, tmp_path / "whole", "--scenario", "linear_probe")
     shutil.copytree(base / "shards", tmp_path / "shards")
     shutil.rmtree(tmp_path / "shards" / "test")
