@@ -318,6 +318,7 @@ class Split:
         self.training = name == "train"
         self.augmented = self.training and config.augment != "none"
         self.kept: dict[str, dict[str, Any]] = {}  # "captions", "image", "text" -> arrays of keep_captions() and others
+        self.readers: Readers  # of all splits together: open_splits() gives them
         self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
         shard: list[int] = []
@@ -378,7 +379,7 @@ class Split:
             raise BadImage("the shard ends early")
         return [data[offset - start : offset - start + size] for offset, size in wanted]
 
-    def captions(self, i: int, epochs: Iterable[int | None]) -> tuple[str, list[str]]:
+    def captions(self, i: int, epochs: Iterable[int]) -> tuple[str, list[str]]:
         """(duplicate group of sample i, its caption in each epoch). Raises BadImage.
 
         The shard's own prompt, or in training another of the item's prompts each epoch.
@@ -390,7 +391,7 @@ class Split:
             if not self.training or self.config.captions == "fixed" or not fields.get("title"):
                 return group, [own for _ in epochs]
             meta = {name: fields.get(name) or "" for name in ("title", *common.ATTRIBUTES)}
-            return group, [common.pick_prompt(meta, id, self.config.seed, epoch or 0) for epoch in epochs]
+            return group, [common.pick_prompt(meta, id, self.config.seed, epoch) for epoch in epochs]
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise BadImage(f"damaged text ({error})") from None
 
@@ -418,13 +419,16 @@ class Split:
             good = [place for place, i in enumerate(ids) if i not in failed]
             ids, images = [ids[place] for place in good], images[good]
             views = views[good] if len(views) else views
+
+        def this_epoch(table: np.ndarray) -> np.ndarray:
+            return table[ids, (epoch or 0) % table.shape[1]]
+
         if "image" in kept:
-            table = kept["image"]["table"]
-            images = torch.from_numpy(kept["image"]["features"][table[ids, (epoch or 0) % table.shape[1]]])
-        table = kept["captions"]["table"]
-        rows = table[ids, (epoch or 0) % table.shape[1]]
-        texts = kept["text"]["features"][rows] if "text" in kept else kept["captions"]["tokens"][rows].astype(np.int64)
-        keys = np.stack([kept["captions"]["groups"][ids], kept["captions"]["hashes"][rows]], axis=1)
+            images = torch.from_numpy(kept["image"]["features"][this_epoch(kept["image"]["table"])])
+        captions = kept["captions"]
+        rows = this_epoch(captions["table"])
+        texts = kept["text"]["features"][rows] if "text" in kept else captions["tokens"][rows].astype(np.int64)
+        keys = np.stack([captions["groups"][ids], captions["hashes"][rows]], axis=1)
         tensors = torch.from_numpy(keys), images, torch.from_numpy(texts), views
         if self.clip.device.type == "cuda":  # pinned memory is copied without waiting
             tensors = [tensor.pin_memory() for tensor in tensors]

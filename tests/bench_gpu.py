@@ -411,7 +411,7 @@ def check_resume(work: Path, shards: Path, model: str) -> dict[str, float]:
     process.kill()
     process.wait()
     resumed = run_script(*command).stdout
-    if "going on after step 24, in epoch 2" not in resumed:
+    if f"going on after step {SAMPLES // BATCH}, in epoch 2" not in resumed:
         raise common.Fail(f"the run was not killed in its second epoch: {resumed[:300]}")
     through = weights(work / "through")
     found = {"killed and gone on with, largest difference of a weight": difference(through, weights(work / "stopped"))}
