@@ -724,7 +724,7 @@ def kept(folder: Path, url: str) -> bytes:
 
 def test_a_server_that_misbehaves_loses_nothing_else(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(clean, "MAX_FETCHED", 4 << 20)
-    monkeypatch.setattr(clean, "FETCH_TIMEOUT", 1)
+    monkeypatch.setattr(clean, "FETCH_TIMEOUT", 2)
     photos.target = "/good0.jpg"
     names = ["busy429.jpg", "busy503.jpg", "status404", "status500", "page", "loop", "cut", "slow", "huge", "moved.jpg"]
     names += ["full", "none", "closed", "unasked304", "gone", "lower.jpg", "good|<1>.jpg#ö ö"]
@@ -765,13 +765,13 @@ def test_many_hosts_that_lead_to_one_wait_for_its_few_connections(photos, tmp_pa
         with lock:
             under_way[status] += 1
             most[status] = max(most[status], under_way[status])
-        time.sleep(0.1 if status == 200 else 0)
+        time.sleep(0.3 if status == 200 else 0)
         answer(self, status, data, headers)
         with lock:
             under_way[status] -= 1
 
     monkeypatch.setattr(Photos, "answer", slowly)
-    monkeypatch.setattr(clean, "FETCH_LIMIT", 1)  # less than all of them take together
+    monkeypatch.setattr(clean, "FETCH_LIMIT", 4)  # less than all of them take together, much more than one
     photos.target = f"http://localhost:{photos.server_port}/shared.jpg"
     urls = [f"http://127.0.0.{1 + i % 8}:{photos.server_port}/moved{i}.jpg" for i in range(96)]
     assert not fetch(tmp_path, urls) and photos.asked["/shared.jpg"] == 96 and most[200] <= clean.HOST_LANES
