@@ -118,6 +118,8 @@ class Photos(BaseHTTPRequestHandler):
 @pytest.fixture
 def photos(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr(clean, "FETCH_PAUSE", 0.0)
+    # With the usual queue of 5, connections that come at once would wait a second for the kernel's next attempt.
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 128)
     server = ThreadingHTTPServer(("0.0.0.0", 0), Photos)
     server.handle_error = lambda *_: None  # a killed client is none of ours
     server.daemon_threads, server.block_on_close = True, False
