@@ -1350,6 +1350,8 @@ class StateManager:
             names = [*data["models"], *data["gone"].values(), *data["efforts"].values()]
             if not all(isinstance(name, str) for name in names):
                 raise ValueError("a model's name that is no text")
+            if not all(batch["input_file"] for batch in data["batches"].values()):
+                raise ValueError("a batch without its file")  # what is in flight would be sent again
             self.data = data
         except FileNotFoundError:
             if self.identity_path.exists() or self.old_store.exists():  # something may have been sent
@@ -2046,7 +2048,7 @@ class BatchRunner:
             about = batch.metadata or {}
             if about.get("workspace") != identity or batch.id in batches:
                 continue
-            name, sha256 = about.get("file", ""), about.get("sha256", "")
+            name, sha256 = about.get("file") or batch.id, about.get("sha256", "")
             say(f"found {batch.id} for {name}, whose answer was lost")
             facts = files.pop(name) if name in files and files[name]["sha256"] == sha256 else {"sha256": sha256}
             batches[batch.id] = BATCH | facts | {"input_file": name} | describe_batch(batch)

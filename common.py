@@ -1132,16 +1132,19 @@ def model_config(source: str) -> dict[str, Any]:
             raise Fail(f"--model {source}: neither a folder nor an open_clip model; nearest: {', '.join(near)}{hub}")
         return read_json(known[source])
     config = read_json(path, "open_clip model configuration")
-    if not isinstance(config, dict) or "model_cfg" not in config:
+    config = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or any(
+        not isinstance(config.get(f"{x}_cfg", {}), dict) for x in ("vision", "text")
+    ):
         raise Fail(f"{path}: no model_cfg in it; this is not an open_clip model")
-    return config["model_cfg"]
+    return config
 
 
 def image_side(name: str, config: dict[str, Any]) -> int:
     """Pixels a side that a model takes, by its model_cfg. Fail for one that takes rectangles."""
     size = config.get("vision_cfg", {}).get("image_size", 224)
-    sides = [size] if isinstance(size, int) else list(size)
-    if len(set(sides)) > 1:
+    sides = size if isinstance(size, list) and size else [size]
+    if any(side != sides[0] or not isinstance(side, int) for side in sides):
         raise Fail(f"{name}: takes pictures of {' x '.join(map(str, sides))} px; only square ones are supported")
     return sides[0]
 

@@ -394,7 +394,7 @@ def test_any_state_file_is_one_or_one_line(tmp_path, data):
         assert isinstance(read["batches"], dict) and isinstance(read["completed_files"], list)
         names = [read["intent"]["file"]] if read["intent"] else []
         known = {*names, *(batch["input_file"] for batch in read["batches"].values())}
-        assert {batch.get("input_file") or batch["file"] for batch in read.in_flight()} <= known
+        assert {batch["input_file"] for batch in read.in_flight()} <= known and "" not in known - {*names}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -453,9 +453,11 @@ def test_a_damaged_part_costs_a_second_call_at_most(tmp_path, data):
     if not parts.exists():
         make_shop(tmp_path)
         assert ends_well(prepare.main, places) == common.DONE
+        for part in parts.glob("*.*"):  # what is made again may be of another length
+            shutil.copyfile(part, tmp_path / f"whole{part.suffix}")
     before = common.load_manifest(tmp_path / "shards")["splits"]
     (part,) = parts.glob(f"*.{ending}")
-    part.write_bytes(damaged(data.draw, part.read_bytes()))
+    part.write_bytes(damaged(data.draw, (tmp_path / f"whole.{ending}").read_bytes()))
     if ends_well(prepare.main, places) != common.DONE:
         assert ends_well(prepare.main, places) == common.DONE
     manifest = common.load_manifest(tmp_path / "shards")
@@ -691,8 +693,8 @@ def test_any_request_gets_an_answer_that_is_no_fault(world, data):
     before = votes(judge)
     with contextlib.redirect_stderr(io.StringIO()):
         response = judge.client.open(path, method=method, headers=headers, **any_body(data.draw, token))
-    assert response.status_code < 500, response.text
-    assert "Traceback" not in response.text and str(ROOT) not in response.text
+    assert response.status_code < 500, response.data  # which may be a picture
+    assert b"Traceback" not in response.data and str(ROOT).encode() not in response.data
     assert arena_world.arena.HEADERS.items() <= dict(response.headers).items()
     voted = path == "/vote" and method == "POST" and response.status_code == 200
     assert votes(judge) - before <= voted  # a vote is written down when it is acknowledged, and only then
