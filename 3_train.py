@@ -20,7 +20,6 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -159,7 +158,9 @@ if __name__ == "__main__" and (code := common.entry_point(lambda argv: read_flag
 import numpy as np
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
+
+with common.without_unused():
+    from open_clip.transformer import ResidualAttentionBlock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -716,16 +717,14 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 
 def draw_mask(h: Tensor, dropped: int, seed: int) -> Tensor:
-    """[N, W] of 1 and, with a probability of dropped / 256, 0.
+    """int8 [N, W] of 1 and, with a probability of dropped / 256, 0.
 
-    On a CPU int8 from 8 random bits an element: drawing floats, as torch's dropout does, would be a tenth of a step.
+    Of 8 random bits an element: drawing floats, as torch's dropout does, would be a tenth of a step, on a GPU a sixth.
     """
     generator = generator_of(h.device).manual_seed(seed)
-    if h.is_cuda:
-        return torch.empty_like(h).bernoulli_(1 - dropped / 256, generator=generator)
-    bits = torch.empty((h.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    bits = bits.view(torch.int8)[: h.numel()].view(h.shape)
-    return torch.ge(bits, dropped - 128, out=torch.empty(h.shape, dtype=torch.int8))
+    bits = torch.empty((h.numel() + 7) // 8, dtype=torch.int64, device=h.device)
+    bits = bits.random_(-(2**63), None, generator=generator).view(torch.int8)[: h.numel()].view(h.shape)
+    return torch.ge(bits, dropped - 128, out=torch.empty_like(bits))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -960,10 +959,6 @@ class Towers:
 
     def add_lora(self) -> nn.Module:
         """Put LoRA on the Linears of attention and MLP in the adapted towers, in place; returns PEFT's wrapper."""
-        logging.disable(logging.WARNING)  # bitsandbytes, which peft imports, warns of what is not used here
-        import peft
-
-        logging.disable(logging.NOTSET)
         # type() leaves out the subclass inside nn.MultiheadAttention, which is never called either
         linears = [name for name, module in self.model.named_modules() if type(module) is nn.Linear]
         places = {"image": [n for n in linears if n.startswith("visual.")]}
@@ -977,9 +972,12 @@ class Towers:
         # Whole names: a list would be matched by endings, and text names are endings of "visual.*" ones.
         names = [re.escape(name) for tower, adapted in self.adapted.items() if adapted for name in places[tower]]
         rank, dropout = self.config.lora_r, self.config.lora_dropout
-        lora = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=dropout)
-        lora.target_modules = rf"{ADAPTED}\.({'|'.join(names)})"
-        wrapper = peft.get_peft_model(nn.ModuleDict({ADAPTED: self.model}), lora)
+        with common.without_unused():
+            import peft
+
+            lora = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=dropout)
+            lora.target_modules = rf"{ADAPTED}\.({'|'.join(names)})"
+            wrapper = peft.get_peft_model(nn.ModuleDict({ADAPTED: self.model}), lora)
         for module in self.model.modules():
             if isinstance(module, peft.tuners.lora.Linear):
                 module.forward = lambda x, layer=module: lean_lora((layer,), x)[0]
@@ -1100,8 +1098,6 @@ def load_adapter(clip: Clip, folder: str | Path) -> Clip:
 
     Fail where a part is missing, or made for another base.
     """
-    import peft
-
     lora, rest = Path(folder, "adapter_model.safetensors"), Path(folder, "projections.safetensors")
     projections = take_projections(split_attention(clip.model))
     try:
@@ -1110,7 +1106,10 @@ def load_adapter(clip: Clip, folder: str | Path) -> Clip:
         if base != clip.fingerprint:
             raise Fail(f"{folder}: made for another base than {clip.name}; its README.md names the right one")
         if Path(folder, "adapter_config.json").is_file():
-            wrapper = peft.PeftModel.from_pretrained(nn.ModuleDict({ADAPTED: clip.model}), str(folder))
+            with common.without_unused():
+                import peft
+
+                wrapper = peft.PeftModel.from_pretrained(nn.ModuleDict({ADAPTED: clip.model}), str(folder))
             if load_file(lora).keys() != peft.get_peft_model_state_dict(wrapper).keys():
                 raise ValueError("it adapts other layers than the model has")
             wrapper.merge_and_unload()

@@ -1042,6 +1042,19 @@ CARD_TEST = ("<!-- test -->", "<!-- /test -->")  # what stage 4 fills in the mod
 # Without --pretrained, where a model has several sets of weights. By open_clip's tables this one finds 39.3% of COCO's
 # pictures at the first place (text to image), and `openai`, the same network, 30.4%.
 PRETRAINED = {"ViT-B-32": "laion2b_s34b_b79k"}
+UNUSED = ("bitsandbytes", "wandb")  # that peft and timm import because they are there: 2 of a start's 17 CPU seconds
+
+
+@contextlib.contextmanager
+def without_unused() -> Iterator[None]:
+    """Let open_clip and peft work inside as if UNUSED were not installed; whoever uses these imports them outside."""
+    hidden = dict.fromkeys({*UNUSED} - sys.modules.keys())
+    sys.modules.update(hidden)
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @dataclasses.dataclass
@@ -1071,8 +1084,8 @@ def load_clip(model: str, pretrained: str | None = None, device: Any = "cpu") ->
     A name alone gets its tag of PRETRAINED, or the only one that it has.
     No pickle is ever executed: safetensors, or torch.load with weights_only. Raises Fail saying what to do.
     """
-    import open_clip
-
+    with without_unused():
+        import open_clip
     source, pretrained = model_source(model, pretrained)
     config, weights, flags = model_config(source), None, {}
     if not source.startswith((LOCAL, HUB)):
