@@ -16,10 +16,11 @@ import argparse
 import csv
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,11 +113,18 @@ def texture(material: str) -> np.ndarray:
     return np.ones((256, 256), np.float32)
 
 
+@functools.cache
+def thrice(material: str) -> np.ndarray:
+    """[256, 768]: each value of the texture for red, green and blue, so that long rows are multiplied at once."""
+    return np.repeat(texture(material), 3, axis=1)
+
+
 @functools.lru_cache(maxsize=256)
 def skin(material: str, color: tuple[int, int, int], shade: int) -> Image.Image:
     """The texture in a colour at a brightness in percent, RGB 256 x 256."""
-    multiplied = texture(material)[..., None] * np.array(color, np.float32) * (shade / 100)
-    return Image.fromarray(multiplied.clip(0, 255).astype(np.uint8))
+    multiplied = thrice(material) * np.tile(np.array(color, np.float32), 256)
+    multiplied *= shade / 100
+    return Image.fromarray(multiplied.clip(0, 255, out=multiplied).astype(np.uint8).reshape(256, 256, 3))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -419,50 +427,84 @@ def far_to_near(parts: list[Part], toward: np.ndarray) -> list[Part]:
     return order
 
 
-def paint_face(canvas: Image.Image, flat: np.ndarray, face: np.ndarray, part: Part, shade: float, scale: float) -> None:
-    """One face: its texture laid along its edges by an affine map, cut out by its polygon."""
-    low, high = np.floor(flat.min(0)).astype(int), np.ceil(flat.max(0)).astype(int) + 1
-    low, high = np.maximum(low, 0), np.minimum(high, canvas.size)
-    if (high - low).min() < 1:
-        return
-    size = tuple(int(v) for v in high - low)
-    color = part.color
-    if part.material == "plain" or min(size) < 3:
-        fill = Image.new("RGB", size, tuple(min(255, int(c * shade)) for c in color))
-    else:
-        along, up = (
-            (flat[1] - flat[0], flat[-1] - flat[0])
-            if len(flat) == 4
-            else (np.array([scale, 0]), np.array([0, scale * 0.6]))
-        )
-        lengths = np.linalg.norm(face[1] - face[0]), np.linalg.norm(face[-1] - face[0])
-        if len(flat) != 4:
-            lengths = (1.0, 1.0)
-        matrix = np.column_stack([along / max(lengths[0], 1e-6), up / max(lengths[1], 1e-6)])  # metres -> pixels
-        if lengths[1] > lengths[0] and len(flat) == 4:
-            matrix = matrix[:, ::-1]  # grain runs along the longer edge
-        if abs(np.linalg.det(matrix)) < 1e-6:
-            return
-        inverse = np.linalg.inv(matrix) * 300  # texture pixels a metre
-        start = inverse @ (low - flat[0]) + 4096
-        tile = skin(part.material, color, round(shade * 25) * 4)
-        coords = np.array([inverse[0, 0], inverse[0, 1], start[0] % 256, inverse[1, 0], inverse[1, 1], start[1] % 256])
-        reach = np.array([[0, 0], [size[0], 0], [0, size[1]], size]) @ inverse.T + [coords[2], coords[5]]
-        shift, span = np.floor(reach.min(0) / 256) * 256, reach.max(0)
-        repeat = np.ceil((span - shift) / 256).astype(int) + 1
-        big = Image.new("RGB", (int(repeat[0]) * 256, int(repeat[1]) * 256))
-        for i in range(repeat[0]):
-            for j in range(repeat[1]):
-                big.paste(tile, (i * 256, j * 256))
-        coords[[2, 5]] -= shift
-        fill = big.transform(size, Image.AFFINE, tuple(coords), Image.BILINEAR)
-    mask = Image.new("L", size, 0)
-    ImageDraw.Draw(mask).polygon([tuple(p - low) for p in flat], fill=part.alpha)
-    canvas.paste(fill, tuple(int(v) for v in low), mask)
+def polygons(flat: np.ndarray, counts: Iterable[int]) -> Iterator[list[float]]:
+    """Points [n, 2] of many polygons as ImageDraw takes them, one list of numbers for each polygon."""
+    numbers = iter(flat.ravel().tolist())
+    return (list(itertools.islice(numbers, 2 * count)) for count in counts)
+
+
+def paint(
+    canvas: Image.Image,
+    project: Callable[[np.ndarray], np.ndarray],
+    faces: list[np.ndarray],
+    parts: list[Part],
+    shades: list[float],
+    scale: float,
+) -> None:
+    """Faces, one over the other: the texture laid along the edges by an affine map, cut out by the polygon.
+
+    The numbers of all faces are worked out together: a call of numpy costs more than what it does for one face.
+    """
+    count = np.array([len(face) for face in faces])
+    start = np.cumsum(count) - count
+    which = np.repeat(np.arange(len(faces)), count)
+    points = np.concatenate(faces)
+    flat = project(points)
+    low = np.maximum(np.floor(np.minimum.reduceat(flat, start)).astype(int), 0)
+    high = np.minimum(np.ceil(np.maximum.reduceat(flat, start)).astype(int) + 1, canvas.size)
+    size = high - low
+
+    first, second, last = start, start + 1, start + count - 1
+    quad = (count == 4)[:, None]
+    edges = np.stack([points[second] - points[first], points[last] - points[first]], axis=1)
+    lengths = np.where(quad, np.sqrt(np.vecdot(edges, edges)), 1.0)
+    along = np.where(quad, flat[second] - flat[first], [scale, 0])
+    up = np.where(quad, flat[last] - flat[first], [0, scale * 0.6])
+    matrix = np.stack([along, up], axis=2) / np.maximum(lengths, 1e-6)[:, None]  # metres -> pixels
+    turned = quad[:, 0] & (lengths[:, 1] > lengths[:, 0])
+    matrix[turned] = matrix[turned][..., ::-1]  # grain runs along the longer edge
+    edgeways = np.abs(np.linalg.det(matrix)) < 1e-6
+    matrix[edgeways] = np.eye(2)
+    inverse = np.linalg.inv(matrix) * 300  # texture pixels a metre
+    offset = (np.matvec(inverse, low - flat[first]) + 4096) % 256
+    corners = size[:, None] * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    reach = corners @ inverse.transpose(0, 2, 1) + offset[:, None]
+    shift, span = np.floor(reach.min(1) / 256) * 256, reach.max(1)
+    repeat = np.ceil((span - shift) / 256).astype(int) + 1
+    offset -= shift
+
+    # What of the repeated texture the polygon uses; its origin stays, lest a sampled value is rounded otherwise.
+    used = np.matvec(inverse[which], flat - low[which]) + offset[which]
+    margin = 2 * np.abs(inverse).sum(2) + 2  # a polygon's edge takes in pixels beside it
+    used_low = np.maximum(np.floor(np.minimum.reduceat(used, start) - margin).astype(int), 0)
+    used_high = np.minimum(np.ceil(np.maximum.reduceat(used, start) + margin).astype(int), repeat * 256)
+    used = np.concatenate([used_low, used_high], axis=1).tolist()
+    affine = np.concatenate([inverse, offset[..., None]], axis=2).reshape(-1, 6).tolist()
+    outlines = polygons(flat - low[which], count.tolist())
+
+    for i, (part, shade, outline) in enumerate(zip(parts, shades, outlines, strict=True)):
+        place, (wide, high) = tuple(low[i].tolist()), size[i].tolist()
+        if min(wide, high) < 1:
+            continue
+        if part.material == "plain" or min(wide, high) < 3:
+            fill = Image.new("RGB", (wide, high), tuple(min(255, int(c * shade)) for c in part.color))
+        elif edgeways[i]:
+            continue
+        else:
+            left, top, right, bottom = used[i]
+            tile = skin(part.material, part.color, round(shade * 25) * 4)
+            paper = Image.new("RGB", (right, bottom))  # only what the polygon shows is laid out, not its whole box
+            for x in range(left // 256 * 256, right, 256):
+                for y in range(top // 256 * 256, bottom, 256):
+                    paper.paste(tile, (x, y))
+            fill = paper.transform((wide, high), Image.AFFINE, affine[i], Image.BILINEAR)
+        mask = Image.new("L", (wide, high), 0)
+        ImageDraw.Draw(mask).polygon(outline, fill=part.alpha)
+        canvas.paste(fill, place, mask)
 
 
 def draw(product: Product, seed: int, size: int = SIZE, view: int | None = None) -> Image.Image:
-    """The product's picture, RGB [size, size], anti-aliased by drawing at twice the size."""
+    """The product's picture, RGB [size, size] (size is even), anti-aliased by drawing at twice the size."""
     builder = Builder(product, seed)
     FURNITURE[product.object_type](builder)
     rng = np.random.default_rng([seed, product.index if view is None else view, 2])
@@ -488,32 +530,40 @@ def draw(product: Product, seed: int, size: int = SIZE, view: int | None = None)
         return np.column_stack([points @ right, -(points @ up)]) * scale + origin
 
     canvas = background(rng, full, float(project(np.array([[0.0, 0.9, 0.0]]))[0, 1]))
-    shadow = Image.new("L", (full // 4, full // 4), 0)
-    pen = ImageDraw.Draw(shadow)
-    for part in parts:
-        for points in (part.bottom, part.top):
-            ground = points - np.outer(points[:, 2] / light[2], light)
-            pen.polygon([tuple(p / 4) for p in project(ground)], fill=110)
-        for face in part.faces():
-            ground = face - np.outer(face[:, 2] / light[2], light)
-            pen.polygon([tuple(p / 4) for p in project(ground)], fill=110)
-    shadow = shadow.filter(ImageFilter.GaussianBlur(full / 160)).resize((full, full), Image.BILINEAR)
-    canvas.paste(Image.new("RGB", (full, full), (30, 27, 25)), mask=shadow)
+    parts = far_to_near(parts, toward)
+    faces, owners = zip(*[(face, part) for part in parts for face in part.faces()], strict=True)
+    cast_shadow(canvas, project, [*faces, *(part.bottom for part in parts)], light)
     ambient = rng.uniform(0.56, 0.68)
-    for part in far_to_near(parts, toward):
-        for face in part.faces():
-            normal = np.cross(face[1] - face[0], face[-1] - face[0])
-            length = np.linalg.norm(normal)
-            if length < 1e-12:
-                continue
-            normal /= length
-            if normal @ toward <= 1e-3:
-                continue
-            shade = ambient + (1.12 - ambient) * max(0.0, float(normal @ light))
-            paint_face(canvas, project(face), face, part, shade, scale)
+    first, second, last = (np.array([face[i] for face in faces]) for i in (0, 1, -1))
+    normals = np.cross(second - first, last - first)
+    lengths = np.sqrt(np.vecdot(normals, normals))
+    normals /= np.maximum(lengths, 1e-12)[:, None]
+    seen = np.flatnonzero((lengths >= 1e-12) & (np.vecdot(normals, toward) > 1e-3)).tolist()
+    shades = (ambient + (1.12 - ambient) * np.maximum(0.0, np.vecdot(normals, light))).tolist()
+    paint(canvas, project, *([values[i] for i in seen] for values in (faces, owners, shades)), scale)
     image = canvas.reduce(2)
     warm = np.array([1 + rng.uniform(-0.03, 0.04), 1.0, 1 + rng.uniform(-0.05, 0.03)]) * rng.uniform(0.93, 1.04)
     return image.point([min(255, int(v * gain)) for gain in warm for v in range(256)])
+
+
+def cast_shadow(
+    canvas: Image.Image, project: Callable[[np.ndarray], np.ndarray], faces: list[np.ndarray], light: np.ndarray
+) -> None:
+    """Darken the ground where faces stand in the light, drawn at a quarter of the size, blurred."""
+    side = canvas.width // 4
+    shadow = Image.new("L", (side, side), 0)
+    pen = ImageDraw.Draw(shadow)
+    points = np.concatenate(faces)
+    ground = project(points - np.outer(points[:, 2] / light[2], light)) / 4
+    for polygon in polygons(ground, [len(face) for face in faces]):
+        pen.polygon(polygon, fill=110)
+    shadow = shadow.filter(ImageFilter.GaussianBlur(canvas.width / 160))
+    left, top, right, bottom = shadow.getbbox()  # the rest of the canvas stays as it is
+    left, top = max(left - 1, 0), max(top - 1, 0)
+    mask = shadow.crop((left, top, min(right + 1, side), min(bottom + 1, side)))
+    mask = mask.resize((mask.width * 4, mask.height), Image.BILINEAR)  # along x first at any shape: rounding
+    mask = mask.resize((mask.width, mask.height * 4), Image.BILINEAR)
+    canvas.paste(Image.new("RGB", mask.size, (30, 27, 25)), (left * 4, top * 4), mask)
 
 
 def background(rng: np.random.Generator, size: int, horizon: float) -> Image.Image:
@@ -528,7 +578,7 @@ def background(rng: np.random.Generator, size: int, horizon: float) -> Image.Ima
         level = np.where(rows < horizon, wall, floor + 24 * (rows - horizon))
         level = np.where((rows > horizon - 0.02) & (rows < horizon), wall * 1.05, level)
     pixels = np.clip(level[..., None] * tint, 0, 255).astype(np.uint8)  # (size, 1, 3)
-    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (size, size, 3))))
+    return Image.fromarray(pixels).resize((size, size), Image.NEAREST)
 
 
 # --------------------------------------------------------------------------------------------------------------------
