@@ -84,7 +84,9 @@ class TrainingConfig:
     pretrained: str | None = setting(None, "open_clip tag or weights file (unset: the usual weights of --model)")
     epochs: int | str = setting("auto", "passes over the train split; auto: 320 updates, in 5 to 40", low=1)
     effective_batch_size: int | None = setting(None, "pairs contrasted in one step (unset: N / 8, 32 to 1024)", low=1)
-    micro_batch_size: int | str = setting("auto", "pairs in memory at once; auto: on a GPU what fits, else 64", low=1)
+    micro_batch_size: int | str = setting(
+        "auto", "pairs in memory at once; auto: what fits, 64 on a CPU (ViT-B/32)", low=1
+    )
     lr: float | str = setting("auto", "peak learning rate of projections and temperature; auto: tried first", low=0)
     lora_lr: float | str = setting("auto", "peak learning rate of LoRA; auto: by the number of updates", low=0)
     warmup: int | str = setting("auto", "updates of rising rates; auto: a tenth of them, at most 500", low=0)
@@ -123,10 +125,11 @@ class TrainingConfig:
     resume: bool = setting(True, "go on from the newest checkpoint")
 
 
-FREE_SETTINGS = (  # may differ when a run goes on: they change nothing of what is learned, or only how sums round
-    *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "resume", "device"),
-    *("wise", "probe", "patience"),  # a finished run with others is finished anew, from its last checkpoint
-    *("micro_batch_size", "model", "pretrained", "effective_batch_size"),  # identity has what is used
+FINISHING = ("wise", "probe", "patience")  # a finished run with others is finished anew, from its last checkpoint
+FREE_SETTINGS = (  # may differ when a run goes on
+    *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "resume", "max_failed", *FINISHING),
+    *("device", "micro_batch_size", "grad_checkpointing", "compile"),  # sums round otherwise, dropout may be drawn anew
+    *("model", "pretrained", "effective_batch_size"),  # identity has what is used
 )
 
 
@@ -1146,9 +1149,14 @@ class Run:
     wandb: Any = None  # the run there
     trial: bool = False  # settings are being tried: nothing is printed, logged or saved
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints and logs."""
+        return self.world.main and not self.trial
+
     def print(self, line: str) -> None:
         """Print a line, once whatever the number of processes."""
-        if self.world.main and not self.trial:
+        if self.speaks:
             print(line, flush=True)
 
     def share_unreadable(self) -> None:
@@ -1232,7 +1240,7 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 def keep(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
     """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
     made = [[entry["sha256"] for entry in split.entries], sorted(split.damaged), len(split), run.config.seed, *made]
-    made.append(run.clip.fingerprint)
+    made += [run.clip.fingerprint, run.clip.mean, run.clip.std]
     folder = cache_folder(run.world, run.output) / f"{split.name}-{name}-{common.digest(made)[:16]}"
     mark = folder / "failed.json"  # samples that could not be read; written last
     anew = not run.config.resume and not run.world.local_rank and mark.is_file() and common.read_json(mark)
@@ -1245,6 +1253,9 @@ def keep(run: Run, split: Split, name: str, made: list, make: Callable[[Path], N
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
             common.write_json(mark, sorted(split.unreadable.items()))
+            for other in folder.parent.glob(f"{split.name}-{name}-*"):
+                if other != folder:
+                    shutil.rmtree(other)
     split.unreadable |= dict(common.read_json(mark))
     split.kept[name] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
@@ -1543,9 +1554,9 @@ def save_checkpoint(run: Run, state: State, optimizer, scaler) -> None:
         content = {"identity": run.identity, "micro": run.micro, "state": dataclasses.asdict(state), "weights": weights}
         buffer = io.BytesIO()  # torch's own file writer answers a full disk with an internal error
         torch.save(content | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, buffer)
-        common.atomic_write(run.output / "checkpoint.pt", buffer.getvalue())
-        if run.config.checkpoint_url:
+        if run.config.checkpoint_url:  # first: a machine that has the file, too, must not be ahead of the others
             common.upload_atomic(buffer.getvalue(), common.join(run.config.checkpoint_url, "checkpoint.pt"))
+        common.atomic_write(run.output / "checkpoint.pt", buffer.getvalue())
     run.world.share(None)  # no process goes on, or stops all, before it is written
 
 
@@ -1555,8 +1566,10 @@ def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | No
     No pickle is executed. Fail where all that there is is damaged: starting over would cost what a person may still
     save.
     """
-    places = [str(output / "checkpoint.pt")] if config.resume else []
-    places += [common.join(config.checkpoint_url, "checkpoint.pt")] if config.resume and config.checkpoint_url else []
+    if not config.resume:
+        return None
+    places = [str(output / "checkpoint.pt")]
+    places += [common.join(config.checkpoint_url, "checkpoint.pt")] if config.checkpoint_url else []
     found, damaged = [], []
     for place in filter(common.exists, places):
         data = io.BytesIO(common.read_bytes(place))
@@ -1583,14 +1596,21 @@ def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], ef
     settings |= {"clip_norm": CLIP_NORM, "lora_alpha": LORA_SCALE * config.lora_r, "views": VIEWS}
     shards = {s: [entry["sha256"] for entry in manifest["splits"][s]["shards"]] for s in ("train", "validation")}
     return settings | {
-        "model": clip.fingerprint, "shards": common.digest(shards), "effective_batch_size": effective,
+        "model": clip.fingerprint, "mean": list(clip.mean), "std": list(clip.std),
+        "shards": common.digest(shards), "effective_batch_size": effective,
     }  # fmt: skip
+
+
+def differences(theirs: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """The names in which another run's identity differs; some versions did not note mean and std."""
+    noted = {name: known[name] for name in ("mean", "std")} | theirs
+    return [name for name in known if known[name] != noted.get(name)]
 
 
 def check_identity(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
     """Fail, naming the difference, where a checkpoint belongs to another run."""
     theirs = checkpoint["identity"]
-    if other := [name for name in known if known[name] != theirs.get(name)]:
+    if other := differences(theirs, known):
         what = "; ".join(f"{name} was {theirs.get(name)}, is {known[name]}" for name in other[:4])
         raise Fail(
             f"checkpoint.pt belongs to other settings ({what}); use --no-resume to start over, or other --output"
@@ -1599,11 +1619,12 @@ def check_identity(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
 
 def log(run: Run, state: State, **facts: Any) -> None:
     """Append a line to metrics.jsonl, and to Weights & Biases where wanted; `kind` is "step" or "validation"."""
-    state.lines.append(json.dumps(facts) + "\n")
-    if run.world.main and not run.trial:
+    known = {name: None if value == math.inf else value for name, value in facts.items()}  # JSON has no infinite norm
+    state.lines.append(json.dumps(known) + "\n")
+    if run.speaks:
         with open(run.output / "metrics.jsonl", "a", encoding="utf-8") as handle:
             handle.write(state.lines[-1])
-    if run.wandb:
+    if run.wandb and run.speaks:
         run.wandb.log({f"{facts['kind']}/{name}": value for name, value in facts.items() if name != "kind"})
 
 
@@ -1722,13 +1743,8 @@ def train(run: Run, state: State, checkpoint: dict[str, Any] | None = None) -> S
         towers.interpolate(1.0, checkpoint["weights"])
         run.train.unreadable |= state.bad
         run.print(f"going on after step {state.step}, in epoch {min(state.epoch + 1, config.epochs)}")
-    if run.world.main and not run.trial:  # what was logged after the checkpoint is dropped
+    if run.speaks:  # what was logged after the checkpoint is dropped
         common.atomic_write(run.output / "metrics.jsonl", "".join(state.lines))
-    if run.world.main and not run.trial and config.wandb != "off":
-        import wandb
-
-        settings, folder = dataclasses.asdict(config), str(run.output)
-        run.wandb = wandb.init(project="catalogue-clip", name=run.output.name, dir=folder, config=settings)
     if not state.lines:
         metrics = evaluate(run, run.validation)
         state.best = {"epoch": 0, "metrics": metrics, "weights": towers.copy()}
@@ -1759,7 +1775,7 @@ def train_epoch(run: Run, state: State, optimizer, scaler) -> None:
     plan = epoch_plan(count, run.effective, config.seed, state.epoch, world.rank, world.size, state.batch)
     start = saved = time.monotonic()
     pairs, title, numbers = 0, f"epoch {state.epoch + 1}/{config.epochs}", {"loss": math.nan}
-    hidden = None if world.main and not run.trial else True  # None: where there is no terminal
+    hidden = None if run.speaks else True  # None: where there is no terminal
     bar = tqdm(total=steps, initial=state.batch, desc=title, unit="step", disable=hidden)
     for batch in run.train.batches(plan, state.epoch):
         try:
@@ -1893,7 +1909,7 @@ def explain_result(run: Run, state: State, alpha: float, mrr: float, lora: bool)
     probe, notes = state.search.get("probe_mrr", 0.0), []
     if alpha == 0:
         notes.append("nothing that was trained validates better than the base by more than its error: it is exported")
-    if lora and state.best["epoch"] == 0:
+    if alpha and lora and state.best["epoch"] == 0:
         notes.append("LoRA did not improve the validation MRR; the projections of linear_probe are exported")
     if lora and mrr < probe:
         notes.append(f"validation MRR {mrr:.4f} is below linear_probe's {probe:.4f}; use --scenario linear_probe")
@@ -1902,9 +1918,24 @@ def explain_result(run: Run, state: State, alpha: float, mrr: float, lora: bool)
     return notes
 
 
+def start_wandb(run: Run) -> Any:
+    """A run at Weights & Biases, in the first process if it is wanted. Fail where nobody is let in."""
+    if run.config.wandb == "off" or not run.world.main:
+        return None
+    import wandb
+
+    settings = dataclasses.asdict(run.config)
+    try:
+        return wandb.init(project="catalogue-clip", name=run.output.name, dir=str(run.output), config=settings)
+    except wandb.errors.Error as error:
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or use --wandb off"
+        raise Fail(f"--wandb {run.config.wandb}: {error}; {remedy}") from None
+
+
 def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     """Train, evaluate and export; returns what train.json says about it."""
     config, world, towers = run.config, run.world, run.towers
+    run.wandb = start_wandb(run)
     if not checkpoint:
         towers.check_lora_gradients()
     state = State(**checkpoint["state"]) if checkpoint else State()
@@ -1925,6 +1956,8 @@ def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     run.config = config = dataclasses.replace(config, lr=state.search.get("lr", config.lr))
     chosen = {name: getattr(config, name) for name in ("epochs", "patience", "warmup", "lr", "lora_lr")}
     run.print("settings: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
+    if run.wandb:
+        run.wandb.config.update(chosen, allow_val_change=True)
     train(run, state, checkpoint)
     swept = sweep_alpha(run, state.best["weights"])
     alpha = choose_alpha(config.wise, swept, state.search.get("probe_mrr", 0.0))
@@ -1950,6 +1983,13 @@ def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
         "parameters": {"base": base, "trained": trained, "lora": lora, "lora_share": lora / base},
         "batch": {"effective": run.effective, "micro": run.micro, "processes": world.size},
     }
+
+
+def read_result(marker: Path) -> dict[str, Any]:
+    """train.json with its settings and identity, or {} where it is not there or none of ours: it is written anew."""
+    facts = common.read_json(marker) if marker.is_file() else {}
+    ours = isinstance(facts, dict) and all(isinstance(facts.get(name), dict) for name in ("settings", "identity"))
+    return facts if ours else {}
 
 
 def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -> None:
@@ -1988,10 +2028,12 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     if len(set(found)) > 1:
         raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
     marker = output / "train.json"
-    facts = common.read_json(marker) if config.resume and marker.is_file() else {}
-    wanted = {name: getattr(run.config, name) for name in ("wise", "probe", "patience")}
-    finished = facts.get("identity", {}).items() >= run.identity.items() and facts["settings"].items() >= wanted.items()
-    if run.world.share(finished)[0]:
+    facts = read_result(marker) if config.resume else {}
+    wanted = {name: getattr(run.config, name) for name in FINISHING}
+    finished = (
+        facts and not differences(facts["identity"], run.identity) and facts["settings"].items() >= wanted.items()
+    )
+    if run.world.share(bool(finished))[0]:
         run.print(f"{marker}: finished already; --no-resume trains again")
         return
     if checkpoint:
@@ -2016,8 +2058,8 @@ def main(argv: list[str] | None = None) -> int:
         Towers(clip, config).check_lora_gradients()
         print(f"{clip.name} can be trained: {config.scenario}")
         return DONE
-    helping = bool(int(os.environ.get("RANK", 0)))  # the first process holds the lock for all of torchrun's
-    with contextlib.nullcontext(True) if helping else common.exclusive(output / ".lock") as mine:
+    world = World(config.device)  # with the first process, which holds the lock for all, the others end, too
+    with common.exclusive(output / ".lock") if world.main else contextlib.nullcontext(True) as mine:
         if not mine:
             raise Fail(f"{output}: another run is writing here; wait for it, or choose another --output")
         with common.explain_out_of_memory("lower --micro-batch-size, or use --grad-checkpointing"):

@@ -340,7 +340,7 @@ class VectorStore:
             with self._explain_damage():
                 found.update(self.database.execute(f"SELECT * FROM vectors WHERE digest IN ({marks})", some))
         if len(found) < len({*digests}):
-            needs = "several machines need --vectors (that is, --output) on S3 or a shared disk"
+            needs = "put --output, or --vectors, on S3 or on a disk that all machines share"
             raise Fail(f"{self.path}: lacks vectors that another process made; {needs}")
         return np.frombuffer(b"".join(found[digest] for digest in digests), np.float32).reshape(len(digests), -1)
 
@@ -425,10 +425,9 @@ def open_encoder(clip: Clip, shards: Shards, place: str | Path, config: Embeddin
             facts = {"model": clip.name, "fingerprint": clip.fingerprint, "cosine": bf16_cosine(half, whole, shards)}
             common.write_json(note, facts)
         cosine = world.share(common.read_json(note)["cosine"] if world.main else None)[0]
-        if cosine >= LEAST_COSINE:
-            return half
-        if world.main:
+        if cosine < LEAST_COSINE and world.main:
             print(f"{clip.name}: bf16 agrees with float32 to a cosine of {cosine:.5f} only; float32 is used")
+        return half if cosine >= LEAST_COSINE else whole
     return Encoder(clip, "fp32", place, config.batch_size)
 
 
@@ -649,9 +648,9 @@ class Output:
         """The local folder in which files are made: the place itself, or that of its copies."""
         return local_copy(self.place)
 
-    def part(self, rank: int, world: World) -> str:
-        """The name, in the place, of the part that the process of this rank writes."""
-        return f"{self.name}/part-{rank:05d}-of-{world.size:05d}.parquet"
+    def parts(self, world: World) -> list[str]:
+        """The names, in the folder, of the parts that the processes write, in the order of their ranks."""
+        return [f"part-{rank:05d}-of-{world.size:05d}.parquet" for rank in range(world.size)]
 
     def publish(self, *names: str) -> None:
         """Where the place is on S3, copy finished files there, in this order."""
@@ -679,9 +678,9 @@ def write_rejects(output: Output, name: str, rows, max_failed: float) -> None:
     if len(bad) or common.exists(path):
         common.atomic_write(output.work / name, "".join(json.dumps(line) + "\n" for line in bad.to_dict("records")))
         output.publish(name)
-    if len(bad) > max_failed * len(rows):
+    if len(bad) > max_failed * (total := int(rows["photos"].sum())):
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad["reason"].value_counts().items())
-        problem = f"{len(bad)} of {len(rows)} pictures are unreadable ({reasons}; first {bad['detail'].iloc[0][:120]})"
+        problem = f"{len(bad)} of {total} pictures are unreadable ({reasons}; first {bad['detail'].iloc[0][:120]})"
         raise Fail(f"{problem}, named in {path}; make or copy the shards again, or raise --max-failed")
 
 
@@ -720,13 +719,12 @@ def prepare_output(output: Output, facts: dict[str, str], world: World) -> bool:
     if not output.is_folder:
         return not holds(output.work / output.name, facts)
     folder = common.join(output.place, output.name)
-    found, listed = {name for name, _ in common.list_files(folder)}, {}
+    found, ours = {name for name, _ in common.list_files(folder)}, {*output.parts(world)}
     if common.PARTS in found:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             listed = json.loads(common.read_bytes(common.join(folder, common.PARTS)))
-    if listed and listed["facts"] == facts and {*listed["parts"]} <= found:
-        return False
-    ours = {Path(output.part(rank, world)).name for rank in range(world.size)}
+            if listed["facts"] == facts and {*listed["parts"]} <= found:
+                return False
     for name in sorted(found - ours):  # the list's name comes first
         if name == common.PARTS or name.startswith("part-"):
             common.remove(common.join(folder, name))
@@ -761,7 +759,7 @@ def write_master(path: Path, rows, encoders: Sequence[Encoder], facts: dict[str,
 
 def write_part(output: Output, rows, encoders: Sequence[Encoder], facts: dict[str, str], world: World) -> None:
     """Write this process's part, unless an earlier run that was killed has written it."""
-    name = output.part(world.rank, world)
+    name = f"{output.name}/{output.parts(world)[world.rank]}"
     if not holds(output.work / name, facts):
         write_master(output.work / name, rows, encoders, facts)
     output.publish(name)
@@ -771,8 +769,7 @@ def finish_output(output: Output, rows, encoders: Sequence[Encoder], facts: dict
     """Write what is last, so that where it is, all is: the list of the parts, or the one file."""
     if not output.is_folder:
         return write_master(output.work / output.name, rows, encoders, facts)
-    parts = [Path(output.part(rank, world)).name for rank in range(world.size)]
-    common.write_json(output.work / output.name / common.PARTS, {"parts": parts, "facts": facts})
+    common.write_json(output.work / output.name / common.PARTS, {"parts": output.parts(world), "facts": facts})
     output.publish(f"{output.name}/{common.PARTS}")
 
 
@@ -1198,8 +1195,8 @@ def judge_photos(items, names: Sequence[str], encoders: Sequence[Encoder]) -> di
 
 def make_report(
     shards: Shards, rows, models: list[tuple[Run, Encoder]], folder: Path, crop: dict, queries: str | None = None
-) -> None:
-    """Judge every run against the first, the base; write the report's files and print what they say.
+) -> dict[str, Any]:
+    """Judge every run against the first, the base; write the report's files, print and return what they say.
 
     models: runs with their encoders; crop: see judge_centre_crop; queries: a file of them. The test split's vectors of
     one model are in memory at a time.
@@ -1218,7 +1215,6 @@ def make_report(
     with common.atomic_file(folder / "queries.parquet") as temporary:
         each.to_parquet(temporary, index=False)
     facts = compare_models(about, scores, tested["object_type"].tolist(), clusters)
-    facts["shards"] = common.digest([entry["sha256"] for split, entry in shards.entries if split == "test"])
     facts["base"]["centre_crop"] = crop
     page: dict[str, Any] = {}
     best = max(range(1, len(models)), key=lambda i: facts["runs"][i - 1]["metrics"]["mrr"]["value"], default=0)
@@ -1240,6 +1236,7 @@ def make_report(
     curves = {name: run.folder / "curves.png" for name, (run, _) in zip(names, models, strict=True) if run.folder}
     write_report(folder, facts, curves, page, typed)
     print_comparison(facts, folder, suggest_proof=not shards.manifest.get("fold"))
+    return facts
 
 
 def centre_crop(pixels):
@@ -1298,9 +1295,9 @@ def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
 
 
 def centre_crop_note(facts: dict[str, Any]) -> str:
-    """In words, where a centre crop of the photos would serve the base better; else ""."""
-    crop = facts["base"].get("centre_crop") or {"difference": 0}
-    if crop["difference"] <= 0:
+    """In words, where a centre crop of the photos is shown to serve the base better; else ""."""
+    crop = facts["base"].get("centre_crop") or {}
+    if (crop.get("low") or 0) <= 0:
         return ""
     change = f"MRR {crop['value']:.3f}, {crop['difference']:+.3f} {shown_interval(crop)}"
     return (f"a centre crop of the {crop['photos']} photos that are not square, in place of a white frame, serves the "
@@ -1317,9 +1314,11 @@ def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -
     headlines = [run["metrics"]["mrr"] for run in facts["runs"]]
     widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
     unsure = suggest_proof and not any(one.get("p_holm", 1) <= ALPHA for one in headlines)
-    shown = {"facts": facts, "labels": METRICS, "query_labels": QUERY_METRICS, "interval": shown_interval}
-    shown |= {"page": folder / "report.html", "smallest": unsure and widest / 2, "note": centre_crop_note(facts)}
-    print(render("report.txt", **shown), end="", flush=True)
+    text = render(
+        "report.txt", facts=facts, labels=METRICS, query_labels=QUERY_METRICS, interval=shown_interval,
+        page=folder / "report.html", smallest=unsure and widest / 2, note=centre_crop_note(facts),
+    )  # fmt: skip
+    print(text, end="", flush=True)
 
 
 def most_moved(queries) -> dict[str, list[dict]]:
@@ -1397,15 +1396,11 @@ def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], m
     ticks = [round(tick, 10) + 0.0 for tick in MaxNLocator(5).tick_values(min([0.0, *ends]), max([0.01, *ends]))]
     images = {name: base64.b64encode(png.read_bytes()).decode() for name, png in curves.items() if png.is_file()}
     agreements = [name for name in measured if name.startswith("agreement")]
-    shown = {
-        "facts": facts,
-        "labels": METRICS,
-        "shown": measured,
-        "agreements": agreements,
-        "query_labels": QUERY_METRICS,
-    }
-    shown |= {"chart": chart, "ticks": ticks, "curves": images, "moved": moved, "typed": typed, "headline": "mrr"}
-    page = render("report.html", interval=shown_interval, note=centre_crop_note(facts), **shown)
+    page = render(
+        "report.html", facts=facts, labels=METRICS, query_labels=QUERY_METRICS, shown=measured, agreements=agreements,
+        chart=chart, ticks=ticks, curves=images, moved=moved, typed=typed, headline="mrr", interval=shown_interval,
+        note=centre_crop_note(facts),
+    )  # fmt: skip
     common.atomic_write(folder / "report.html", page)
     common.write_json(folder / "report.json", facts)
 
@@ -1460,11 +1455,11 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         world.share(None)  # every part is there
         if world.main:
             crop, models = judge_centre_crop(shards, rows, encoders[0]), list(zip((base, run), encoders, strict=True))
-            make_report(shards, rows, models, output.work, crop, args.queries)
+            found = make_report(shards, rows, models, output.work, crop, args.queries)
             output.publish("report.json", "report.html", "queries.parquet")
-            fill_card(run, common.read_json(output.work / "report.json"))
-            rejected = int((rows["reason"] != "").sum())
-            counts = {"input": len(rows), "written": len(rows) - rejected, "rejected": rejected, "computed": computed}
+            fill_card(run, found)
+            bad, photos = int((rows["reason"] != "").sum()), int(rows["photos"].sum())
+            counts = {"input": photos, "written": photos - bad, "rejected": bad, "computed": computed}
             if lacking:
                 packages = common.versions("torch", "open_clip_torch", "pyarrow", "numpy")
                 about, sidecar = {"shards": args.shards} | facts, f"{output.name}.json"
@@ -1472,8 +1467,10 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
                 common.write_sidecar(output.work / sidecar, config, counts, about, seconds, versions=packages)
                 output.publish(sidecar)
                 finish_output(output, rows, encoders, facts, world)
-            print(f"{args.output}: input {len(rows)} = written {counts['written']} + rejected {rejected}", flush=True)
+            products = f" of {len(rows) - bad} products" if photos > len(rows) else ""
+            print(f"{args.output}: input {photos} = written {photos - bad}{products} + rejected {bad}", flush=True)
             print("computed: {image} pictures, {text} texts; the rest was there".format(**computed), flush=True)
+        world.share(None)  # the report reads pictures, too, perhaps by the same copies
         if world.local_rank == 0:
             shutil.rmtree(shards.cache, ignore_errors=True)  # copies of what lies on S3
     return DONE
@@ -1502,6 +1499,7 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         if world.main:
             write_rejects(Output(args.output, "", True), "rejects.jsonl", rows, config.max_failed)
             make_report(shards, rows, models, output, crop, args.queries)
+        world.share(None)
         if world.local_rank == 0:
             shutil.rmtree(shards.cache, ignore_errors=True)
     return DONE
@@ -1512,15 +1510,24 @@ def pool(args: argparse.Namespace) -> int:
     import pandas as pd
 
     reports = [common.read_json(Path(folder, "report.json"), "report") for folder in args.report]
-    names, queries, draws = [run["name"] for run in reports[0]["runs"]], [], 0
+    names, queries, draws = None, [], 0
     for folder, facts in zip(args.report, reports, strict=True):
-        same = facts["base"]["fingerprint"] == reports[0]["base"]["fingerprint"]
-        if not same or [run["name"] for run in facts["runs"]] != names:
-            raise Fail(f"{folder}: compares other runs or another base than {args.report[0]}; pool folds of one report")
         try:
-            found = pd.read_parquet(Path(folder, "queries.parquet"))
-        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            raise Fail(f"{folder}: its queries.parquet cannot be read ({error}); make the report again") from None
+            found, own = pd.read_parquet(Path(folder, "queries.parquet")), [run["name"] for run in facts["runs"]]
+            same = facts["base"]["fingerprint"] == reports[0]["base"]["fingerprint"]
+            needed = {
+                "id",
+                "object_type",
+                "draw",
+                *(f"{name}/{one}" for name in ("zero_shot", *own) for one in METRICS),
+            }
+            if missing := needed - {*found}:
+                raise ValueError(f"no column {min(missing)}")
+        except (OSError, ValueError, TypeError, KeyError) as error:  # pyarrow's errors are ValueErrors
+            raise Fail(f"{folder}: not a readable report ({error!r}); make the report again") from None
+        names = own if names is None else names
+        if not same or own != names:
+            raise Fail(f"{folder}: compares other runs or another base than {args.report[0]}; pool folds of one report")
         queries.append(found.assign(draw=found["draw"] + draws, folder=folder))
         draws += found["draw"].max() + 1
     whole = pd.concat(queries, ignore_index=True)
