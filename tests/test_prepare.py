@@ -884,7 +884,8 @@ def run_torchrun(count: int, catalogue: Path, output: Path | str, kill: str = ""
     script.write_text(f"import test_prepare\ntest_prepare.process({flags}, {environment})\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), script]
     environment |= os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.run(torchrun, cwd=ROOT, env=environment).returncode, log.read_text().splitlines()
+    ended = subprocess.run(torchrun, cwd=ROOT, env=environment, capture_output=True)  # so that it waits for all of them
+    return ended.returncode, log.read_text().splitlines()
 
 
 def apart(flags: list[str], environment: dict[str, str], printed: Path) -> None:
