@@ -180,7 +180,7 @@ memory: | $(VENV) ## parameters and memory of each scenario against full fine-tu
 verify: | $(VENV) ## hold the shards against their manifest
 	$(PYTHON) 2_prepare.py --verify --output $(SHARDS)
 # The longest files first, so that none is left for one core alone.
-LONGEST := $(addprefix tests/test_,pipeline.py train.py small_machines.py embed.py clean.py)
+LONGEST := $(addprefix tests/test_,train.py pipeline.py small_machines.py embed.py arena.py prepare.py clean.py)
 test: lint | $(VENV) ## every test, on two cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 lint: | $(VENV) ## style and mistakes that a reader would find

@@ -35,6 +35,7 @@ from werkzeug.test import EnvironBuilder, run_wsgi_app
 import arena_world as world
 import common
 from arena_world import KEYS, KINDS, Judge, arena, csrf_of, make_world, shown, write_master
+from tiny import fork_server
 
 ROOT = Path(__file__).parents[1]
 CHOICES = [*arena.CHOICES]
@@ -1110,6 +1111,13 @@ def serve(master: Path, images: Path, database: Path, *flags: str) -> tuple[subp
     return process, read_line(process, "Vote at").split()[-1].rstrip("/")
 
 
+def serving(command: list[str], said: Path) -> None:
+    """The real command line, for a process of its own, which prints into a file."""
+    with open(said, "w", buffering=1) as file, contextlib.redirect_stdout(file):
+        code = arena.main(command)
+    sys.exit(code)
+
+
 class Caller:
     """A judge over real HTTP; `headers` make another caller the same judge."""
 
@@ -1137,8 +1145,16 @@ def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_
     doubtful: dict[str, tuple[str, dict]] = {}  # sent, but never answered: token -> (choice, the judge's headers)
     chance = random.Random(20)
     judges: list[dict] = []
+    context = fork_server("test_arena", "waitress", "pyarrow.parquet")
+    command = f"serve --embeddings {master} --images {images} --database {database} --port 0".split()
     for round_ in range(21):
-        process, home = serve(master, images, database)
+        said = tmp_path / f"said-{round_}"
+        process = context.Process(target=serving, args=(command, said))
+        process.start()
+        while not (said.exists() and (found := re.search("Vote at +(http\\S+)/\n", said.read_text()))):
+            assert process.is_alive()
+            time.sleep(0.01)
+        home = found[1]
         for token, (choice, headers) in list(doubtful.items()):  # replay what was in doubt
             answer = Caller(home, headers).post("/vote", trial=token, choice=choice)
             assert answer["choice"] == choice
@@ -1147,8 +1163,9 @@ def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_
         if not judges:
             judges = [Caller(home).headers for _ in range(20)]
         if round_ == 20:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            process.terminate()
+            process.join(20)
+            assert process.exitcode == 0
             break
         goal = len(acknowledged) + chance.randint(1, 25)
         enough = threading.Event()
@@ -1172,8 +1189,8 @@ def test_killed_twenty_times_under_twenty_voters_every_acknowledged_vote_stands_
         for thread in threads:
             thread.start()
         assert enough.wait(30)
-        process.send_signal(signal.SIGKILL)  # while the others are in the middle of theirs
-        process.wait(10)
+        process.kill()  # while the others are in the middle of theirs
+        process.join(10)
         for thread in threads:
             thread.join(15)
     log = arena.Log(database, create=False)

@@ -13,11 +13,9 @@ import pickle
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
 import tarfile
 import threading
-import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +29,7 @@ import torch
 
 import common
 from faulty_proxy import FaultyProxy
-from tiny import COLORS, STYLES, TYPES, make_clip, one_thread, picture
+from tiny import COLORS, STYLES, TYPES, fork_server, make_clip, one_thread, picture
 
 stage = importlib.import_module("4_embed")
 ROOT = Path(__file__).parents[1]
@@ -433,17 +431,40 @@ def test_ctrl_c_keeps_what_was_made(world, out, monkeypatch, capsys):
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
 
 
-def test_killed_while_it_computes_it_goes_on(world, tmp_path, monkeypatch):
-    shards = write_shards(tmp_path / "shards", items_of(train=1300), per_shard=200)
-    command = [sys.executable, str(ROOT / "4_embed.py"), *arguments(world, tmp_path / "out", shards=shards)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not kept_vectors(tmp_path / "out"):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+@pytest.fixture(scope="module")
+def forks():
+    """Processes of their own, forked in no time by a server that has imported what takes them longest."""
+    return fork_server("test_embed", "open_clip")
+
+
+def apart(command: list[str], environment: dict[str, str], printed: Path) -> None:
+    """The real command line, for a process of its own, which prints into a file."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with open(printed, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = stage.main(command)
+    sys.exit(code)
+
+
+def killed(command: list[str], out: Path) -> None:
+    """The real command line until kill -9: at the first pictures after the first vectors are kept."""
+    images = stage.Encoder.images
+
+    def dying(self, pixels):
+        if kept_vectors(out):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return images(self, pixels)
+
+    stage.Encoder.images, stage.FLUSH_VECTORS = dying, 64
+    apart(command, {}, out.with_name("printed"))
+
+
+def test_killed_while_it_computes_it_goes_on(world, tmp_path, monkeypatch, forks):
+    shards = write_shards(tmp_path / "shards", items_of(train=300), per_shard=50)
+    process = forks.Process(target=killed, args=(arguments(world, tmp_path / "out", shards=shards), tmp_path / "out"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out/master.parquet").exists()
     kept = kept_vectors(tmp_path / "out")
     assert kept
@@ -549,17 +570,19 @@ def test_a_damaged_store_is_named_and_made_again(world, out, capsys):
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
 
 
-def test_two_processes_share_the_work_and_give_the_same_rows(world, out):
-    command = [sys.executable, str(ROOT / "4_embed.py"), *parts_arguments(world, out / "master")]
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment["OMP_NUM_THREADS"] = "1"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+def test_two_processes_share_the_work_and_give_the_same_rows(world, out, tmp_path, forks):
+    command = parts_arguments(world, out / "master")
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT, **pipes)
+        forks.Process(target=apart, args=(command, group | {"RANK": rank, "LOCAL_RANK": rank}, tmp_path / rank))
         for rank in "01"
     ]
-    printed = [process.communicate(timeout=600)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], printed[0][-3000:]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(600)
+    printed = [(tmp_path / rank).read_text() for rank in "01"]
+    assert [process.exitcode for process in ranks] == [0, 0], printed[0][-3000:]
     assert pq.read_table(out / "master").equals(pq.read_table(world / "out/master.parquet"))
     assert names(out / "master") == part_names(2)
     assert "encoding: 40 pictures" in printed[0] and "encoding: 32 pictures" in printed[1]  # its own shards

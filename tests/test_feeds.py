@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -33,9 +34,9 @@ import sample
 from test_clean import Shop, clean, photo
 from test_clean import shop as stage_1_shop
 from test_embed import make_run
-from test_pipeline import environment, run_here
+from test_pipeline import environment
 from test_prepare import picture
-from tiny import make_clip
+from tiny import make_clip, shorten_end
 
 prepare, embedding = importlib.import_module("2_prepare"), importlib.import_module("4_embed")
 ROOT, FEEDS = Path(__file__).parents[1], Path(__file__).parent / "feeds"
@@ -496,12 +497,21 @@ def check_products(folder: Path, products: dict[str, tuple[str, list[str]]], fil
         assert rows[id]["title"] == common.clean_metadata(answer)["title"]
 
 
+def run_here(plan: str) -> list[str]:
+    """Run the stages' commands of a `make -n` in this process, which loads torch once; gives the stages' names."""
+    called = re.findall(r"(\d_[a-z]+)\.py (.*)", plan.replace("\\\n", " "))
+    for stage, flags in called:
+        assert importlib.import_module(stage).main([one for one in shlex.split(flags) if one != "$resume"]) == 0
+    return [stage for stage, _ in called]
+
+
 @pytest.mark.parametrize("name", ["shopify.csv", "woocommerce.csv", "google.tsv", "plain.csv", "odd.csv"])
-def test_an_export_goes_through_make_all_with_every_product_once(shop, photos, drawn, tmp_path, name):
+def test_an_export_goes_through_make_all_with_every_product_once(shop, photos, drawn, tmp_path, monkeypatch, name):
     """With no variable but CATALOGUE, and COLUMNS for odd names, but for a test's place, speed and photo server.
 
     The commands that make would call run in this process, which has loaded torch already.
     """
+    shorten_end(monkeypatch, importlib.import_module("3_train"))
     products, photos.files = drawn
     give(shop, drawn_feed(name, photos.url, products), name)
     call = ["make", "--dry-run", "all", f"CATALOGUE={shop.catalogue}", f"DATA={tmp_path / 'data'}"]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import importlib
 import json
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import sqlite3
@@ -38,31 +36,33 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {"PYTHONUNBUFFERED": "1"}
 
 
-def command(data: Path, *arguments: str) -> list[str]:
-    return ["make", f"DATA={data}", f"PYTHON={sys.executable}", *SMALL, *arguments]
+def command(data: Path, *arguments: str, python: str = sys.executable) -> list[str]:
+    return ["make", f"DATA={data}", f"PYTHON={python}", *SMALL, *arguments]
 
 
-def make(data: Path, *arguments: str) -> subprocess.CompletedProcess:
+def make(data: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess:
     """Run make to its end."""
     options = {"cwd": ROOT, "env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.run(command(data, *arguments), timeout=600, **options)
+    return subprocess.run(command(data, *arguments, python=python), timeout=600, **options)
 
 
-def run_here(plan: str) -> list[str]:
-    """Run the stages' commands of a `make -n` in this process, which loads torch once; gives the stages' names."""
-    called = re.findall(r"(\d_[a-z]+)\.py (.*)", plan.replace("\\\n", " "))
-    for stage, flags in called:
-        assert importlib.import_module(stage).main([one for one in shlex.split(flags) if one != "$resume"]) == 0
-    return [stage for stage, _ in called]
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A python whose training and embedding start in no time, for the tests that start them often."""
+    call = [sys.executable, "tests/warm.py", str(tmp_path_factory.mktemp("warm") / "socket")]
+    with subprocess.Popen(call, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE) as server:
+        assert server.stdout.readline() == "ready\n"
+        yield " ".join(call)
+        server.kill()
 
 
 class Road:
     """`make all` under way in a process group of its own."""
 
-    def __init__(self, data: Path):
+    def __init__(self, data: Path, python: str):
         self.start = time.monotonic()
         self.process = subprocess.Popen(
-            command(data, "all"), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+            command(data, "all", python=python), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self.lines: list[tuple[float, str, str]] = []  # second, step, text
@@ -117,8 +117,8 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Finished:
-    road = Road(data := tmp_path_factory.mktemp("road") / "data")
+def finished(tmp_path_factory, python) -> Finished:
+    road = Road(data := tmp_path_factory.mktemp("road") / "data", python)
     assert road.end() == 0, "".join(text for *_, text in road.lines)
     return Finished(data, road)
 
@@ -159,17 +159,18 @@ def test_a_changed_variable_rebuilds_what_depends_on_it(finished):
     assert "Nothing to be done" in make(data, "all").stdout  # to look at a plan changes nothing
 
 
-def test_the_proof_tests_on_every_product_and_makes_each_fold_once(finished, capsys, monkeypatch):
+def test_the_proof_tests_on_every_product_and_makes_each_fold_once(finished, python):
     data, _ = finished
-    monkeypatch.chdir(ROOT)
-    plan = make(data, "-n", "proof", "FOLDS=3").stdout
-    assert sorted(run_here(plan)) == ["2_prepare"] * 3 + ["3_train"] * 3 + ["4_embed"] * 4
-    assert plan.count("--fold ") == 3
-    assert "`make proof`" not in capsys.readouterr().out  # a fold's own report does not send one here
+    ended = make(data, "proof", "FOLDS=3", python=python)
+    assert ended.returncode == 0, ended.stdout
+    called = re.findall(r"warm\.py \S+ (\d_[a-z]+)\.py ", ended.stdout)
+    assert sorted(called) == ["2_prepare"] * 3 + ["3_train"] * 3 + ["4_embed"] * 4
+    assert ended.stdout.count("--fold ") == 3
+    assert "`make proof`" not in ended.stdout  # a fold's own report does not send one here
     report = json.loads((data / "proof/report.json").read_text())
     assert report["items"] == json.loads((data / "shards/manifest.json").read_text())["counts"]["written"]
     assert [run["name"] for run in report["runs"]] == ["dual_lora"] and len(report["folds"]) == 3
-    again = make(data, "proof", "FOLDS=3").stdout
+    again = make(data, "proof", "FOLDS=3", python=python).stdout
     assert "2_prepare.py" not in again and "3_train.py" not in again and " report " not in again
     assert "4_embed.py pool" in again
     assert "--epochs 3" in make(data, "-n", "proof", "FOLDS=3", "EPOCHS=3").stdout
@@ -318,7 +319,7 @@ class Kept:
             self.steps_done = reached
 
 
-def test_killed_fifteen_times_it_ends_with_the_same_bytes_and_redoes_nothing(finished, tmp_path):
+def test_killed_fifteen_times_it_ends_with_the_same_bytes_and_redoes_nothing(finished, python, tmp_path):
     """Three kills in each step, one in each third of the time that it took undisturbed (of the last: quarters)."""
     data, chance = tmp_path / "data", random.Random(15)
     calm, hits, kept = finished.road, dict.fromkeys(STEPS, 0), Kept(data)
@@ -330,7 +331,7 @@ def test_killed_fifteen_times_it_ends_with_the_same_bytes_and_redoes_nothing(fin
         # With what an earlier call left, a step may end sooner; then the kill falls into the next. The last has none.
         moment = lasted * (part + chance.random()) / (4 if step == STEPS[-1] else 3)
         ahead = sum(second - lines[0] <= moment for second in lines)  # lines printed by then
-        road = Road(data)
+        road = Road(data, python)
         while road.process.poll() is None:  # a step that goes on where it was may get there sooner, seen by its lines
             mine, past = road.of(step), STEPS.index(road.step) > STEPS.index(step)
             late = mine and time.monotonic() - road.start - mine[0] >= moment
@@ -342,7 +343,7 @@ def test_killed_fifteen_times_it_ends_with_the_same_bytes_and_redoes_nothing(fin
         hits[road.step] += 1
         kept.look(road.step)
     assert all(hits.values()), hits
-    ended = make(data, "all")
+    ended = make(data, "all", python=python)
     assert ended.returncode == 0, ended.stdout
     kept.look("4_embed")
     assert {path.parts[-3] for path in kept.times} >= {"batch", "shards", "runs"} and kept.steps_done > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import importlib
@@ -11,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,11 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import webdataset
 from PIL import Image, ImageCms, ImageOps
 
 import common
+from tiny import fork_server
 
 ROOT = Path(__file__).parents[1]
 prepare = importlib.import_module("2_prepare")
@@ -835,45 +839,82 @@ def test_what_s3_refuses_is_told_before_the_scan(shop, bucket, capsys, monkeypat
 
 # Processes of torchrun ------------------------------------------------------------------------------------------------
 
-PROCESS = '''
-"""2_prepare.py with small parts and shards; logs its steps, and kills itself, or all of torchrun, at one of them."""
-import importlib, os, psutil, signal, sys
-prepare = importlib.import_module("2_prepare")
-prepare.SHARD_SAMPLES, prepare.PART_PHOTOS, calls = 6, 4, []
-kill = os.environ.get("KILL", "").split()  # step, rank, call, whom
 
-def watch(step):
-    true = getattr(prepare, step)
-    def act(what, *others):
-        calls.append(step)
-        if kill[:3] == [step, os.environ["RANK"], str(calls.count(step))]:
-            agent = psutil.Process(os.getppid())
-            for one in [agent, *agent.children()] if kill[3] == "all" else []:
-                if one.pid != os.getpid():
-                    one.kill()
-            os.kill(os.getpid(), signal.SIGKILL)
-        made = true(what, *others)
-        with open(os.environ["LOG"], "a") as log:
-            log.write(f"{step} {what if isinstance(what, str) else what.name}\\n")
-        return made
-    setattr(prepare, step, act)
+def process(flags: list[str], environment: dict[str, str]) -> None:
+    """2_prepare.py with small parts and shards; logs its steps; kills itself, or all of torchrun, at one of them."""
+    os.environ.update(environment)
+    prepare.SHARD_SAMPLES, prepare.PART_PHOTOS, calls = 6, 4, []
+    kill = os.environ["KILL"].split()  # step, rank, call, whom
 
-watch("scan_photo")
-watch("write_shard")
-sys.exit(prepare.main())
-'''
+    def watch(step):
+        true = getattr(prepare, step)
+
+        def act(what, *others):
+            calls.append(step)
+            if kill[:3] == [step, os.environ["RANK"], str(calls.count(step))]:
+                agent = psutil.Process(os.getppid())
+                for one in [agent, *agent.children()] if kill[3] == "all" else []:
+                    if one.pid != os.getpid():
+                        one.kill()
+                os.kill(os.getpid(), signal.SIGKILL)
+            made = true(what, *others)
+            with open(os.environ["LOG"], "a") as log:
+                log.write(f"{step} {what if isinstance(what, str) else what.name}\n")
+            return made
+
+        setattr(prepare, step, act)
+
+    watch("scan_photo")
+    watch("write_shard")
+    sys.exit(prepare.main(flags))
 
 
-def run_processes(count: int, catalogue: Path, output: Path | str, kill: str = "") -> tuple[int, list[str], str]:
-    """(exit code, log of steps, what was printed) of torchrun with `count` processes."""
-    script, log = catalogue.with_name("process.py"), catalogue.with_name("log")
-    script.write_text(PROCESS)
+def what_processes_get(catalogue: Path, output: Path | str, kill: str) -> tuple[list[str], dict[str, str], Path]:
+    """(flags, environment, empty log of steps) for process()."""
+    log = catalogue.with_name("log")
     log.write_text("")
-    flags = ["--input", catalogue, "--output", output, "--workers", "1", "--image-size", "64"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    more = {"KILL": kill, "LOG": str(log), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, script, *flags], cwd=ROOT, env=os.environ | more, capture_output=True, text=True)
-    return done.returncode, log.read_text().splitlines(), done.stdout + done.stderr
+    flags = f"--input {catalogue} --output {output} --workers 1 --image-size 64".split()
+    return flags, {"KILL": kill, "LOG": str(log), "OMP_NUM_THREADS": "1"}, log
+
+
+def run_torchrun(count: int, catalogue: Path, output: Path | str, kill: str = "") -> tuple[int, list[str]]:
+    """(exit code, log of steps) of torchrun with `count` processes."""
+    flags, environment, log = what_processes_get(catalogue, output, kill)
+    script = catalogue.with_name("process.py")
+    script.write_text(f"import test_prepare\ntest_prepare.process({flags}, {environment})\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), script]
+    environment |= os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    ended = subprocess.run(torchrun, cwd=ROOT, env=environment, capture_output=True)  # so that it waits for all of them
+    return ended.returncode, log.read_text().splitlines()
+
+
+def apart(flags: list[str], environment: dict[str, str], printed: Path) -> None:
+    """process() as one of several, printing into a file."""
+    with open(printed, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        process(flags, environment)
+
+
+def run_forked(context, count: int, catalogue: Path, output: str, kill: str = "") -> tuple[list[int], list[str], str]:
+    """(exit codes, log of steps, what was printed) of `count` processes with the environment that torchrun gives them.
+
+    A server that has imported torch forks them: torchrun and each of its processes would do that for seconds.
+    """
+    printed = catalogue.with_name("printed")
+    flags, environment, log = what_processes_get(catalogue, output, kill)
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    printed.write_text("")
+    ranks = [
+        context.Process(target=apart, args=(flags, environment | {"RANK": rank, "LOCAL_RANK": rank}, printed))
+        for rank in map(str, range(count))
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks], log.read_text().splitlines(), printed.read_text()
 
 
 def kept_photos(parts: dict[str, bytes]) -> list[str]:
@@ -895,12 +936,16 @@ def shop_of_small_shards(shop, tmp_path, monkeypatch) -> tuple[Path, dict[str, b
 def test_two_processes_killed_and_four_others_make_the_same_on_s3(shop_of_small_shards, bucket):
     """One process dies while it scans; no process decodes what another has, and none what is kept already."""
     catalogue, whole = shop_of_small_shards
-    code, log, printed = run_processes(2, catalogue, "s3://shop/p", "scan_photo 1 18 one")
-    assert code != 0 and "another process of this run stopped, and says why; start them all again" in printed
+    context = fork_server("test_prepare", "torch.distributed")
+    codes, log, printed = run_forked(context, 2, catalogue, "s3://shop/p", "scan_photo 1 18 one")
+    assert (
+        codes == [common.FAILED, -signal.SIGKILL]
+        and "another process of this run stopped, and says why; start them all again" in printed
+    )
     kept = kept_photos(stored("s3://shop/p"))
     assert 12 <= len(kept) < 60 and len(set(log)) == len(log)
-    code, log, printed = run_processes(4, catalogue, "s3://shop/p")
-    assert code == 0, printed
+    codes, log, printed = run_forked(context, 4, catalogue, "s3://shop/p")
+    assert codes == [0] * 4, printed
     assert sorted([*kept, *(line.removeprefix("scan_photo ") for line in log if line.startswith("scan"))]) == sorted(
         kept_photos(stored("s3://shop/p"))
     )
@@ -913,7 +958,7 @@ def test_two_processes_killed_and_four_others_make_the_same_on_s3(shop_of_small_
 
 def test_all_processes_killed_and_one_alone_makes_the_same_on_disk(shop_of_small_shards, tmp_path, capsys):
     catalogue, whole = shop_of_small_shards
-    code, log, _ = run_processes(2, catalogue, tmp_path / "out", "write_shard 0 3 all")
+    code, log = run_torchrun(2, catalogue, tmp_path / "out", "write_shard 0 3 all")
     assert code == -signal.SIGKILL and 60 <= len(set(log)) == len(log)
     done = len(list((tmp_path / "out").glob("*/*.tar")))
     assert 2 <= done < 10 and not (tmp_path / "out/manifest.json").exists()

@@ -244,14 +244,14 @@ def test_votes_on_a_full_disk_are_refused_and_none_that_was_acknowledged_is_lost
 
 
 @pytest.mark.parametrize("stage", range(5), ids=STAGES)
-def test_a_read_only_folder_is_one_line(shop, whole, server, disk, stage):
+def test_a_read_only_folder_is_one_line(shop, whole, server, disk, capsys, stage):
     disk.mount("size=64m")
     data = disk.place / "data"
     upstream(whole, data, stage)
     disk.change("ro")
-    ended = subprocess.run([sys.executable, *commands(shop, data)[stage]], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == common.FAILED
-    assert ended.stderr.count("\n") == 1 and "read-only" in ended.stderr, ended.stderr
+    assert call(commands(shop, data)[stage]) == common.FAILED
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "read-only" in said, said
 
 
 def test_without_the_right_to_write_it_is_one_line(shop, tmp_path, monkeypatch, capsys):

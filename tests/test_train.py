@@ -1,17 +1,16 @@
 """3_train.py: exact gradients, the right parameters, going on after a kill, what it writes, and what it says."""
 
 import collections
+import copy
 import dataclasses
 import importlib
 import json
 import math
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -33,7 +32,24 @@ ROOT = Path(__file__).parents[1]
 TRAINED = [name for name, parts in stage.SCENARIOS.items() if parts[2]]
 
 
+SIGNS, DRAW_CURVES = stage.DRAWN, stage.draw_curves
+
+
 one_thread = pytest.fixture(scope="module", autouse=True)(tiny.one_thread)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_end():
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shorten_end(patch, stage)
+        yield
+
+
+@pytest.fixture
+def full_end(monkeypatch):
+    """For the tests that are about the end of a run: it is as users have it."""
+    monkeypatch.setattr(stage, "DRAWN", SIGNS)
+    monkeypatch.setattr(stage, "draw_curves", DRAW_CURVES)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +71,12 @@ def train(base, output, *more):
     """The real command line, in this process."""
     assert stage.main(arguments(base, output, *more)) == 0
     return json.loads((output / "train.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Processes of their own, forked in no time by a server that has imported what takes them longest."""
+    return tiny.fork_server("test_train", "peft")
 
 
 def make_run(base, output, *more):
@@ -105,8 +127,8 @@ def test_a_scenario_trains_its_parameters_and_no_others(base, tmp_path, scenario
     zero_shot = stage.evaluate(run, run.validation)
     optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
     batch = next(run.train.batches(stage.epoch_plan(64, 16, 0, 0, 0, 1), 0))
-    for _ in range(50):
-        stage.update(run, state, optimizer, scaler, batch, 60)
+    for _ in range(12):
+        stage.update(run, state, optimizer, scaler, batch, 15)
     for name, parameter in everything:
         if name in run.towers.trained:
             assert not torch.equal(parameter, before[name]), name
@@ -331,7 +353,8 @@ BLOCK = "visual.transformer.resblocks.1"
 @pytest.mark.parametrize("tower", ["visual.", ""])
 def test_each_adapted_layer_is_w_plus_sba_once(tmp_path, tokens, part, quick_gelu, tower):
     folder = str(tiny.make_clip(tmp_path, quick_gelu=quick_gelu))
-    clip, plain, before = (common.load_clip(folder).model.double() for _ in range(3))
+    clip = common.load_clip(folder).model.double()
+    plain, before = copy.deepcopy(clip), copy.deepcopy(clip)
     name = f"{tower}transformer.resblocks.1.{part}"
     _, deltas = adapted(stage.split_attention(clip), name.replace(".", r"\."))
     assert list(deltas) == [name]
@@ -540,14 +563,16 @@ def test_duplicates_and_equal_captions_are_positives_of_each_other():
     assert stage.pair_loss(images, texts, apart, scale) != pytest.approx(expected.item(), rel=1e-2)
 
 
-def rank_gradient(base, output):
+def rank_gradient(base, output, environment):
     """What one of two processes does for the next test: its gradient in float64, then the real command line."""
-    run = double_run(Path(base), Path(output))
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    run = double_run(base, output)
     world = run.world
     batch = next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, world.rank, world.size), 0))
     run.towers.train(True)
     loss, grads = gradient(run, batch, 8)
-    torch.save((loss, grads, batch.ids), Path(output) / f"gradient-{world.rank}.pt")
+    torch.save((loss, grads, batch.ids), output / f"gradient-{world.rank}.pt")
     assemble, update, train, read, steps = stage.Split.assemble, stage.update, stage.train, [], []
 
     def noted_assemble(split, ids, total, epoch, *rest):
@@ -563,29 +588,31 @@ def rank_gradient(base, output):
 
     stage.Split.assemble, stage.update = noted_assemble, lambda *a: steps.append(1) or update(*a)
     stage.train = noted_train
-    flags = ("--lora-dropout", 0, "--workers", 4, "--shards", Path(output) / "shards")
-    assert stage.main(arguments(Path(base), Path(output) / "run", *flags)) == 0
-    (Path(output) / f"read-{world.rank}.json").write_text(json.dumps([len(steps), read]))
+    flags = ("--lora-dropout", 0, "--workers", 4, "--shards", output / "shards")
+    assert stage.main(arguments(base, output / "run", *flags)) == 0
+    (output / f"read-{world.rank}.json").write_text(json.dumps([len(steps), read]))
 
 
-def test_two_processes_equal_one(base, tmp_path):
+def test_two_processes_equal_one(base, tmp_path, forks):
     damaged(base, tmp_path, 3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = f"import test_train; test_train.rank_gradient({str(base)!r}, {str(tmp_path)!r})"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", command], env=environment | {"RANK": rank, "LOCAL_RANK": rank})
+        forks.Process(target=rank_gradient, args=(base, tmp_path, world | {"RANK": rank, "LOCAL_RANK": rank}))
         for rank in "01"
     ]
+    for process in ranks:
+        process.start()
     run = double_run(base, tmp_path / "one")
     batch = next(run.train.batches(stage.epoch_plan(64, 64, 0, 0, 0, 1), 0))
     run.towers.train(True)
     loss, alone = gradient(run, batch, 8)
     facts = train(base, tmp_path / "alone", "--lora-dropout", 0, "--shards", tmp_path / "shards")
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
     for rank in (0, 1):
         their_loss, theirs, ids = torch.load(tmp_path / f"gradient-{rank}.pt")
         assert torch.equal(ids, batch.ids[32 * rank : 32 * rank + 32])
@@ -778,17 +805,12 @@ def killed(flags, environment, moment):
 
 
 @pytest.fixture(scope="module")
-def kill_9():
-    """Run killed() in a process of its own; a server that has imported all forks them in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train", "peft"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-        multiprocessing.forkserver.ensure_running()
+def kill_9(forks):
+    """Run killed() in a process of its own."""
 
     def run(flags, moment):
         aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        process = context.Process(target=killed, args=(flags, aws, moment))
+        process = forks.Process(target=killed, args=(flags, aws, moment))
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
@@ -899,7 +921,7 @@ def test_a_bucket_that_is_not_there_says_so(base, tmp_path, bucket, capsys):
 
 
 @pytest.mark.parametrize("scenario", TRAINED)
-def test_the_merged_model_is_the_adapters_and_loads_in_plain_open_clip(base, tmp_path, scenario):
+def test_the_merged_model_is_the_adapters_and_loads_in_plain_open_clip(base, tmp_path, full_end, scenario):
     facts = train(base, tmp_path, "--scenario", scenario, "--wise", "off")
     names = {".lock", "adapter", "checkpoint.pt", "curves.png", "metrics.jsonl", "model", "train.json"}
     assert set(os.listdir(tmp_path)) - {"cache"} == names and facts["model_dir"] == "model"
@@ -966,7 +988,7 @@ def base_weights(base):
     return load_file(base / "clip" / "open_clip_model.safetensors")
 
 
-def test_training_learns_and_says_so(base, tmp_path, capsys):
+def test_training_learns_and_says_so(base, tmp_path, capsys, full_end):
     facts = train(base, tmp_path, "--epochs", 12, "--effective-batch-size", 16, "--patience", 12)
     before, after = facts["validation"]["zero_shot"], facts["validation"]["best"]
     assert after["loss"] < before["loss"] - 0.2 and after["mrr"] > before["mrr"] + 0.2
@@ -1143,7 +1165,7 @@ def test_nothing_is_chosen_on_the_test_split(base, tmp_path, capsys):
     assert "test/shard-000000.tar: this shard is in the test split too" in capsys.readouterr().err
 
 
-def test_the_drawn_probe_holds_general_pictures_all_different(base):
+def test_the_drawn_probe_holds_general_pictures_all_different(base, full_end):
     clip = common.load_clip(str(base / "clip"))
     one, other = stage.draw_probe(clip), stage.draw_probe(clip)
     assert torch.equal(one.images, other.images) and one.images.shape == (96, 3, 32, 32)
@@ -1570,13 +1592,14 @@ def test_the_card_names_repository_and_licence_of_a_base_from_the_hub(base, monk
     assert stage.base_metadata(clip) == {} and stage.shown_base(clip) == ["ViT-B-32", "weights.pt"]
 
 
-def test_a_vit_b_32_from_a_checkpoint_file_goes_through_training_and_embedding(tmp_path):
-    """Random weights in place of a hub's: what real use does, with its sizes and shapes."""
+def test_a_vit_b_32_from_a_checkpoint_file_goes_through_training_and_embedding(tmp_path, monkeypatch):
+    """Random weights in place of a hub's: what real use does, with its sizes and shapes, on few pairs."""
     import pyarrow.parquet
 
+    monkeypatch.setattr(stage, "ALPHAS", (0.0, 0.5, 1.0))
     torch.manual_seed(0)
     torch.save(open_clip.create_model("ViT-B-32", force_quick_gelu=True).state_dict(), tmp_path / "weights.pt")
-    shards = tiny.make_shards(tmp_path / "shards", train=8, validation=4, test=4, size=224)
+    shards = tiny.make_shards(tmp_path / "shards", train=8, validation=4, test=2, size=224)
     model = f"--shards {shards} --model ViT-B-32-quickgelu --pretrained {tmp_path / 'weights.pt'}".split()
     run, vectors = tmp_path / "run", tmp_path / "master.parquet"
     sample.make_probe(tmp_path, 2)
@@ -1603,6 +1626,6 @@ def test_a_vit_b_32_from_a_checkpoint_file_goes_through_training_and_embedding(t
     assert mean_and_std[0] == mean_and_std[1] and "0.48145466" in flat[0]
     assert "ResizeKeepRatio(size=(224, 224)" in flat[0] and "CenterCrop(size=(224, 224)" in flat[1]  # ours letterboxes
     assert (found[0] - common.encode(base, images)).abs().max() > 1e-3
-    assert len(table) == 16 and table.column("base_embedding").type.list_size == 512
+    assert len(table) == 14 and table.column("base_embedding").type.list_size == 512
     first = torch.tensor(table.column("finetuned_embedding")[0].as_py())
     assert torch.nn.functional.cosine_similarity(first, found[0][0], dim=0) > 0.99
