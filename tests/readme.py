@@ -2,10 +2,10 @@
 
     python tests/readme.py        rewrites each table whose source is there, and says which
 
-A table stands between <!-- name --> and <!-- /name -->. `settings` comes from the scripts' dataclasses, `results`
-from data/report/report.json (make ablation), `bench` from bench.jsonl (make bench), `gpu` from bench_gpu.jsonl (make
-bench-gpu), `growth` from growth.jsonl and docs/growth.svg with it (make growth), `memory` from memory.md (make memory),
-`sweep` from data/sweep/sweep.json (make sweep).
+A table stands between <!-- name --> and <!-- /name -->. `settings` comes from the scripts' dataclasses, `sections`
+from their banners, `results` from data/report/report.json (make ablation), `bench` from bench.jsonl (make bench), `gpu`
+from bench_gpu.jsonl (make bench-gpu), `growth` from growth.jsonl and docs/growth.svg with it (make growth), `memory`
+from memory.md (make memory), `sweep` from data/sweep/sweep.json (make sweep).
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def settings() -> str:
             default = "" if field.default is None or field.default == "" else f"`{field.default}`"
             flag = "--" + field.name.replace("_", "-")
             rows.append(f"| `{script}` | `{flag}` | {default} | {field.metadata['help'].replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def sections() -> str:
+    """The sections of every script, by their banners."""
+    rows = ["| file | sections |", "|---|---|"]
+    for script in ("common.py", *CONFIGS):
+        banners = re.findall(r"^# -{50,}\n# (.+)$", (ROOT / script).read_text(encoding="utf-8"), re.MULTILINE)
+        rows.append(f"| `{script}` | {'; '.join(re.split('[:.,;] ', banner)[0].rstrip('.') for banner in banners)} |")
     return "\n".join(rows)
 
 
@@ -103,6 +112,7 @@ def measured_growth() -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "results": ("README.md", results),
     "settings": ("docs/settings.md", settings),
+    "sections": ("docs/architecture.md", sections),
     "bench": ("docs/performance.md", lambda: bench.markdown(bench.RESULTS)),
     "gpu": ("docs/performance.md", lambda: bench_gpu.markdown(bench_gpu.RESULTS)),
     "growth": ("docs/performance.md", measured_growth),

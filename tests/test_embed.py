@@ -257,7 +257,8 @@ def test_the_report_says_where_a_centre_crop_serves_the_base_better(world, tmp_p
                for row in items_of()["test"]]  # fmt: skip
     assert len(tested) == len(flipped) and abs(judged[1] - torch.stack(flipped).numpy()).max() < 1e-5
     models = [(stage.Run("zero_shot", "x"), encoder), (stage.Run("other", "y", folder=tmp_path), encoder)]
-    for facts, says in ((crop, True), (crop | {"difference": -0.1}, False), ({}, False)):
+    unsure = crop | {"low": -0.02}
+    for facts, says in ((crop, True), (unsure, False), (crop | {"difference": -0.1, "low": -0.2}, False), ({}, False)):
         stage.make_report(shards, rows, models, tmp_path, facts)
         assert ("serves the base better: MRR 0.500, +0.200" in capsys.readouterr().out) == says
         assert ("serves the base better" in (tmp_path / "report.html").read_text()) == says
@@ -687,7 +688,7 @@ def test_a_folder_of_parts_holds_the_rows_of_the_one_file(world, out, monkeypatc
     whole, folder = pq.read_table(world / "out/master.parquet"), out / "master"
     with monkeypatch.context() as patch:  # two processes, of which the first dies before its last write
         patch.setattr(stage, "finish_output", lambda *_: (_ for _ in ()).throw(common.Fail("killed")))
-        assert Processes(2, out, patch)(parts_arguments(world, folder)) == [1, 0]
+        assert Processes(2, out, patch)(parts_arguments(world, folder)) == [1, 1]
         assert names(folder) == part_names(2)[1:]
     capsys.readouterr()
     one_line(capsys, stage.main(["search", "x", "--embeddings", str(folder)]), "not finished", "4_embed.py again")
@@ -709,6 +710,10 @@ def test_a_folder_of_parts_holds_the_rows_of_the_one_file(world, out, monkeypatc
     assert (out / "report.json").read_bytes() == (world / "out/report.json").read_bytes()
     counts = json.loads((out / "master.json").read_text())["counts"]
     assert (counts["input"], counts["written"], counts["rejected"]) == (72, 72, 0)
+    for damaged in ('{"parts": []}', "[1]"):
+        (folder / common.PARTS).write_text(damaged)
+        assert stage.main(parts_arguments(world, folder)) == 0
+        assert names(folder) == part_names(1) and pq.read_table(folder).equals(whole)
     with monkeypatch.context() as patch:
         assert Processes(2, out, patch)(arguments(world, out)) == [0, 0]  # one file by several processes
     assert (out / "master.parquet").read_bytes() == (world / "out/master.parquet").read_bytes()
@@ -877,6 +882,15 @@ def test_broken_pictures_are_named_and_left_out(world, tmp_path, capsys):
     code = embed(world, tmp_path / "many", shards=write_shards(tmp_path / "worse", splits))
     one_line(capsys, code, "9 of 72", "unreadable", "--max-failed")
     assert not (tmp_path / "many/master.parquet").exists()
+
+
+def test_broken_photos_are_counted_among_photos_where_a_product_has_several(tmp_path):
+    rows = pd.DataFrame({"photos": [4] * 100 + [1] * 6, "reason": [""] * 100 + ["broken image"] * 6})
+    rows = rows.assign(**dict.fromkeys(("image_id", "detail", "image_path", "title"), "x"))
+    stage.write_rejects(stage.Output(str(tmp_path), "m.parquet", False), "rejects.jsonl", rows, 0.02)
+    with pytest.raises(common.Fail, match="6 of 406 pictures"):
+        stage.write_rejects(stage.Output(str(tmp_path), "m.parquet", False), "rejects.jsonl", rows, 0.01)
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_model_that_gives_nan_stops_it(world, tmp_path, capsys):
@@ -1241,8 +1255,12 @@ def test_reports_that_are_no_folds_of_one_catalogue_are_refused(world, tmp_path,
         ([folders[0], tmp_path / "nowhere"], "nowhere"),
     ):
         one_line(capsys, stage.main(pooled(pair, tmp_path / "proof")), words)
+    queries = (folders[1] / "queries.parquet").read_bytes()
     (folders[1] / "queries.parquet").write_bytes(b"PAR1")
-    one_line(capsys, stage.main(pooled(folders, tmp_path / "proof")), "queries.parquet", "make the report again")
+    one_line(capsys, stage.main(pooled(folders, tmp_path / "proof")), "not a readable report", "make the report again")
+    (folders[1] / "queries.parquet").write_bytes(queries)
+    (folders[1] / "report.json").write_text('{"base": {}}')
+    one_line(capsys, stage.main(pooled(folders, tmp_path / "proof")), "not a readable report", "make the report again")
     assert not (tmp_path / "proof").exists()
 
 

@@ -20,10 +20,11 @@ BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 
 
-def test_every_table_is_there_and_the_settings_are_those_of_the_code():
+def test_every_table_is_there_and_settings_and_sections_are_those_of_the_code():
     for name, (page, _) in readme.TABLES.items():
         assert readme.block(name).search((ROOT / page).read_text()), f"{page} has no place for the table of {name}"
-    assert readme.block("settings").search(TEXT)[1] == readme.settings(), "run: python tests/readme.py"
+    for name, made in (("settings", readme.settings()), ("sections", readme.sections())):
+        assert readme.block(name).search(TEXT)[1] == made, "run: python tests/readme.py"
 
 
 def test_the_readme_is_short():

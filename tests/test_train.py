@@ -1389,6 +1389,72 @@ def damaged(base, tmp_path, count):
     return tmp_path
 
 
+def test_another_mean_is_another_run_and_its_features_are_made_anew(base, tmp_path, capsys):
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    flags = ("--scenario", "linear_probe", "--epochs", 1)
+    train(other, tmp_path / "a", *flags)
+    config = other / "clip/open_clip_config.json"
+    content = json.loads(config.read_text())
+    content["preprocess_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    config.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert stage.main(arguments(other, tmp_path / "a", *flags)) == 1 and "mean was" in capsys.readouterr().err
+    train(other, tmp_path / "a", *flags, "--no-resume")
+    train(other, tmp_path / "b", *flags)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    kept = {path.name.rpartition("-")[0] for path in (tmp_path / "a/cache").iterdir()}
+    assert len(kept) == len(list((tmp_path / "a/cache").iterdir())), "features of the other mean are gone"
+
+
+def test_no_machine_is_ahead_of_what_all_of_them_find(base, tmp_path, monkeypatch):
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    exists = common.exists
+    monkeypatch.setattr(common, "exists", lambda path: not common.is_s3(path) and exists(path))
+    monkeypatch.setattr(common, "upload_atomic", cut_off)
+    run = arguments(base, tmp_path, "--scenario", "linear_probe", "--checkpoint-url", "s3://shop/run")
+    assert stage.main(run) == common.INTERRUPTED and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_what_saves_memory_may_change_when_a_run_goes_on(base, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "train_epoch", lambda *_: (_ for _ in ()).throw(MemoryError))
+        assert stage.main(arguments(base, tmp_path, "--scenario", "vision_lora", "--epochs", 1)) == 1
+    said = capsys.readouterr().err
+    assert "--micro-batch-size" in said and "--grad-checkpointing" in said
+    flags = ("--epochs", 1, "--grad-checkpointing", "--micro-batch-size", 8, "--max-failed", 0.2)
+    train(base, tmp_path, "--scenario", "vision_lora", *flags)
+    assert "going on after step 0" in capsys.readouterr().out
+
+
+def test_a_refusal_by_wandb_is_one_line_before_anything_is_computed(base, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert stage.main(arguments(base, tmp_path, "--wandb", "metrics")) == 1
+    said = capsys.readouterr().err
+    assert "wandb login" in said and said.count("\n") == 1 and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"identity": null, "settings": {}}'])
+def test_a_mark_that_is_none_of_ours_is_written_anew(base, tmp_path, damaged):
+    (tmp_path / "train.json").write_text(damaged)
+    assert train(base, tmp_path, "--scenario", "zero_shot")["scenario"] == "zero_shot"
+
+
+def test_of_what_is_exported_one_thing_is_said(base, tmp_path):
+    run, state = make_run(base, tmp_path), stage.State(best={"epoch": 0})
+    (note,) = stage.explain_result(run, state, 0.0, 0.5, True)
+    assert "base" in note
+    (note,) = stage.explain_result(run, state, 1.0, 0.5, True)
+    assert "linear_probe" in note
+
+
 @pytest.mark.parametrize("scenario", ["dual_lora", "text_lora"])
 def test_corrupt_pictures_are_counted_named_and_left_out(base, tmp_path, capsys, scenario):
     other = damaged(base, tmp_path / "some", 3)
