@@ -835,7 +835,8 @@ def test_after_kill_9_at_any_step_it_goes_on_to_the_same_bits(
     counted, update = [], stage.update
     monkeypatch.setattr(stage, "update", lambda run, *a: counted.append(run.trial) or update(run, *a))
     train(base, second, *flags)
-    steps = {"search": 6, "writing": 4}.get(moment, 6 - moment if moment not in ("search", "writing") else 0)
+    writing = 3 if place == "s3" else 4  # a checkpoint is on S3 before it is on the disk
+    steps = {"search": 6, "writing": writing}[moment] if isinstance(moment, str) else 6 - moment
     assert counted.count(False) == steps  # nothing that was saved is done twice
     assert counted.count(True) == (6 if moment == "search" else 0)
     assert same(weights(second), weights(undisturbed))
@@ -1142,7 +1143,7 @@ def test_lora_begins_at_the_linear_probe_and_never_ends_below_it(base, tmp_path,
     assert ruined["validation"]["best"]["mrr"] >= probe["validation"]["best"]["mrr"]
     lines = [json.loads(line) for line in (tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["mrr"] == pytest.approx(probe["wise_ft"][-1]["validation"]["mrr"], abs=1e-6)
-    if ruined["validation"]["best_epoch"] == 0:
+    if ruined["validation"]["best_epoch"] == 0 and ruined["alpha"]:
         assert "note: LoRA did not improve" in capsys.readouterr().out
     state = stage.State(search={"probe_mrr": 0.6}, best={"epoch": 3})
     run = types.SimpleNamespace(print=print)
@@ -1419,8 +1420,15 @@ def test_no_machine_is_ahead_of_what_all_of_them_find(base, tmp_path, monkeypatc
 
 
 def test_what_saves_memory_may_change_when_a_run_goes_on(base, tmp_path, monkeypatch, capsys):
+    train_epoch = stage.train_epoch
+
+    def short_of_memory(run, *rest):
+        if not run.trial:
+            raise MemoryError
+        train_epoch(run, *rest)
+
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "train_epoch", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(stage, "train_epoch", short_of_memory)
         assert stage.main(arguments(base, tmp_path, "--scenario", "vision_lora", "--epochs", 1)) == 1
     said = capsys.readouterr().err
     assert "--micro-batch-size" in said and "--grad-checkpointing" in said
