@@ -1107,7 +1107,14 @@ def load_clip(model: str, pretrained: str | None = None, device: Any = "cpu") ->
         raise Fail(f"{name}: a CoCa, which writes captions too, is not supported; take a plain CLIP such as ViT-B-32")
     loaded = loaded.float().to(device).eval()  # stored half precision would make training and fingerprints drift
     shown = dict(open_clip.get_model_preprocess_cfg(loaded))
-    return Clip(loaded, tokenizer, size, tuple(shown["mean"]), tuple(shown["std"]), int(loaded.context_length),
+    try:
+        mean, std = (tuple(float(shown[colors][i]) for i in range(3)) for colors in ("mean", "std"))
+        if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
+            raise ValueError
+    except (ValueError, TypeError, LookupError):
+        problem = f"mean {shown.get('mean')} and std {shown.get('std')} are not three numbers each"
+        raise Fail(f"{name}: {problem}; correct preprocess_cfg in its open_clip_config.json") from None
+    return Clip(loaded, tokenizer, size, mean, std, int(loaded.context_length),
                 fingerprint(loaded, config | flags), name, config | flags, shown, folder)  # fmt: skip
 
 
