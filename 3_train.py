@@ -1935,7 +1935,6 @@ def start_wandb(run: Run) -> Any:
 def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     """Train, evaluate and export; returns what train.json says about it."""
     config, world, towers = run.config, run.world, run.towers
-    run.wandb = start_wandb(run)
     if not checkpoint:
         towers.check_lora_gradients()
     state = State(**checkpoint["state"]) if checkpoint else State()
@@ -2041,6 +2040,7 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     if run.world.main:
         marker.unlink(missing_ok=True)
     if trains:
+        run.wandb = start_wandb(run)
         facts = fine_tune(run, checkpoint)
     else:
         keep_captions(run, run.validation)

@@ -1108,7 +1108,7 @@ def load_clip(model: str, pretrained: str | None = None, device: Any = "cpu") ->
     loaded = loaded.float().to(device).eval()  # stored half precision would make training and fingerprints drift
     shown = dict(open_clip.get_model_preprocess_cfg(loaded))
     try:
-        mean, std = (tuple(float(shown[colors][i]) for i in range(3)) for colors in ("mean", "std"))
+        mean, std = (tuple(shown[colors][i] for i in range(3)) for colors in ("mean", "std"))
         if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
             raise ValueError
     except (ValueError, TypeError, LookupError):
