@@ -89,7 +89,9 @@ class ArenaConfig:
     host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
     port: int = setting(8000, "port to listen at; 0 takes a free one", low=0, high=65_535)
     trusted_host: str | None = setting(None, "names that a proxy or DNS gives the server, with commas; needs the token")
-    reveal: bool = setting(False, "show results and search to everybody who is not in the middle of voting")
+    reveal: bool = setting(
+        False, "show results and search to all who are not in the middle of voting; who looks votes no more"
+    )
 
 
 @dataclass(frozen=True)
