@@ -1691,7 +1691,7 @@ def query_vector(args: argparse.Namespace, master: common.Master):
 
     try:
         picture = common.load_image(Path(args.image)) if args.image else None
-    except BadImage as error:
+    except (BadImage, OSError) as error:
         raise Fail(f"{args.image}: {error}", USAGE) from None
     clip = master.load_model(args.using, model_flags(args))
     parts = [common.encode(clip, captions=[args.words])] if args.words else []

@@ -41,16 +41,17 @@ from urllib.parse import quote
 import common
 from common import ALPHA, ATTRIBUTES, DONE, USAGE, BadImage, Fail, digest, letterbox, load_image, setting
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 FORWARDED = ("Forwarded", "X-Forwarded-", "X-Real-Ip", "Via")  # how headers begin that a proxy adds
-THREADS = 32  # requests answered at once; pictures take turns among them
+THREADS = 32  # requests answered at once
+PICTURE_THREADS = THREADS - 8  # how many of them pictures may hold: votes must not wait behind those
 CONNECTIONS = 800  # open at once: a browser keeps up to six, and most systems allow a process 1,024 files
 BODY_LIMIT = 4_096  # bytes of a vote or a name
 UPLOAD_LIMIT = 12_000_000  # bytes of a picture on the search page
 TEMPLATES = Path(__file__).parent / "templates"
 HEADERS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -76,15 +77,21 @@ class ArenaConfig:
     top_k: int = setting(4, "results shown in each row", low=1)
     query: str = setting("image", "what is searched with: a picture, or words (its prompt)", ("image", "text"))
     queries: str | None = setting(None, "CSV of query,id (weight or grade): for --query text, words that people type")
-    limit: int = setting(2000, "most queries; one a duplicate group of the test split, object types in turn", low=1)
-    votes_needed: int = setting(210, "decided votes aimed at; 820, 210, 97 find 55, 60, 65% at 80% power", low=1)
+    limit: int = setting(
+        2000, "at most so many queries: one of each duplicate group in the test split, spread over object types", low=1
+    )
+    votes_needed: int = setting(
+        210, "queries with a decided vote aimed at; 820, 210, 97 find 55, 60, 65% at 80% power", low=1
+    )
     shared: float = setting(0.2, "share of the queries that three judges see, for their agreement", low=0, high=1)
     picture_size: int = setting(480, "pixels a side of every picture shown", low=1, high=4096)
     seed: int = setting(42, "seed of the choice of queries and of each judge's order")
     host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
     port: int = setting(8000, "port to listen at; 0 takes a free one", low=0, high=65_535)
     trusted_host: str | None = setting(None, "names that a proxy or DNS gives the server, with commas; needs the token")
-    reveal: bool = setting(False, "show results and search to everybody who is not in the middle of voting")
+    reveal: bool = setting(
+        False, "show results and search to all who are not in the middle of voting; who looks votes no more"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def read_keys(database: str | Path) -> dict[str, str]:
         with common.atomic_file(path) as temporary:
             temporary.touch(mode=0o600)
             temporary.write_text(json.dumps(keys, indent=2) + "\n")
-    return {name: os.environ.get(f"ARENA_{name.upper()}") or value for name, value in keys.items()}
+    return {name: os.environ.get(f"ARENA_{name.upper()}", "").strip() or value for name, value in keys.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -143,7 +150,7 @@ class Log:
     """The log of one database file. Threads share it; each has its own connection."""
 
     def __init__(self, path: str | Path, create: bool = True):
-        self.path, self._local = Path(path), threading.local()
+        self.path, self._local, self._create = Path(path), threading.local(), create
         self._writer = threading.Lock()  # waiting writers queue here fairly; SQLite's own waiting polls
         if not create and not self.path.is_file():
             raise Fail(f"{path}: no such database; run `5_arena.py serve` first, or check --database")
@@ -151,6 +158,7 @@ class Log:
             if create:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 schema = (TEMPLATES / "schema.sql").read_text()
+                self.one("PRAGMA journal_mode = WAL")  # kept in the file
                 with self.connection as db:  # rolls back what fails
                     db.executescript(REBUILD.format(schema=schema) if self._outdated(schema) else schema)
             self.one("SELECT COUNT(*) FROM experiments")
@@ -168,11 +176,25 @@ class Log:
     def connection(self) -> sqlite3.Connection:
         """This thread's connection, in autocommit mode."""
         if not hasattr(self._local, "connection"):
-            connection = sqlite3.connect(self.path, timeout=10, isolation_level=None)
+            uri = f"{self.path.absolute().as_uri()}?{self._mode()}"
+            connection = sqlite3.connect(uri, timeout=10, isolation_level=None, uri=True)
             connection.row_factory = sqlite3.Row
             connection.executescript((TEMPLATES / "connection.sql").read_text())
             self._local.connection = connection
         return self._local.connection
+
+    def _mode(self) -> str:
+        """How SQLite is to open the file. Where nothing may be written, it needs the -shm file of a running server."""
+        if self._create:
+            return "mode=rwc"
+        if all(os.access(path, os.W_OK, effective_ids=True) for path in (self.path, self.path.parent)):
+            return "mode=rw"  # mode=ro would leave files behind
+        wal, shared = (Path(f"{self.path}{end}") for end in ("-wal", "-shm"))
+        if shared.is_file():
+            return "mode=ro"
+        if wal.is_file() and wal.stat().st_size:
+            raise Fail(f"{self.path}: cannot be read where nothing may be written; copy it and its -wal, and use those")
+        return "immutable=1"
 
     def all(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """Every row of a query."""
@@ -213,10 +235,14 @@ class Log:
 
     def session(self, experiment: int, judge: str | None) -> int | None:
         """The judge's open session."""
-        return self.one("SELECT MAX(id) FROM open_sessions WHERE experiment = ? AND judge = ?", experiment, judge)[0]
+        sql = "SELECT MAX(id) FROM sessions WHERE experiment = ? AND judge = ? AND ended IS NULL"
+        return self.one(sql, experiment, judge)[0]
 
     def start(self, experiment: int, judge: str | None, name: str = "") -> str:
-        """Open a session, for a new judge where none is given; returns the judge's id. The first name stays."""
+        """Open a session, for a new judge where none is given; returns the judge's id.
+
+        A name given once is not changed later.
+        """
         judge = judge or secrets.token_hex(16)
         with self.writing():
             self.insert("judges", id=judge, name=name)
@@ -272,8 +298,8 @@ class Log:
         return dict.fromkeys(CHOICES, 0) | dict(map(tuple, self.all(sql, experiment, judge)))
 
     def decided(self, experiment: int) -> int:
-        """Standing votes for either row, by all judges: what the question is still short of."""
-        return self.one("SELECT COUNT(*) FROM decided WHERE experiment = ?", experiment)[0]
+        """Queries with a standing vote for either row, by any judge: what the tests count."""
+        return self.one("SELECT COUNT(DISTINCT query) FROM decided WHERE experiment = ?", experiment)[0]
 
     def votes(self, experiment: int) -> list[dict[str, Any]]:
         """Every vote ever cast in an experiment, oldest first; `revoked` is the time it was taken back, or None.
@@ -297,6 +323,8 @@ class Items(common.Master):
     def __init__(self, path: str | Path):
         super().__init__(path, *COLUMNS, "base_embedding")
         self.table = self.text(*COLUMNS, *(name for name in ATTRIBUTES if name in self.types))
+        if missing := [name for name in ("image_id", "group") if self.table[name].null_count]:
+            raise Fail(f"{path}: rows without {' and '.join(missing)}; run 4_embed.py again")
 
     def value(self, column: str, row: int) -> str:
         """One value; "" where it is missing, as in the column of an attribute that is newer than the file."""
@@ -312,6 +340,10 @@ class Items(common.Master):
         """Digest of which items there are: it does not change when the file is written anew."""
         columns = [self.table[name].to_pylist() for name in ("image_id", "split", "group", "image_digest")]
         return digest([digest("\n".join(map(str, column))) for column in columns])
+
+    @functools.cached_property
+    def part_digests(self) -> list[str]:
+        return [common.file_digest(part) for part in self.parts]
 
     @functools.cached_property
     def groups(self):
@@ -421,6 +453,13 @@ class Experiment:
         self.queries = choose_queries(queries, settings)
         self.rows = [query.rows[0] for query in self.queries.values()]
         self.asked = [self.file["sha256"], list(self.queries)] if self.file else [self.rows]
+        if settings.query == "text" and not self.file:
+            words = [query.words for query in self.queries.values()]
+            if words != [files[-1].value("prompt", row) for row in self.rows]:
+                raise Fail(
+                    f"{files[0].path} and {files[-1].path} hold different prompts; embed the same shards for both"
+                )
+            self.asked.append(words)
         fingerprints = sorted(model.fingerprint for model in self.models)
         self.key = digest([fingerprints, self.items.digest, *self.asked, settings.query, settings.top_k])
         self.places = {id: number for number, id in enumerate(self.queries)}
@@ -431,8 +470,7 @@ class Experiment:
         self.shared = {*random.Random(f"{settings.seed} shared").sample(list(self.queries), count)}
         models = [{"name": model.name, "fingerprint": model.fingerprint} for model in self.models]
         self.facts = {"models": models, "query": settings.query, "top_k": settings.top_k, "queries": len(self.queries)}
-        self.facts |= {"items": self.items.table.num_rows, "categories": len(self.types)}
-        self.facts |= {"file": self.file} if self.file else {}
+        self.facts |= {"items": self.items.table.num_rows} | ({"file": self.file} if self.file else {})
 
     def find_answers(self, cache: Path) -> None:
         """Set `lists`: the nearest items to each query, its own duplicates left out; computed once, kept in `cache`.
@@ -443,8 +481,14 @@ class Experiment:
 
         lists, k, groups = [], self.settings.top_k, self.items.groups
         for model in self.models:
-            files = [common.file_digest(part) for part in model.items.parts]
-            facts = [files, model.fingerprint, self.items.digest, *self.asked, k, self.settings.query]
+            facts = [
+                model.items.part_digests,
+                model.fingerprint,
+                self.items.digest,
+                *self.asked,
+                k,
+                self.settings.query,
+            ]
             target = cache / f"answers-{digest(facts)[:16]}.npy"
             if not target.is_file():
                 own = None if self.file else (groups[self.rows], groups)
@@ -496,8 +540,8 @@ Z = 1.959963984540054  # the normal distribution's quantile at 1 - ALPHA / 2
 PRIOR = 10  # a of Beta(a, a): the mixture of the e-value, fixed before any vote; bets mostly on win rates of 0.35-0.65
 TYPE_VOTES = 20  # an object type with fewer votes gets no test
 LOOKS = 200  # points of a plotted course
-# Decided votes with which the exact binomial test finds a win rate in 4 of 5 studies: the smallest number from which on
-# no larger one does worse (exact power saws up and down).
+# Queries with a decided vote with which the exact binomial test finds a win rate in 4 of 5 studies: the smallest number
+# from which on no larger one does worse (exact power saws up and down).
 NEEDED = {0.55: 820, 0.60: 210, 0.65: 97}
 
 
@@ -506,10 +550,16 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def vote_rate(hits: int, votes: int, queries: int) -> dict[str, Any]:
+def effective_queries(votes: list[dict]) -> float:
+    """How many queries with one vote each these votes are worth where judges of one query always agree (Kish 1965)."""
+    sizes = Counter(vote["query"] for vote in votes).values()
+    return ratio(sum(sizes) ** 2, sum(n * n for n in sizes)) or 0
+
+
+def vote_rate(hits: int, votes: int, queries: float) -> dict[str, Any]:
     """Share of votes with Wilson's score interval (Wilson 1927, without continuity correction); 0 to 1 without votes.
 
-    For as many votes as there are queries: judges of one query may simply agree, so together they count as one.
+    For as many votes as `effective_queries`: judges of one query may simply agree.
     """
     value, low, high = ratio(hits, votes), 0.0, 1.0
     if value is not None:
@@ -649,9 +699,9 @@ def arena_statistics(votes: list[dict[str, Any]], base: dict[str, str], challeng
         "challenger": challenger["name"],
         "base": base["name"],
         "votes": {"rows": len(votes), "counted": len(counted), "excluded": excluded, "judges": len(judges)},
-        "counts": counts | {"judges": len(group(counted, "judge"))},
-        "win_rate": vote_rate(counts["wins"], n, len(first)),
-        "tie_rate": vote_rate(counts["ties"], len(counted), len(by_query)),
+        "counts": counts,
+        "win_rate": vote_rate(counts["wins"], n, effective_queries(decided)),
+        "tie_rate": vote_rate(counts["ties"], len(counted), effective_queries(counted)),
         "net": dict(zip(("value", "low", "high"), net, strict=True)),
         "identical": {"queries": len(same), "share": ratio(len(same), len(same) + len(by_query))},
         "planned": {"p": binomial_test([*first.values()].count(1), len(first))},
@@ -661,7 +711,7 @@ def arena_statistics(votes: list[dict[str, Any]], base: dict[str, str], challeng
         "judges": judges,
         "categories": types,
         "heterogeneity": heterogeneity,
-        "needed": [{"rate": rate, "needed": votes, "missing": max(0, votes - n)} for rate, votes in NEEDED.items()],
+        "needed": [{"rate": rate, "needed": n, "missing": max(0, n - len(first))} for rate, n in NEEDED.items()],
         "results": _results_distribution([_rows(own[0], "pictures", challenger) for own in by_query.values()]),
         "attributes": _attributes(decided, challenger),
     }  # fmt: skip
@@ -689,7 +739,7 @@ def _anytime(first: list[int]) -> dict[str, Any]:
 
 
 def _position(decided: list[dict]) -> dict[str, Any]:
-    """How often row A was chosen, which is a fair coin's matter unless the top row wins because it is the top row."""
+    """How often row A was chosen: sides are drawn by a coin, so without a habit row A is chosen half the time."""
     chosen, n = sum(vote["choice"] == "A" for vote in decided), len(decided)
     rate = vote_rate(chosen, n, n)
     found = {"share_a": rate["value"], "share_a_low": rate["low"], "share_a_high": rate["high"]}
@@ -707,7 +757,8 @@ def _object_types(counted: list[dict], first: dict[str, int]) -> tuple[list[dict
     for name, own in sorted(group(counted, "category").items()):
         queries, counts = group(own, "query"), tally(own)
         decided = [first[query] for query in queries if query in first]
-        wins, rate = decided.count(1), vote_rate(counts["wins"], counts["wins"] + counts["losses"], len(decided))
+        voted = [vote for vote in own if vote["outcome"]]
+        wins, rate = decided.count(1), vote_rate(counts["wins"], len(voted), effective_queries(voted))
         row = {"category": name, "queries": len(queries), "votes": len(own), "p_holm": None} | counts
         row |= {"win_rate": rate["value"], "win_low": rate["low"], "win_high": rate["high"]}
         row |= {"first_wins": wins, "first_losses": decided.count(-1)}
@@ -754,7 +805,7 @@ def _attributes(decided: list[dict], challenger: dict[str, str]) -> list[dict]:
 def _judges(votes: list[dict]) -> list[dict]:
     """One row a judge: what they chose."""
     rows, asked = [], [vote for vote in votes if vote["reason"] in (None, "abstained")]
-    for number, (judge, own) in enumerate(sorted(group(asked, "judge").items()), start=1):
+    for number, (judge, own) in enumerate(group(asked, "judge").items(), start=1):
         chose = Counter(vote["choice"] for vote in own)
         row = {"judge": judge, "name": own[0]["judge_name"] or f"anonymous {number}", "votes": len(own) - chose["N"]}
         row |= {"ties": chose["T"], "abstained": chose["N"], "share_a": ratio(chose["A"], chose["A"] + chose["B"])}
@@ -867,8 +918,10 @@ class Arena:
         self.row = self.log.experiment(self.experiment.key, self.experiment.facts)
         self.number = self.row["id"]
         self.folder = common.images_folder(setup.images, [setup.embeddings[0]])
-        self.jpeg = functools.lru_cache(2_000)(self._jpeg)  # about 60 MB at 480 px
-        self.turns = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # votes must not wait behind pictures
+        kept = max(50, 2_000 * 480**2 // self.settings.picture_size**2)
+        self.jpeg = functools.lru_cache(kept)(self._jpeg)  # about 60 MB
+        self.seats = threading.Semaphore(PICTURE_THREADS)
+        self.turns = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # votes need a processor too
         self.placeholder = self.encode(Image.new("RGB", (1, 1), (216, 216, 213)))
         self.computed = functools.lru_cache(1)(lambda state: results(self.log, self.row))
         self.order = functools.lru_cache(256)(self._order)
@@ -963,16 +1016,22 @@ class Arena:
         return buffer.getvalue()
 
     def _jpeg(self, row: int) -> bytes:
-        """An item's photo as the browser gets it; grey where there is none."""
+        """An item's photo as the browser gets it; grey where there is none. Raises Refused where it may come later."""
+        if not self.seats.acquire(blocking=False):
+            raise Refused(503, "Busy; again in a moment.")
         try:
             path = common.resolve_image(self.folder, self.experiment.items.value("image_path", row))
             with self.turns:
                 return self.encode(load_image(path, self.settings.picture_size))
         except BadImage as error:
-            note(
-                f"missing picture: item {self.experiment.items.value('image_id', row)!r}: {error}; a grey one is shown"
-            )
+            id = self.experiment.items.value("image_id", row)
+            note(f"missing picture: item {id!r}: {error}; a grey one is shown")
             return self.placeholder
+        except OSError as error:
+            note(f"{path}: {error.strerror}; the picture is asked for again")
+            raise Refused(503, "The picture cannot be read just now; again in a moment.") from None
+        finally:
+            self.seats.release()
 
     def results(self, named: bool) -> dict[str, Any]:
         """The results of all votes so far, computed again when there is another; `named` with the judges."""
@@ -990,12 +1049,9 @@ def search(models: list[Model], clips: list, words: str = "", picture=None, k: i
         pixels = picture and torch.from_numpy(np.array(letterbox(picture, clip.size))).permute(2, 0, 1)[None]
         asked = common.encode(clip, pixels, [words] if picture is None else None).numpy()
         (scores,), (rows,) = common.top_k(asked, model.gallery, k)
-        hits = []
-        for row, score in zip(rows[rows >= 0].tolist(), scores, strict=False):
-            hits.append(
-                {"row": row, "score": score, **{n: model.items.value(n, row) for n in ("title", "object_type")}}
-            )
-        found.append((model.name, hits))
+        hits = [{"row": row, "score": score} for row, score in zip(rows[rows >= 0].tolist(), scores, strict=False)]
+        named = [hit | {n: model.items.value(n, hit["row"]) for n in ("title", "object_type")} for hit in hits]
+        found.append((model.name, named))
     return found
 
 
@@ -1020,9 +1076,11 @@ def create_app(setup: Setup):
         MAX_FORM_MEMORY_SIZE=BODY_LIMIT,
         TRUSTED_HOSTS=trusted_hosts(arena.settings),
     )
-    app.url_map.merge_slashes = False
+    app.url_map.merge_slashes = False  # it would redirect //x to an absolute path, which leaves a proxy's folder
     add_formats(app.jinja_env)
-    for add in (protect, explain_errors, add_start_pages, add_voting, add_result_pages):
+    protect(app)
+    explain_errors(app)
+    for add in (add_start_pages, add_voting, add_result_pages):
         add(app, arena)
     if arena.settings.reveal:
         add_search_page(app, arena)
@@ -1033,13 +1091,13 @@ def trusted_hosts(settings: ArenaConfig) -> list[str]:
     """Names that the Host header may carry."""
     import socket
 
-    names = {"127.0.0.1", "localhost", "[::1]", *filter(None, (settings.trusted_host or "").split(","))}
+    names = {*LOOPBACK, *(settings.trusted_host or "").split(",")}
     if settings.host not in LOOPBACK:
-        names |= {socket.gethostname(), socket.getfqdn(), settings.host} - {"0.0.0.0", "::"}
-    if settings.host in ("0.0.0.0", "::"):
+        names |= {socket.gethostname(), socket.getfqdn(), settings.host} - {"0.0.0.0"}
+    if settings.host == "0.0.0.0":
         with contextlib.suppress(OSError):  # a machine that does not know its own name
             names |= {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
-    return sorted(names)
+    return sorted({name.strip().lower() for name in names} - {""})  # as browsers write them
 
 
 def sign(app, *parts: str) -> str:
@@ -1052,7 +1110,7 @@ def same(given: str, secret: str) -> bool:
     return hmac.compare_digest(given.encode(), secret.encode())
 
 
-def protect(app, arena: Arena) -> None:
+def protect(app) -> None:
     """For every request: posts from the own pages only, and the headers."""
     from flask import request, session
 
@@ -1085,7 +1143,7 @@ def protect(app, arena: Arena) -> None:
     app.after_request(lambda response: response.headers.update(HEADERS) or response)
 
 
-def explain_errors(app, arena: Arena) -> None:
+def explain_errors(app) -> None:
     """Errors in a person's words: JSON for the voting page's script, else a page."""
     from flask import jsonify, render_template, request
     from werkzeug.exceptions import HTTPException, SecurityError
@@ -1101,15 +1159,25 @@ def explain_errors(app, arena: Arena) -> None:
         elif isinstance(error, sqlite3.Error):  # nothing was committed; the page keeps the vote and tries again
             note(f"database: {error}; requests are answered with 503 until this is mended")
             status, headers = 503, {"Retry-After": "2"}
-            message = "The vote could not be saved just now. Nothing is lost; it is tried again."
+            message = "The database cannot be read just now. Load the page again in a moment."
+            if request.method == "POST":
+                message = "The vote could not be saved just now. Nothing is lost; it is tried again."
         else:
             note(message)
-        if request.path.startswith(("/trial", "/vote", "/undo", "/picture")):
+        if request.path.split("/")[1] in ("trial", "vote", "undo", "picture"):
             return jsonify(error=message), status, headers
         return render_template("message.html", status=status, message=message), status, headers
 
     for kind in (HTTPException, Refused, Fail, sqlite3.Error):
         app.register_error_handler(kind, explain)
+
+
+def require_blind(arena: Arena) -> None:
+    """Raises Refused for a browser that `require_results_access` has let look."""
+    from flask import session
+
+    if session.get("looked") == arena.row["key"]:
+        raise Refused(403, "You have seen the results; your answers would no longer be blind.")
 
 
 def add_start_pages(app, arena: Arena) -> None:
@@ -1143,6 +1211,7 @@ def add_start_pages(app, arena: Arena) -> None:
     def start():
         if needs_token() and not same(request.form.get("token", "").strip(), arena.keys["judge_token"]):
             raise Refused(403, "That is not the judges' token. Ask for the link with the token in it.")
+        require_blind(arena)
         log.start(number, session["judge"], " ".join(request.form.get("name", "").split())[:60])
         session.modified = True  # the cookie's 90 days begin anew
         return redirect("./", 303)
@@ -1179,7 +1248,8 @@ def add_voting(app, arena: Arena) -> None:
             body = None
         if not isinstance(body, dict) or not all(isinstance(body.get(name), str | None) for name in names):
             raise Refused(400, "A JSON object is expected.")
-        return [body.get(name) for name in names]
+        # JSON may hold halves of surrogate pairs, which no database takes.
+        return [body.get(name) and body[name].encode(errors="replace").decode() for name in names]
 
     @app.post("/trial")
     def trial():
@@ -1192,6 +1262,7 @@ def add_voting(app, arena: Arena) -> None:
 
     @app.post("/vote")
     def vote():
+        require_blind(arena)
         return log.vote(number, judge(), *read_fields("trial", "choice"))
 
     @app.post("/undo")
@@ -1210,6 +1281,7 @@ def require_results_access(app, arena: Arena) -> bool:
         raise Refused(403, "Results are for the admin: open the link that the server printed when it started.")
     if arena.log.session(arena.number, session.get("judge")):
         raise Refused(403, "Results would color your next answers. Quit first; then you may look.")
+    session["looked"], session.permanent = arena.row["key"], True
     return False
 
 
@@ -1292,6 +1364,9 @@ def serve(setup: Setup) -> int:
     import waitress
 
     settings = setup.settings
+    if ":" in settings.host:
+        raise Fail(f"--host {settings.host}: IPv6 addresses are not served; give an IPv4 address or a name", USAGE)
+    common.images_folder(setup.images, [])  # before anything is written
     with common.exclusive(f"{setup.database}.lock") as free:
         if not free:
             raise Fail(f"{setup.database}: another arena serves it; stop that one, or give another --database")
@@ -1305,8 +1380,8 @@ def serve(setup: Setup) -> int:
             )  # fmt: skip
         except OSError as error:
             raise Fail(f"{settings.host}:{settings.port}: {error.strerror}; choose another --host or --port") from None
-        name = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
-        home = f"http://{f'[{name}]' if ':' in name else name}:{getattr(server, 'effective_port', settings.port)}/"
+        name = socket.gethostname() if settings.host == "0.0.0.0" else settings.host
+        home = f"http://{name}:{getattr(server, 'effective_port', settings.port)}/"
         app.jinja_env.get_template("arena.html")  # compiling it, and Pillow's first picture, take long
         arena.jpeg(arena.experiment.rows[0])
         local, token = settings.host in LOOPBACK and not settings.trusted_host, quote(arena.keys["judge_token"])
@@ -1316,21 +1391,22 @@ def serve(setup: Setup) -> int:
         print(f"Results at   {home}results?token={quote(arena.keys['admin_token'])}")
         print(f"Judges who come through a proxy need ?token={token}", flush=True)
         server.run()  # returns on Ctrl-C and SIGTERM
-        note(f"stopped; {arena.log.decided(arena.number)} decided votes so far")
+        note(f"stopped; {arena.log.decided(arena.number)} queries decided so far")
     return DONE
 
 
 def print_log(args: argparse.Namespace, settings: ArenaConfig) -> str:
     """What `stats` or `votes` says of the experiment of these embeddings and settings; of all without embeddings."""
     log = Log(args.database, create=False)
+    key = Experiment(args.embeddings, settings).key if args.embeddings else None
     try:
         experiments = log.experiments()
-        if args.embeddings:
-            key = Experiment(args.embeddings, settings).key
+        if key:
             experiments = [experiment for experiment in experiments if experiment["key"] == key]
         if not experiments:
-            none = "no votes on these embeddings with this --query and --top-k; leave out --embeddings"
-            raise Fail(f"{log.path}: {none if args.embeddings else 'holds no experiment yet; vote first'}")
+            none = "no votes on these embeddings with this --query, --queries, --top-k, --limit and --seed; "
+            none += "give those of `serve`, or leave out --embeddings"
+            raise Fail(f"{log.path}: {none if key else 'holds no experiment yet; vote first'}")
         if args.command == "votes":
             return export(log, experiments, args.format or "csv")
         for experiment in [one for one in experiments if len(one["facts"]["models"]) > 2]:

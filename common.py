@@ -863,7 +863,7 @@ def load_image(source: Path | bytes, side: int | None = None):
     """Decode one picture: upright, on white, sRGB, as a Pillow image of mode RGB.
 
     With `side`, a large JPEG is decoded at 1/2, 1/4 or 1/8 (never to less than `side` pixels on its shorter side).
-    Raises BadImage; never decodes more than MAX_PIXELS.
+    Raises BadImage, and OSError where the system could not read; never decodes more than MAX_PIXELS.
     """
     from PIL import Image, ImageOps
 
@@ -889,7 +889,11 @@ def load_image(source: Path | bytes, side: int | None = None):
         raise BadImage("empty file" if empty else "not an image") from None
     except FileNotFoundError:
         raise BadImage("missing file", str(source)) from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise BadImage("unreadable file", error.strerror) from None
     except Exception as error:  # Pillow's decoders raise many kinds on broken bytes
+        if getattr(error, "errno", None):  # the system's fault, not the picture's: the next time it may be read
+            raise
         reason = "truncated image" if "truncated" in str(error).lower() else "broken image"
         raise BadImage(reason, str(error)[:200]) from None
 

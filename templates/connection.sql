@@ -1,8 +1,6 @@
 -- For every connection to the arena's log. Views are temporary: a database that is only read stays as it is.
 
-PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;                     -- a commit is on the disk
-PRAGMA busy_timeout = 10000;
 PRAGMA foreign_keys = ON;
 PRAGMA temp_store = MEMORY;
 
@@ -11,12 +9,9 @@ CREATE TEMP VIEW judged AS                     -- trials with their standing vot
   FROM trials t LEFT JOIN votes v ON v.trial = t.id AND NOT EXISTS (SELECT 1 FROM revocations r WHERE r.vote = v.id)
   WHERE NOT EXISTS (SELECT 1 FROM trials n WHERE n.reissue_of = t.id);
 
-CREATE TEMP VIEW open_sessions AS
-  SELECT * FROM sessions WHERE ended IS NULL;
-
 CREATE TEMP VIEW decided AS                    -- standing votes for either row
-  SELECT v.id, s.experiment
-  FROM sessions s JOIN votes v ON v.session = s.id
+  SELECT v.id, s.experiment, t.query
+  FROM sessions s JOIN votes v ON v.session = s.id JOIN trials t ON t.id = v.trial
   WHERE v.choice IN ('A', 'B') AND NOT EXISTS (SELECT 1 FROM revocations r WHERE r.vote = v.id);
 
 CREATE TEMP VIEW all_votes AS                  -- every vote ever cast; first the trials that were passed over

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
+import gc
 import html
 import http.client
 import io
@@ -13,10 +15,12 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -183,6 +187,22 @@ def test_undo_ends_with_the_session_and_quitting_thanks_with_the_own_count(app):
     judge.client.post("/start", headers=judge.headers)
     assert judge.trial()["undo"] is None and judge.trial()["trial"] == waiting
     assert judge.post("/undo", trial=token).status_code == 409
+
+
+def test_what_the_question_is_short_of_counts_queries_not_judges(app, place):
+    judges = [Judge(app) for _ in range(3)]
+    first = shown(place.log, judges[0].trial()["trial"])["query"]
+    for judge in judges:  # the same query for all three
+        token = judge.trial()["trial"]
+        if shown(place.log, token)["query"] != first:
+            token = exchanged(place, shown_for(place, first), judge.id)
+        judge.vote("A", token)
+    assert judges[0].trial()["decided"] == place.log.decided(place.number) == 1
+
+
+def shown_for(place, query: str) -> str:
+    """The token of the first trial of a query."""
+    return place.log.one("SELECT token FROM trials WHERE query = ? ORDER BY id", query)[0]
 
 
 def test_the_log_refuses_changes(app, place):
@@ -353,6 +373,23 @@ def test_text_queries_show_the_prompt_and_search_with_its_vector(catalogue, tmp_
     assert "Searched for" in judge.get("/").text
     assert judge.get(f"/picture/{trial['trial']}/0").status_code == 404  # the words' own item is not shown
     assert judge.get(f"/picture/{trial['trial']}/1").status_code == 200
+
+
+def test_other_prompts_of_the_same_items_are_another_experiment_by_words_only(catalogue, tmp_path):
+    master = catalogue[0]
+    other = write_master(tmp_path / "o.parquet", read_vectors(master), prompt=[f"words {i}" for i in range(160)])
+    keys = {
+        (path, query): arena.Experiment([path], arena.ArenaConfig(query=query)).key
+        for path in (master, other) for query in ("image", "text")
+    }  # fmt: skip
+    assert keys[master, "image"] == keys[other, "image"] and keys[master, "text"] != keys[other, "text"]
+    facts = {"finetuned_fingerprint": "9" * 64}
+    third = write_master(
+        tmp_path / "t.parquet", read_vectors(master), facts=facts, prompt=[f"words {i}" for i in range(160)]
+    )
+    assert arena.Experiment([master, third], arena.ArenaConfig())
+    with pytest.raises(common.Fail, match="different prompts"):
+        arena.Experiment([master, third], arena.ArenaConfig(query="text"))
 
 
 def test_two_files_compare_their_fine_tuned_models(tmp_path, capsys):
@@ -575,6 +612,50 @@ def test_missing_pictures_look_the_same_everywhere_and_are_named_in_the_log(tmp_
     assert lengths[False] == lengths[True] and len(lengths[True]) == 1
 
 
+def test_pictures_leave_votes_some_threads(app, place, monkeypatch):
+    judge, seats = Judge(app), arena.THREADS - 8
+    token, rows = judge.trial()["trial"], iter(range(seats))
+    full, free, resolve = threading.Barrier(seats + 1), threading.Event(), common.resolve_image
+
+    def slow(*where):
+        if next(rows, None) is not None:  # as a disk that is slow for so many
+            full.wait(30)
+            free.wait(30)
+        return resolve(*where)
+
+    monkeypatch.setattr(common, "resolve_image", slow)
+    with ThreadPoolExecutor(seats) as pool:
+        loading = [pool.submit(place.jpeg, row) for row in range(seats)]
+        full.wait(30)
+        query = place.experiment.items.row[shown(place.log, token)["query"]]
+        place.jpeg.cache_clear()
+        busy = judge.get(f"/picture/{token}/{0 if query >= seats else 1}")
+        free.set()
+        assert busy.status_code == 503 and "Busy" in busy.json["error"]
+        assert all(one.result() != place.placeholder for one in loading)
+    assert judge.get(f"/picture/{token}/0").status_code == judge.get(f"/picture/{token}/1").status_code == 200
+    assert judge.vote("A", token)["number"] == 1
+
+
+def test_a_picture_that_the_disk_did_not_give_is_asked_for_again(app, place, monkeypatch):
+    judge, whole = Judge(app), Image.open
+    token = judge.trial()["trial"]
+    for number in (errno.EIO, errno.EMFILE):
+        monkeypatch.setattr(Image, "open", lambda *_, n=number, **__: (_ for _ in ()).throw(OSError(n, os.strerror(n))))
+        answer = judge.get(f"/picture/{token}/0")
+        assert answer.status_code == 503 and "error" in answer.json
+    monkeypatch.setattr(Image, "open", whole)
+    answer = judge.get(f"/picture/{token}/0")
+    assert answer.status_code == 200 and answer.data != place.placeholder
+
+
+def test_pictures_kept_are_bounded_by_their_size(catalogue, tmp_path):
+    sizes = {480: 2000, 960: 500, 4096: 50}
+    for size, count in sizes.items():
+        place = arena.Arena(world.setup(*catalogue, tmp_path / "a.sqlite", picture_size=size))
+        assert place.jpeg.cache_info().maxsize == count
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Strangers
 
@@ -603,6 +684,25 @@ def test_a_wrong_host_is_refused(app):
             assert "evil" not in response.text
     for host in ("127.0.0.1:8000", "localhost:8000", "localhost"):
         assert app.test_client().get("/", headers={"Host": host}).status_code == 200
+
+
+def test_names_are_known_in_any_case_and_with_blanks_between(monkeypatch):
+    import socket
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "Front-Desk")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "Front-Desk.Shop.example")
+    settings = arena.ArenaConfig(host="Desk.example", trusted_host=" Shop.Example , vote.example,, ")
+    names = {"front-desk", "front-desk.shop.example", "desk.example", "shop.example", "vote.example"}
+    assert set(arena.trusted_hosts(settings)) == names | {"127.0.0.1", "localhost"}
+
+
+def test_ipv6_is_refused_with_one_line(catalogue, tmp_path, capsys):
+    flags = ["--embeddings", str(catalogue[0]), "--images", str(catalogue[1])]
+    for host in ("::1", "::", "fe80::1"):
+        assert arena.main(["serve", *flags, "--database", str(tmp_path / "a.sqlite"), "--host", host]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "IPv6" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_forged_old_and_other_judges_tokens_are_refused(app):
@@ -645,6 +745,26 @@ def test_wrong_bodies_methods_and_sizes_are_refused(app, place):
     for path in ("../5_arena.py", "%2e%2e/base.html", "..%2f..%2f.env", "/etc/passwd", "..\\base.html"):
         assert judge.get(f"/static/{path}").status_code == 404
     assert not place.log.votes(place.number)
+
+
+def test_text_that_is_no_unicode_is_another_trial(app):
+    judge = Judge(app)
+    judge.trial()
+    for path, status in (("/vote", 404), ("/undo", 404), ("/trial", 409)):
+        body = '{"trial": "\\ud800", "after": "\\ud800", "choice": "A"}'
+        answer = judge.client.post(path, data=body, content_type="application/json", headers=judge.headers)
+        assert answer.status_code == status and "error" in answer.json
+
+
+def test_errors_are_json_for_the_script_and_pages_for_people(app, monkeypatch, place):
+    client = app.test_client()
+    assert client.post("/vote", json={}).is_json and client.get("/picture/0/0").is_json
+    for path in ("/votes.csv", "/vote-for-us", "/trials", "/picture.png"):
+        assert client.get(path).mimetype == "text/html", path
+    client.get("/")
+    monkeypatch.setattr(place.log, "one", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error")))
+    page = client.get("/")
+    assert page.status_code == 503 and "vote" not in re.sub("<[^>]*>", "", page.text).lower().replace("voting", "")
 
 
 def test_every_page_has_the_headers(app):
@@ -744,6 +864,28 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     assert "Zoe" in admin.get("/results").text and "Zoe" in admin.get("/votes.csv").text
 
 
+@pytest.mark.parametrize("path", ["/results", "/results.json", "/search"])
+def test_who_has_looked_at_the_results_votes_no_more(catalogue, tmp_path, path):
+    app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
+    judge = Judge(app)
+    judge.vote("A")
+    token = judge.trial()["trial"]
+    cookie = judge.client.get_cookie("judge", domain="127.0.0.1").value
+    judge.client.post("/quit", headers=judge.headers)
+    assert judge.get(path).status_code == 200
+    refused = judge.client.post("/start", headers=judge.headers)
+    assert refused.status_code == 403 and "no longer be blind" in refused.text
+    other = app.test_client()  # the cookie from before, as in another browser
+    other.set_cookie("judge", cookie, domain="127.0.0.1")
+    assert other.post("/start", headers=judge.headers).status_code == 303
+    answer = judge.post("/vote", trial=token, choice="A")
+    assert answer.status_code == 403 and "no longer be blind" in answer.json["error"]
+    nobody = app.test_client()
+    nobody.get(path, headers={"Host": judge.host})  # looks first, and starts then
+    headers = {"Host": judge.host, "X-CSRF-Token": csrf_of(nobody.get("/", headers={"Host": judge.host}).text)}
+    assert nobody.post("/start", headers=headers).status_code == 403
+
+
 def test_another_host_asks_for_the_judges_token(catalogue, tmp_path, monkeypatch):
     app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", host="10.1.2.3", trusted_host="shop.example"))
     for token in ("", "wrong", KEYS["admin_token"], "é"):
@@ -761,6 +903,13 @@ def test_another_host_asks_for_the_judges_token(catalogue, tmp_path, monkeypatch
     assert arena.read_keys(tmp_path / "k.sqlite") == keys
     file = tmp_path / "k.sqlite.keys.json"
     assert file.stat().st_mode & 0o077 == 0 and "environment" not in file.read_text()
+
+
+def test_blanks_around_a_token_of_the_environment_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARENA_JUDGE_TOKEN", " for-judges \n")
+    monkeypatch.setenv("ARENA_ADMIN_TOKEN", "  ")
+    keys = arena.read_keys(tmp_path / "k.sqlite")
+    assert keys["judge_token"] == "for-judges" and len(keys["admin_token"]) >= 24
 
 
 @pytest.mark.parametrize("header", "X-Forwarded-For X-Forwarded-Proto X-Real-IP Forwarded Via HTTP/1.0".split())
@@ -1079,6 +1228,80 @@ def test_a_log_that_lacks_a_column_gets_one_line(tmp_path, capsys):
         assert arena.main([command, "--database", str(database)]) == 1
         printed = capsys.readouterr().err
         assert printed.count("\n") == 1 and "damaged, or not written by this program" in printed
+
+
+def test_stats_and_votes_leave_the_database_as_it_is(app, place, tmp_path, capsys):
+    Judge(app, "Ada").vote("A")
+    copy = tmp_path / "copy.sqlite"
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        place.log.connection.backup(db)
+        db.execute("PRAGMA journal_mode = DELETE")
+    before = copy.read_bytes()
+    for command in ("stats", "votes"):
+        assert arena.main([command, "--database", str(copy)]) == 0
+        assert "Ada" in capsys.readouterr().out or command == "stats"
+        assert copy.read_bytes() == before and not list(tmp_path.glob("copy.sqlite-*"))
+
+
+@contextlib.contextmanager
+def read_only(folder: Path):
+    """As somebody who may read the folder's files and write nothing."""
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_database_that_may_only_be_read_is_read(catalogue, capsys):
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        app = arena.create_app(world.setup(*catalogue, folder / "a.sqlite"))
+        Judge(app, "Ada").vote("A")
+        shutil.rmtree(folder / "a.sqlite.cache")
+        arena.main(["votes", "--database", str(folder / "a.sqlite")])
+        expected, log = capsys.readouterr().out, app.extensions["arena"].log
+        with read_only(folder):  # a server is at work: its -wal holds the vote
+            assert arena.main(["votes", "--database", str(folder / "a.sqlite")]) == 0
+            assert capsys.readouterr().out == expected and "Ada" in expected
+        wal = folder / "a.sqlite-wal"
+        gc.collect()  # the connections of `votes`
+        log.connection.close()
+        assert not wal.exists()
+        with read_only(folder):
+            assert arena.main(["votes", "--database", str(folder / "a.sqlite")]) == 0
+            assert capsys.readouterr().out == expected
+        assert [*map(str, folder.glob("a.sqlite-*"))] == []
+        wal.write_bytes(b"x" * 5000)  # with votes that nobody may bring in here
+        with read_only(folder):
+            assert arena.main(["votes", "--database", str(folder / "a.sqlite")]) == 1
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and "copy it" in said
+
+
+def test_what_a_wrong_start_names_it_checks_before_it_writes(catalogue, tmp_path, capsys):
+    flags = ["--database", str(tmp_path / "new" / "a.sqlite"), "--embeddings", str(catalogue[0])]
+    assert arena.main(["serve", *flags, "--images", str(tmp_path / "nowhere")]) == 2
+    assert "no such images folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_stats_names_every_flag_that_makes_an_experiment_and_the_file_that_is_wrong(catalogue, app, tmp_path, capsys):
+    flags = ["stats", "--database", str(tmp_path / "a.sqlite"), "--embeddings"]
+    assert arena.main([*flags, str(catalogue[0]), "--limit", "7"]) == 1
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in ("--query", "--queries", "--top-k", "--limit", "--seed"))
+    for name in ("group", "image_id"):
+        column = {name: [None, *(f"id-{i}" for i in range(1, 160))]}
+        master = write_master(tmp_path / "null.parquet", read_vectors(catalogue[0]), **column)
+        assert arena.main([*flags, str(master)]) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "null.parquet" in said and name in said and "a.sqlite" not in said
 
 
 def test_a_locked_database_answers_503(app, place, tmp_path, monkeypatch):
@@ -1701,6 +1924,24 @@ def test_judges_who_always_agree_are_worth_one():
     )
 
 
+def test_votes_of_several_judges_on_a_query_do_not_make_up_for_queries():
+    copies = [vote | {"judge": judge} for vote in a_log(40, 30) for judge in "xyz"]
+    assert [row["missing"] for row in found_in(copies)["needed"]] == [750, 140, 27]
+
+
+def test_intervals_cover_where_some_queries_have_three_judges_who_agree():
+    rng, covered = np.random.default_rng(31), 0
+    for _ in range(1500):
+        wins = rng.random(100) < 0.6
+        log = [a_vote(n, "AB"[not wins[n]], f"q{n}", judge) for n in range(100) for judge in ("a" if n % 5 else "abc")]
+        arena.mark_votes(log, "b", "t")
+        rate = arena.vote_rate(arena.tally(log)["wins"], len(log), arena.effective_queries(log))
+        covered += rate["low"] <= 0.6 <= rate["high"]
+    assert 0.935 <= covered / 1500 <= 0.965  # 0.91 with the number of queries in place of the effective one
+    assert arena.effective_queries([]) == 0 and arena.effective_queries(a_log(7, 5)) == 12
+    assert found_in(log)["win_rate"]["low"] == rate["low"]
+
+
 def test_the_e_value_takes_each_querys_first_decided_vote():
     log = [a_vote(0, "T", query="q"), a_vote(1, "A", query="q", judge="bob"), a_vote(2, "B", query="q", judge="cid")]
     found = found_in(log)
@@ -1760,6 +2001,13 @@ def test_what_the_rows_held():
     other["facts"] |= {"left_pictures": [*"ab"], "right_pictures": [*"ba"]}
     assert found_in([other])["results"]["same_set"] == 1
     assert found_in([])["results"]["overlap"] == {"0": 0} and found_in([])["attributes"] == []
+
+
+def test_judges_without_a_name_are_numbered_by_their_first_vote():
+    votes = [a_vote(n, "A", judge=judge, judge_name="") for n, judge in enumerate("zaza")]
+    assert [(row["judge"], row["name"]) for row in found_in(votes)["judges"]] == [
+        ("z", "anonymous 1"), ("a", "anonymous 2"),
+    ]  # fmt: skip
 
 
 def test_courses_for_the_plots():

@@ -350,6 +350,20 @@ def test_a_vote_is_kept_until_it_is_acknowledged(browser, served):
     assert served.choices() == ["A"] and "saved" in browser.status()
 
 
+def test_a_kept_vote_that_the_server_refuses_is_not_called_saved(browser, served):
+    token = browser.start()
+    browser.ready()
+    for kept, error in ((token, "already, with another choice"), ("0" * 32, "no such trial")):
+        judge = served.place.log.one("SELECT id FROM judges")[0]
+        if kept == token:
+            served.place.log.vote(served.place.number, judge, token, "B")
+        browser.run("localStorage.setItem('pending', JSON.stringify({trial: arguments[0], choice: 'A'}))", kept)
+        browser.driver.refresh()
+        browser.ready()
+        assert error in browser.status() and "saved" not in browser.status()
+    assert served.choices() == ["B"]
+
+
 @pytest.mark.parametrize("width", [320, 375])
 def test_on_a_phone_rows_are_two_by_two_and_voting_opens_when_both_were_seen(browser, served, width):
     browser.look(width, 640)

@@ -81,9 +81,9 @@ async function post(path, body) {
   }
 }
 
-/** A decoded picture; null when three tries fail. */
+/** A decoded picture; null when six tries fail. */
 async function picture(token, place, alt) {
-  for (let attempt = 0; attempt < 3; attempt++) {
+  for (let attempt = 0; attempt < 6; attempt++) {
     const image = new Image(SIZE, SIZE);
     image.alt = alt;
     image.draggable = false;
@@ -92,7 +92,7 @@ async function picture(token, place, alt) {
       await image.decode();
       return image;
     } catch {
-      await new Promise((resolve) => setTimeout(resolve, 300 * 2 ** attempt));
+      await new Promise((resolve) => setTimeout(resolve, Math.min(2000, 300 * 2 ** attempt)));
     }
   }
   return null;
@@ -224,7 +224,7 @@ async function vote(choice) {
   if (status !== 200) return proceed(null, `${data.error} `);
   const coming = await ahead;
   const fresh = coming && { ...coming, undo: data.trial, votes: data.number };
-  if (fresh && (choice === "A" || choice === "B")) fresh.decided += 1;
+  if (fresh && (choice === "A" || choice === "B")) fresh.decided += 1; // the server counts anew, each query once
   return proceed(fresh, `Saved: ${WORDS[choice]}. `);
 }
 
@@ -238,8 +238,7 @@ async function undo() {
 }
 
 function quit() {
-  if (stored("pending")) say("Your last answer is being saved; quit in a moment.");
-  else $("quit").requestSubmit();
+  $("quit").requestSubmit();
 }
 
 function help() {
@@ -262,16 +261,14 @@ document.addEventListener("keydown", (event) => {
 });
 
 for (const button of document.querySelectorAll("[data-choice]")) {
-  button.addEventListener("click", () => {
-    if (unseen.size || button.getAttribute("aria-disabled") === "false") vote(button.dataset.choice);
-  });
+  button.addEventListener("click", () => vote(button.dataset.choice));
 }
 $("undo").addEventListener("click", undo);
 $("help").addEventListener("click", help);
 $("quit").addEventListener("submit", (event) => {
   if (stored("pending")) {
     event.preventDefault();
-    quit();
+    say("Your last answer is being saved; quit in a moment.");
   }
 });
 $("use-keys").checked = stored("keys") !== false;
@@ -283,5 +280,5 @@ document.body.classList.toggle("no-keys", !$("use-keys").checked);
 window.addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 const kept = stored("pending");
-if (kept) await send(kept);
-await proceed(null, kept ? "Your last answer is saved. " : "");
+const answer = kept && (await send(kept));
+await proceed(null, answer ? (answer.status === 200 ? "Your last answer is saved. " : `${answer.data.error} `) : "");
