@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -740,17 +741,17 @@ def create_mini_train(records: list[dict], output: str) -> list[dict]:
 
 
 def remove_stale(output: str, splits: dict[str, dict]) -> None:
-    """Remove shards and records of an older, larger catalogue, and what killed runs left."""
+    """Remove shards and records of an older, larger catalogue, and what killed runs left; no file of another name."""
     for split, content in splits.items():
         folder = join(output, split)
         wanted = {Path(shard["name"]).stem for shard in content["shards"]}
         for name, _ in common.list_files(folder):
-            if Path(name).stem not in wanted:
+            if re.fullmatch(r"shard-\d{6}\.(tar|json)", name) and Path(name).stem not in wanted:
                 common.remove(join(folder, name))
         if is_s3(output):
             abort_uploads(folder)
         else:
-            for left in Path(folder).glob(".*.tmp"):
+            for left in Path(folder).glob(".shard-*.tmp"):
                 left.unlink()
 
 

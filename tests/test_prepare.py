@@ -508,6 +508,20 @@ def test_a_change_rebuilds_only_what_it_touches(tmp_path, monkeypatch):
         assert content(output) == content(tmp_path / f"new{flags[1]}"), flags
 
 
+def test_files_of_other_people_stay(shop, tmp_path):
+    folder, _, finished = shop
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    own = [f"{split}/{name}" for split in (*common.SPLITS, "mini_train")
+           for name in ("photo-list.csv", "shard.pt", "notes/shard-000009.tar", ".notes.tmp")]  # fmt: skip
+    old = ["train/shard-000009.tar", "train/shard-000009.json", "test/.shard-000000.tar.tmp"]
+    for name in (*own, *old):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("x")
+    assert run(folder / "cleaned.csv", output) == common.DONE
+    assert [name for name in (*own, *old) if (output / name).exists()] == own
+
+
 def test_no_manifest_speaks_of_a_folder_that_is_being_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_SAMPLES", 10)
     path, output = write_catalogue(tmp_path, make_shop(tmp_path, 50)), tmp_path / "out"
