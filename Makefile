@@ -121,18 +121,15 @@ $(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
 	$(PYTHON) 2_prepare.py --output $(SHARDS) $(prepare_flags)
 	@touch $(if $(filter %.uploaded,$@),,-c) $@
 
-# $(call train,shards,scenario,what it was trained on). A checkpoint that is older than its settings or than its shards
-# belongs to another run: it is not gone on with.
+# $(call train,shards,scenario). Whether a checkpoint is gone on with, stage 3 knows: file times do not.
 define train
 	@$(if $(filter $(SMALL),$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
-	@old=$(@D)/checkpoint.pt; resume=--resume; \
-	if [ -e $$old ] && { [ ! $$old -nt $(SETTINGS)/train ] || [ -n "$$(find $(3) -newer $$old -print -quit)" ]; }; then resume=--no-resume; fi; \
-	set -x; $(PYTHON) 3_train.py --shards $(1) --scenario $(2) $(judged) --output $(@D) --epochs $(EPOCHS) --seed $(SEED) \
-	  $$resume $(TRAIN_FLAGS)
+	$(PYTHON) 3_train.py --shards $(1) --scenario $(2) $(judged) --output $(@D) --epochs $(EPOCHS) --seed $(SEED) \
+	  --restart $(TRAIN_FLAGS)
 	@touch -c $@
 endef
 $(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
-	$(call train,$(SHARDS),$*,$(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation))
+	$(call train,$(SHARDS),$*)
 
 $(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(QUERIES) $(SETTINGS)/embed | $(VENV)
 	$(PYTHON) 4_embed.py --shards $(SHARDS) $(judged) --finetuned $(RUNS)/$(SCENARIO)/model $(asked) --output $@ $(EMBED_FLAGS)
@@ -157,7 +154,7 @@ $(PARTS:%=$(FOLD)/%/shards/manifest.json): $(FOLD)/%/shards/manifest.json: $(CLE
 	$(PYTHON) 2_prepare.py --output $(@D) --fold $*/$(FOLDS) $(prepare_flags)
 	@touch -c $@
 $(PARTS:%=$(FOLD)/%/$(SCENARIO)/train.json): $(FOLD)/%/$(SCENARIO)/train.json: $(FOLD)/%/shards/manifest.json $(SETTINGS)/train | $(VENV)
-	$(call train,$(FOLD)/$*/shards,$(SCENARIO),$(FOLD)/$*/shards/train $(FOLD)/$*/shards/validation)
+	$(call train,$(FOLD)/$*/shards,$(SCENARIO))
 REPORTS := $(PARTS:%=$(FOLD)/%/report-$(SCENARIO)/report.json)
 $(REPORTS): $(FOLD)/%/report-$(SCENARIO)/report.json: $(FOLD)/%/$(SCENARIO)/train.json | $(VENV)
 	$(PYTHON) 4_embed.py report --shards $(FOLD)/$*/shards $(judged) --run $(FOLD)/$*/$(SCENARIO) --output $(@D)
