@@ -44,6 +44,10 @@ SYSTEM_ERRORS = {
     errno.EROFS: "the file system is read-only; choose another place",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
     errno.EISDIR: "a folder stands where a file is needed; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (ulimit -n) or lower --workers, and run again"),
+    errno.EIO: "check the disk and its cable or network, then run the same command again",
+    errno.ESTALE: "mount the network disk anew and run the same command again",
 }
 
 
@@ -75,9 +79,10 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
             message, code = " ".join(str(error).split()), error.code
         except KeyboardInterrupt:
             message, code = "interrupted; run the same command again to go on", INTERRUPTED
-        except BrokenPipeError:  # `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return DONE
+        except BrokenPipeError:  # `... | head`: the work was cut off, with nobody left to tell
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            return INTERRUPTED
         except Exception as error:
             message, code = _system_error(error), FAILED
             if message is None:
@@ -391,6 +396,8 @@ def s3_call(path: str, act: Callable[..., Any], transfer: bool = False) -> Any:
         except (failures.ParamValidationError, failures.NoRegionError, failures.ProfileNotFound, ValueError) as error:
             raise Fail(f"{path}: {' '.join(str(error).split())[:200]}; check the AWS_ variables") from None
         except (failures.BotoCoreError, transfers.Boto3Error, ResponseParserError, OSError, KeyError) as error:
+            if getattr(error, "errno", None) in SYSTEM_ERRORS:  # of this machine's disk
+                raise
             cause = f"{type(error).__name__}: {error}"  # KeyError: headers that were cut lack a field
             if os.getpid() not in _s3_answered:
                 break

@@ -93,6 +93,10 @@ def test_a_number_out_of_its_bounds_is_wrong_use(script, config, flag, said):
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "/data/x: No space left on device; free some"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "/data/x: Permission denied; check"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), 1, "/x: File name too long; choose a shorter name"),
+        (OSError(errno.EMFILE, "Too many open files", "/x"), 1, "/x: Too many open files; raise the limit (ulimit -n)"),
+        (OSError(errno.EIO, "Input/output error", "/x"), 1, "/x: Input/output error; check the disk"),
+        (OSError(errno.ESTALE, "Stale file handle", "/x"), 1, "/x: Stale file handle; mount"),
     ],
 )
 def test_expected_errors_are_one_line_and_a_code(raised, code, said, capsys):
@@ -122,6 +126,18 @@ def test_sigterm_is_an_interruption():
     assert child.stdout.readline() == b"up\n"
     child.send_signal(signal.SIGTERM)
     assert child.wait(10) == common.INTERRUPTED
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_work_that_a_closed_pipe_cut_off_is_not_done(stream):
+    code = "import common, sys\n@common.entry_point\ndef main(argv=None):\n" \
+           f" for i in range(99_999):\n  print(i, file=sys.{stream})\n return 0\nsys.exit(main())"  # fmt: skip
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: write}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **streams)
+    os.close(write)
+    assert ended.returncode == common.INTERRUPTED and not ended.stdout and not ended.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -547,6 +563,19 @@ def test_a_dead_endpoint_is_named_within_seconds(monkeypatch, s3):
     with pytest.raises(common.Fail, match="names no bucket"):
         common.list_files("s3://")
     assert time.monotonic() - start < 10
+
+
+def test_a_full_local_disk_is_no_unreachable_s3(s3, tmp_path, monkeypatch):
+    common.upload_atomic(b"hello", "s3://shop/full")
+    opened = []
+
+    def full():
+        opened.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as failure:
+        common.download("s3://shop/full", full)
+    assert failure.value.errno == errno.ENOSPC and len(opened) == 1
 
 
 def test_missing_and_forbidden_fail_at_once_with_url_and_cause(s3, monkeypatch):
