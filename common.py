@@ -627,7 +627,10 @@ def images_folder(images: str | None, inputs: list[str]) -> Path:
     folder = Path(images) if images else Path(inputs[0]).parent
     if not folder.is_dir():
         raise Fail(f"{folder}: no such images folder; set --images to the folder that image_path is relative to", USAGE)
-    return folder.resolve()
+    folder = folder.resolve()
+    if re.search("[\ud800-\udfff]", str(folder)):  # as Python reads what is not UTF-8
+        raise Fail(f"{str(folder)!a}: this images folder's name is not UTF-8; rename the folder", USAGE)
+    return folder
 
 
 MADE_UP = "made up"  # in the column source: nobody typed it
@@ -957,7 +960,7 @@ def photo_pool(work: Callable[[list], list], blocks: Iterable[list], workers: in
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, MemoryError):
         raise Fail("a process that read photos died; if memory ran out, lower --workers and run again") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -67,7 +67,8 @@ def test_flags_come_from_the_dataclass_and_fill_it():
 @pytest.mark.parametrize(
     "script, config, flag, said",
     [
-        ("2_prepare", "PrepConfig", "--image-size=0", "--image-size 0: must be from 1 to 4096"),
+        ("2_prepare", "PrepConfig", "--image-size=0", "--image-size 0: must be from 8 to 4096"),
+        ("2_prepare", "PrepConfig", "--workers=0", "--workers 0: must be from 1 to 1000"),
         ("2_prepare", "PrepConfig", "--max-failed=nan", "--max-failed nan: must be from 0 to 1"),
         ("3_train", "TrainingConfig", "--epochs=-5", "--epochs -5: must be at least 1"),
         ("5_arena", "ArenaConfig", "--port=70000", "--port 70000: must be from 0 to 65535"),
@@ -270,6 +271,9 @@ def test_a_missing_csv_or_folder_is_wrong_use(tmp_path):
     assert failure.value.code == common.USAGE
     with pytest.raises(common.Fail, match="no such images folder"):
         common.images_folder(str(tmp_path / "none"), [])
+    (tmp_path / "M\udcf6bel").mkdir()  # in Windows-1252
+    with pytest.raises(common.Fail, match=r"M.*udcf6bel': this images folder's name is not UTF-8; rename the folder"):
+        common.images_folder(None, [str(tmp_path / "M\udcf6bel/catalogue.csv")])
 
 
 # Images: which file a row names --------------------------------------------------------------------------------------
@@ -422,6 +426,8 @@ def test_the_pool_gives_everything_in_order_and_names_a_death():
         assert list(common.photo_pool(sorted, iter(blocks), workers)) == list(range(100))
     with pytest.raises(common.Fail, match="lower --workers"):
         list(common.photo_pool(os._exit, [137], 2))
+    with pytest.raises(common.Fail, match="if memory ran out, lower --workers"):
+        list(common.photo_pool(bytearray, [1 << 62], 2))
 
 
 def test_the_pools_processes_end_with_a_killed_parent():
