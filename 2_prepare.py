@@ -880,7 +880,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         items, rejects, wanted = scan(rows, reasons, images, parts, config, world)
         if not len(items):
             why = count_reasons(rejects) or "it has no rows"
-            raise Fail(f"{args.input[0]}: none of {len(rows)} rows is usable ({why})")
+            raise Fail(f"{args.input[0]}: none of {len(rows)} rows is usable ({why}); check --images")
         same = rows.loc[items["row"], args.group_by].str.strip() if args.group_by else ()
         items, whole = assign_splits(items, parts, same, config.seed, fold, kept)
         order = draw_order(items, config.seed)
@@ -961,7 +961,10 @@ def say_counts(rejects: list[dict], count: int, written: set[str], args, config:
     print(f"{count / max(seconds, 1e-9):.0f} rows a second; look at {join(args.output, 'contact_sheet.jpg')}")
     lost = sum(line["id"] not in written for line in rejects)  # a product of which another row is written is not
     if lost > config.max_failed * count:
-        raise Fail(f"{lost} of {count} rows were rejected, more than --max-failed {config.max_failed}")
+        raise Fail(
+            f"{lost} of {count} rows were rejected, more than --max-failed {config.max_failed}; "
+            "mend those rows (see rejects.jsonl) or raise --max-failed"
+        )
     return DONE
 
 

@@ -660,7 +660,8 @@ def read_queries(path: str | Path, ids: Iterable[str] | None = None) -> tuple[An
     if ids is not None:
         reasons[~rows["id"].isin(list(ids))] = "product not in the catalogue"
     reasons[rows["gain"] == 0] = f"{worth[0] if worth else 'grade'} 0"
-    reasons[rows.assign(query=texts.str.lower()).duplicated(["query", "id"])] = "duplicate"
+    again = rows.assign(query=texts.str.lower())[rows["gain"] > 0].duplicated(["query", "id"])
+    reasons[again.index[again]] = "duplicate"
     reasons[rows["id"].str.strip() == ""] = "no id"
     reasons[texts == ""] = "empty query"
     counts = {reason: int(count) for reason, count in reasons[reasons != ""].value_counts().items()}
@@ -698,9 +699,12 @@ def normalise_attribute(value: str) -> str:
 def plain_text(text: str) -> str:
     """A title without HTML tags, entities and control characters, in single spaces."""
     for _ in range(2 if "&" in text else 0):  # "&amp;quot;" is an entity twice
-        text = re.sub(r"&(#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);", lambda match: html.unescape(match[0]), text)
-    if "<" in text:
-        text = re.sub(r"<(script|style)\b.*?</\1>|</?[a-zA-Z][^<>]*>|<!--.*?-->", " ", text, flags=re.S | re.I)
+        text = re.sub(
+            r"&(#\d{1,9}|#[xX][0-9a-fA-F]{1,9}|[a-zA-Z]\w{0,40});", lambda match: html.unescape(match[0]), text
+        )
+    if "<" in text:  # no longer than 2,000: what never ends would be looked for from each beginning on
+        tags = r"<(script|style)\b.{0,2000}?</\1>|</?[a-zA-Z][^<>]*>|<!--.{0,2000}?-->"
+        text = re.sub(tags, " ", text, flags=re.S | re.I)
     return " ".join(re.sub(r"[\0-\x1f\x7f-\x9f\u200b\ufeff]", " ", text).split())
 
 

@@ -276,6 +276,13 @@ def test_a_missing_csv_or_folder_is_wrong_use(tmp_path):
         common.images_folder(None, [str(tmp_path / "M\udcf6bel/catalogue.csv")])
 
 
+def test_of_a_querys_equal_rows_one_that_is_right_counts(tmp_path):
+    lines = "sofa,1,0\nSofa,1,3\nsofa,1,3\nsofa,2,3\nsofa,2,0\n"
+    rows, left_out = common.read_queries(write_csv(tmp_path / "q.csv", f"query,id,grade\n{lines}"))
+    assert rows[["query", "id", "gain"]].values.tolist() == [["Sofa", "1", 3], ["sofa", "2", 3]]
+    assert left_out == {"grade 0": 2, "duplicate": 1}
+
+
 # Images: which file a row names --------------------------------------------------------------------------------------
 
 
@@ -340,6 +347,9 @@ def test_titles_are_plain_text():
         "AT&T sofa&parade <3 5 < 6 > 4": "AT&T sofa&parade <3 5 < 6 > 4",
         "So\0fa\x1b[31m \u200bred\ttable": "So fa [31m red table",
         "<script>alert(1)</script>Lamp": "Lamp",
+        "&#" + "9" * 5000 + ";": "&#" + "9" * 5000 + ";",
+        "<script " * 5000: ("<script " * 5000).strip(),
+        "<!--" * 10_000: "<!--" * 10_000,
     }.items():
         assert common.plain_text(written) == plain
     assert common.clean_metadata({"name": "Sofa &amp; <i>Co</i>"})["title"] == "Sofa & Co"

@@ -675,7 +675,7 @@ def test_too_many_rejects_are_a_failure_with_a_whole_output(tmp_path, capsys):
         (tmp_path / f"images/{i}.jpg").unlink()
     assert run(write_catalogue(tmp_path, rows), tmp_path / "out") == common.FAILED
     said = capsys.readouterr()
-    assert "3 of 20 rows were rejected, more than --max-failed 0.05" in said.err
+    assert "3 of 20 rows were rejected, more than --max-failed 0.05; mend those rows" in said.err
     assert "input 20 = written 17 + rejected 3" in said.out
     assert len(samples(tmp_path / "out")) == 17
 
