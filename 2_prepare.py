@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
-from common import DONE, FAILED, SPLITS, USAGE, BadImage, Fail, World, is_s3, join, setting
+from common import DONE, FAILED, MIN_SIDE, SPLITS, USAGE, BadImage, Fail, World, is_s3, join, setting
 
 FORMAT = 3  # of shards, records and manifest; with a new number every photo is scanned and every shard written again
 SHARD_SAMPLES, SHARD_BYTES = 1000, 500_000_000  # at most, tar headers counted
@@ -53,13 +54,14 @@ class PrepConfig:
     """Stage 2."""
 
     model: str = setting("ViT-B-32", "what will be trained; it says how large the pictures are")
-    image_size: int | None = setting(None, "pixels a side (unset: what --model takes, at least 224)", low=1, high=4096)
+    image_size: int | None = setting(None, "pixels a side (unset: --model's, at least 224)", low=MIN_SIDE, high=4096)
     quality: int = setting(95, "JPEG quality in the shards", low=1, high=100)
     seed: int = setting(42, "of the split, the order and the prompt templates")
     fold: str = setting("", "K/N: of N equal parts of the catalogue test on part K (from 0), validate on the next")
     max_failed: float = setting(0.05, "share of rows that may be rejected before the exit code is 1", low=0, high=1)
     limit: int | None = setting(None, "use the first N rows only", low=1)
     photos: int = setting(1, "photos of a product that become samples, all of them in one split", low=1, high=100)
+    workers: int | None = setting(None, "processes that read photos (unset: one a core)", low=1, high=1000)
 
 
 def photo_settings(config: PrepConfig) -> list:
@@ -294,9 +296,10 @@ class PhotoParts:
             common.remove(path)
         return Fail(f"{join(self.place, name)}: was damaged and is removed; run again, which scans its photos again")
 
-    def scan(self, keys: list[str], workers: int, world: World) -> None:
+    def scan(self, keys: list[str], world: World) -> None:
         """Scan these photos and store them; returns when all processes have stored theirs."""
-        if workers <= 1 < world.size:  # as in the workers that there are else
+        workers = self.config.workers
+        if workers == 1 < world.size:  # as in the workers that there are else
             common.keep_freed_memory()
         most = min(PART_PHOTOS, 1 + PART_PIXELS // self.config.image_size**2, max(16, len(keys) // (8 * workers)))
         work, unreadable = functools.partial(scan_photos, config=self.config), {}
@@ -413,7 +416,7 @@ def read_rows(args: argparse.Namespace, config: PrepConfig) -> tuple[Any, Any]:
     return rows.iloc[: config.limit], reasons.iloc[: config.limit]
 
 
-def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, workers: int, world: World) -> tuple:
+def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, world: World) -> tuple:
     """(items, rejects, numbers of all photos that are wanted).
 
     items: a DataFrame of the photos that become samples, in order of ids and of their views: id, row (number), view
@@ -436,7 +439,7 @@ def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, wor
                     failed.setdefault(number, (error.reason, error.detail))
         new = (key for key in dict.fromkeys(key for *_, key in turn) if key not in parts.rejected)
         if new := [key for key in new if key not in parts.numbers]:
-            parts.scan(world.deal([new[rank :: world.size] for rank in range(world.size)]), workers, world)
+            parts.scan(world.deal([new[rank :: world.size] for rank in range(world.size)]), world)
             parts.load()
         for id, number, name, key in turn:
             if key in parts.numbers:
@@ -740,17 +743,17 @@ def create_mini_train(records: list[dict], output: str) -> list[dict]:
 
 
 def remove_stale(output: str, splits: dict[str, dict]) -> None:
-    """Remove shards and records of an older, larger catalogue, and what killed runs left."""
+    """Remove shards and records of an older, larger catalogue, and what killed runs left; no file of another name."""
     for split, content in splits.items():
         folder = join(output, split)
         wanted = {Path(shard["name"]).stem for shard in content["shards"]}
         for name, _ in common.list_files(folder):
-            if Path(name).stem not in wanted:
+            if re.fullmatch(r"shard-\d{6}\.(tar|json)", name) and Path(name).stem not in wanted:
                 common.remove(join(folder, name))
         if is_s3(output):
             abort_uploads(folder)
         else:
-            for left in Path(folder).glob(".*.tmp"):
+            for left in Path(folder).glob(".shard-*.tmp"):
                 left.unlink()
 
 
@@ -859,7 +862,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     parts = PhotoParts(join(output, ".work"), folder, config)
     if not world.main:
         while (keys := world.deal()) is not None:
-            parts.scan(keys, args.workers, world)
+            parts.scan(keys, world)
         write_dataset([], rows[:0], rows, parts, output, config, world)
         if is_s3(output):
             shutil.rmtree(folder, ignore_errors=True)
@@ -874,11 +877,11 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         for old in (old for place in {folder, folder.parent} for old in place.glob("photos.bin")):
             print(f"{old}: of an earlier version, removed; its photos are scanned again", flush=True)
             old.unlink()
-        items, rejects, wanted = scan(rows, reasons, images, parts, config, args.workers, world)
+        items, rejects, wanted = scan(rows, reasons, images, parts, config, world)
         if not len(items):
             why = count_reasons(rejects) or "it has no rows"
-            raise Fail(f"{args.input[0]}: none of {len(rows)} rows is usable ({why})")
-        same = rows.loc[items["row"], args.group_by] if args.group_by else ()
+            raise Fail(f"{args.input[0]}: none of {len(rows)} rows is usable ({why}); check --images")
+        same = rows.loc[items["row"], args.group_by].str.strip() if args.group_by else ()
         items, whole = assign_splits(items, parts, same, config.seed, fold, kept)
         order = draw_order(items, config.seed)
         common.remove(join(output, "manifest.json"))  # it never describes a folder that is being changed
@@ -958,7 +961,10 @@ def say_counts(rejects: list[dict], count: int, written: set[str], args, config:
     print(f"{count / max(seconds, 1e-9):.0f} rows a second; look at {join(args.output, 'contact_sheet.jpg')}")
     lost = sum(line["id"] not in written for line in rejects)  # a product of which another row is written is not
     if lost > config.max_failed * count:
-        raise Fail(f"{lost} of {count} rows were rejected, more than --max-failed {config.max_failed}")
+        raise Fail(
+            f"{lost} of {count} rows were rejected, more than --max-failed {config.max_failed}; "
+            "mend those rows (see rejects.jsonl) or raise --max-failed"
+        )
     return DONE
 
 
@@ -1006,8 +1012,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="compare --output with its manifest, and stop")
     parser.add_argument("--keep-split", metavar="MANIFEST", help="an older manifest.json: no item of it changes sides")
     parser.add_argument("--group-by", metavar="COLUMN", help="keep rows equal in this column on one side too")
-    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's, on this machine
-    parser.add_argument("--workers", type=int, default=cores, help="processes (default: one a core)")
     common.add_flags(parser, PrepConfig)
     return parser
 
@@ -1020,6 +1024,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.input:
         raise Fail("--input is needed: the cleaned CSV", USAGE)
     config = common.from_flags(PrepConfig, args)
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's, on this machine
+    config = dataclasses.replace(config, workers=config.workers or cores)
     if config.image_size is None:
         side = common.image_side(config.model, common.model_config(common.model_source(config.model)[0]))
         config = dataclasses.replace(config, image_size=max(LEAST_SIDE, side))

@@ -123,11 +123,13 @@ class TrainingConfig:
     checkpoint_url: str | None = setting(None, "s3://bucket/prefix that checkpoints are copied to and resumed from")
     wandb: str = setting("off", "Weights & Biases gets nothing, metrics, or the model too", ("off", "metrics", "model"))
     resume: bool = setting(True, "go on from the newest checkpoint")
+    restart: bool = setting(False, "start over where the checkpoint belongs to other settings")
 
 
 FINISHING = ("wise", "probe", "patience")  # a finished run with others is finished anew, from its last checkpoint
 FREE_SETTINGS = (  # may differ when a run goes on
-    *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "resume", "max_failed", *FINISHING),
+    *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "resume", "restart"),
+    *("max_failed", *FINISHING),
     *("device", "micro_batch_size", "grad_checkpointing", "compile"),  # sums round otherwise, dropout may be drawn anew
     *("model", "pretrained", "effective_batch_size"),  # identity has what is used
 )
@@ -2036,7 +2038,14 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
         run.print(f"{marker}: finished already; --no-resume trains again")
         return
     if checkpoint:
-        check_identity(checkpoint, run.identity)
+        try:
+            check_identity(checkpoint, run.identity)
+        except Fail as error:
+            if not config.restart:
+                raise
+            run.print(f"{error} (--restart: starting over)")
+            del run  # its model; prepare() took the checkpoint's precision
+            return run_scenario(dataclasses.replace(config, resume=False), shards, output)
     if run.world.main:
         marker.unlink(missing_ok=True)
     if trains:

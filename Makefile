@@ -40,6 +40,8 @@ SAMPLE := $(DATA)/sample/catalogue.csv
 SMALL := local-dir:tests/small_clip
 API := $(and $(strip $(OPENAI_API_KEY)$(OPENAI_BASE_URL)),$(filter-out $(SAMPLE),$(CATALOGUE)))
 STANDIN = $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standin -- )
+# What the stand-in says of a catalogue of one's own must not pass for answers of the real API later.
+WORKSPACE := $(DATA)/$(if $(or $(API),$(filter $(SAMPLE),$(CATALOGUE))),batch,rehearsal)
 MODEL ?= $(if $(API),ViT-B-32,$(SMALL))
 PRETRAINED ?=#                           tag or weights file; empty: the usual weights of MODEL
 judged = --model $(MODEL) $(if $(strip $(PRETRAINED)),--pretrained $(PRETRAINED))
@@ -58,16 +60,18 @@ $(if $(filter $(filter-out zero_shot,$(SCENARIOS)),$(SCENARIO)),,\
 # writes none: what it would rebuild must not be rebuilt because somebody looked.
 SETTINGS := $(DATA)/.settings
 LOOKING := $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS))))
-changed = $(shell printf '%s\n' '$(2)' | cmp -s - $(SETTINGS)/$(1) || echo changed)
-write_settings = $(shell mkdir -p $(SETTINGS); printf '%s\n' '$(2)' > $(SETTINGS)/$(1))
+quoted = '$(subst ','\'',$(1))'
+changed = $(shell printf '%s\n' $(call quoted,$(2)) | cmp -s - $(SETTINGS)/$(1) || echo changed)
+write_settings = $(shell mkdir -p $(SETTINGS); printf '%s\n' $(call quoted,$(2)) > $(SETTINGS)/$(1))
 settings = $(if $(call changed,$(1),$(2)),$(if $(LOOKING),$(eval .PHONY: $(SETTINGS)/$(1)),$(call write_settings,$(1),$(2))))
 # Photos are too many to be prerequisites; one line stands for names, sizes and times of them all.
-photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(IMAGES) $(foreach made,shards sample standin runs report embeddings folds proof,-path '$(DATA)/$(made)' -prune -o) -type f \
+made = $(addprefix $(DATA)/,shards sample standin runs report embeddings folds proof sweep) .venv
+photos = $(if $(filter $(SAMPLE),$(CATALOGUE)),drawn,$(shell find -L $(abspath $(IMAGES)) $(foreach own,$(abspath $(made)),-path '$(own)' -prune -o) -type f \
   -printf '%P %s %T@\n' 2>/dev/null | grep -iE '\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf]) ' | LC_ALL=C sort | sha256sum | cut -c1-64))
 GOALS := $(or $(MAKECMDGOALS),help)
 ifneq ($(filter all clean-data poll prepare train embed arena ablation report proof pictures sweep $(DATA)/%,$(GOALS)),)
   $(call settings,sample,$(SAMPLE_COUNT) $(SEED))
-  $(call settings,clean,$(CATALOGUE) $(IMAGES) $(photos) $(OPENAI_BASE_URL) $(CLEAN_FLAGS) $(if $(findstring =,$(COLUMNS)),$(subst ',,$(COLUMNS))))
+  $(call settings,clean,$(CATALOGUE) $(IMAGES) $(photos) $(OPENAI_BASE_URL) $(CLEAN_FLAGS) $(WORKSPACE) $(if $(findstring =,$(COLUMNS)),$(COLUMNS)))
   $(call settings,prepare,$(IMAGES) $(SHARDS) $(MODEL) $(SEED) $(PREPARE_FLAGS))
   $(call settings,train,$(MODEL) $(PRETRAINED) $(EPOCHS) $(SEED) $(TRAIN_FLAGS))
   $(call settings,embed,$(SCENARIO) $(QUERIES) $(EMBED_FLAGS))
@@ -100,8 +104,8 @@ $(DATA)/sample/queries.csv: | $(SAMPLE)
 
 asked = $(if $(QUERIES),--queries $(QUERIES))
 # Shells call the width of a terminal COLUMNS: without "=" it is not ours.
-columns = $(if $(findstring =,$(COLUMNS)),--columns '$(subst ','\'',$(COLUMNS))')
-clean_flags = --input $(CATALOGUE) --images $(IMAGES) --workspace $(DATA)/batch --output $(CLEANED) $(columns) \
+columns = $(if $(findstring =,$(COLUMNS)),--columns $(call quoted,$(COLUMNS)))
+clean_flags = --input $(CATALOGUE) --images $(IMAGES) --workspace $(WORKSPACE) --output $(CLEANED) $(columns) \
   --poll-interval $(if $(API),$(POLL_INTERVAL),0) $(if $(MAX_COST),--max-cost $(MAX_COST)) $(CLEAN_FLAGS)
 # That the model cannot be trained so is told before stage 1 spends anything.
 TRAINABLE := $(and $(API),$(filter all train embed arena ablation report proof sweep,$(GOALS)),$(SETTINGS)/trainable-$(SCENARIO))
@@ -114,25 +118,23 @@ $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV) $(TRAINABLE)
 	@touch -c $@
 
 poll: $(CATALOGUE) | $(VENV) ## stage 1, one step for cron: collect, send what fits, finalize when all is in
-	@$(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || test $$? = 75
+	@made() { stat -c %y $(CLEANED) 2>&1 || true; }; before=$$(made); $(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || \
+	  { test $$? = 75 || { [ "$$before" = "$$(made)" ] || rm -f $(CLEANED); false; }; }
 
 prepare_flags = --input $(CLEANED) --images $(IMAGES) --model $(MODEL) --seed $(SEED) $(PREPARE_FLAGS)
 $(MANIFEST): $(CLEANED) $(SETTINGS)/prepare | $(VENV)
 	$(PYTHON) 2_prepare.py --output $(SHARDS) $(prepare_flags)
 	@touch $(if $(filter %.uploaded,$@),,-c) $@
 
-# $(call train,shards,scenario,what it was trained on). A checkpoint that is older than its settings or than its shards
-# belongs to another run: it is not gone on with.
+# $(call train,shards,scenario). Whether a checkpoint is gone on with, stage 3 knows: file times do not.
 define train
 	@$(if $(filter $(SMALL),$(MODEL)),echo 'MODEL is the small CLIP that comes with the project: good for a first look; not for a shop.',true)
-	@old=$(@D)/checkpoint.pt; resume=--resume; \
-	if [ -e $$old ] && { [ ! $$old -nt $(SETTINGS)/train ] || [ -n "$$(find $(3) -newer $$old -print -quit)" ]; }; then resume=--no-resume; fi; \
-	set -x; $(PYTHON) 3_train.py --shards $(1) --scenario $(2) $(judged) --output $(@D) --epochs $(EPOCHS) --seed $(SEED) \
-	  $$resume $(TRAIN_FLAGS)
+	$(PYTHON) 3_train.py --shards $(1) --scenario $(2) $(judged) --output $(@D) --epochs $(EPOCHS) --seed $(SEED) \
+	  --restart $(TRAIN_FLAGS)
 	@touch -c $@
 endef
 $(RUNS)/%/train.json: $(MANIFEST) $(SETTINGS)/train | $(VENV)
-	$(call train,$(SHARDS),$*,$(if $(filter s3://%,$(SHARDS)),$(MANIFEST),$(SHARDS)/train $(SHARDS)/validation))
+	$(call train,$(SHARDS),$*)
 
 $(MASTER): $(RUNS)/$(SCENARIO)/train.json $(MANIFEST) $(QUERIES) $(SETTINGS)/embed | $(VENV)
 	$(PYTHON) 4_embed.py --shards $(SHARDS) $(judged) --finetuned $(RUNS)/$(SCENARIO)/model $(asked) --output $@ $(EMBED_FLAGS)
@@ -157,7 +159,7 @@ $(PARTS:%=$(FOLD)/%/shards/manifest.json): $(FOLD)/%/shards/manifest.json: $(CLE
 	$(PYTHON) 2_prepare.py --output $(@D) --fold $*/$(FOLDS) $(prepare_flags)
 	@touch -c $@
 $(PARTS:%=$(FOLD)/%/$(SCENARIO)/train.json): $(FOLD)/%/$(SCENARIO)/train.json: $(FOLD)/%/shards/manifest.json $(SETTINGS)/train | $(VENV)
-	$(call train,$(FOLD)/$*/shards,$(SCENARIO),$(FOLD)/$*/shards/train $(FOLD)/$*/shards/validation)
+	$(call train,$(FOLD)/$*/shards,$(SCENARIO))
 REPORTS := $(PARTS:%=$(FOLD)/%/report-$(SCENARIO)/report.json)
 $(REPORTS): $(FOLD)/%/report-$(SCENARIO)/report.json: $(FOLD)/%/$(SCENARIO)/train.json | $(VENV)
 	$(PYTHON) 4_embed.py report --shards $(FOLD)/$*/shards $(judged) --run $(FOLD)/$*/$(SCENARIO) --output $(@D)

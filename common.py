@@ -44,6 +44,10 @@ SYSTEM_ERRORS = {
     errno.EROFS: "the file system is read-only; choose another place",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
     errno.EISDIR: "a folder stands where a file is needed; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (ulimit -n) or lower --workers, and run again"),
+    errno.EIO: "check the disk and its cable or network, then run the same command again",
+    errno.ESTALE: "mount the network disk anew and run the same command again",
 }
 
 
@@ -75,9 +79,10 @@ def entry_point(main: Callable[..., int]) -> Callable[..., int]:
             message, code = " ".join(str(error).split()), error.code
         except KeyboardInterrupt:
             message, code = "interrupted; run the same command again to go on", INTERRUPTED
-        except BrokenPipeError:  # `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return DONE
+        except BrokenPipeError:  # `... | head`: the work was cut off, with nobody left to tell
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            return INTERRUPTED
         except Exception as error:
             message, code = _system_error(error), FAILED
             if message is None:
@@ -391,6 +396,8 @@ def s3_call(path: str, act: Callable[..., Any], transfer: bool = False) -> Any:
         except (failures.ParamValidationError, failures.NoRegionError, failures.ProfileNotFound, ValueError) as error:
             raise Fail(f"{path}: {' '.join(str(error).split())[:200]}; check the AWS_ variables") from None
         except (failures.BotoCoreError, transfers.Boto3Error, ResponseParserError, OSError, KeyError) as error:
+            if getattr(error, "errno", None) in SYSTEM_ERRORS:  # of this machine's disk
+                raise
             cause = f"{type(error).__name__}: {error}"  # KeyError: headers that were cut lack a field
             if os.getpid() not in _s3_answered:
                 break
@@ -620,7 +627,10 @@ def images_folder(images: str | None, inputs: list[str]) -> Path:
     folder = Path(images) if images else Path(inputs[0]).parent
     if not folder.is_dir():
         raise Fail(f"{folder}: no such images folder; set --images to the folder that image_path is relative to", USAGE)
-    return folder.resolve()
+    folder = folder.resolve()
+    if re.search("[\ud800-\udfff]", str(folder)):  # as Python reads what is not UTF-8
+        raise Fail(f"{str(folder)!a}: this images folder's name is not UTF-8; rename the folder", USAGE)
+    return folder
 
 
 MADE_UP = "made up"  # in the column source: nobody typed it
@@ -650,7 +660,8 @@ def read_queries(path: str | Path, ids: Iterable[str] | None = None) -> tuple[An
     if ids is not None:
         reasons[~rows["id"].isin(list(ids))] = "product not in the catalogue"
     reasons[rows["gain"] == 0] = f"{worth[0] if worth else 'grade'} 0"
-    reasons[rows.assign(query=texts.str.lower()).duplicated(["query", "id"])] = "duplicate"
+    again = rows.assign(query=texts.str.lower())[rows["gain"] > 0].duplicated(["query", "id"])
+    reasons[again.index[again]] = "duplicate"
     reasons[rows["id"].str.strip() == ""] = "no id"
     reasons[texts == ""] = "empty query"
     counts = {reason: int(count) for reason, count in reasons[reasons != ""].value_counts().items()}
@@ -688,9 +699,12 @@ def normalise_attribute(value: str) -> str:
 def plain_text(text: str) -> str:
     """A title without HTML tags, entities and control characters, in single spaces."""
     for _ in range(2 if "&" in text else 0):  # "&amp;quot;" is an entity twice
-        text = re.sub(r"&(#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]\w*);", lambda match: html.unescape(match[0]), text)
-    if "<" in text:
-        text = re.sub(r"<(script|style)\b.*?</\1>|</?[a-zA-Z][^<>]*>|<!--.*?-->", " ", text, flags=re.S | re.I)
+        text = re.sub(
+            r"&(#\d{1,9}|#[xX][0-9a-fA-F]{1,9}|[a-zA-Z]\w{0,40});", lambda match: html.unescape(match[0]), text
+        )
+    if "<" in text:  # no longer than 2,000: what never ends would be looked for from each beginning on
+        tags = r"<(script|style)\b.{0,2000}?</\1>|</?[a-zA-Z][^<>]*>|<!--.{0,2000}?-->"
+        text = re.sub(tags, " ", text, flags=re.S | re.I)
     return " ".join(re.sub(r"[\0-\x1f\x7f-\x9f\u200b\ufeff]", " ", text).split())
 
 
@@ -954,7 +968,7 @@ def photo_pool(work: Callable[[list], list], blocks: Iterable[list], workers: in
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, MemoryError):
         raise Fail("a process that read photos died; if memory ran out, lower --workers and run again") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -67,7 +67,8 @@ def test_flags_come_from_the_dataclass_and_fill_it():
 @pytest.mark.parametrize(
     "script, config, flag, said",
     [
-        ("2_prepare", "PrepConfig", "--image-size=0", "--image-size 0: must be from 1 to 4096"),
+        ("2_prepare", "PrepConfig", "--image-size=0", "--image-size 0: must be from 8 to 4096"),
+        ("2_prepare", "PrepConfig", "--workers=0", "--workers 0: must be from 1 to 1000"),
         ("2_prepare", "PrepConfig", "--max-failed=nan", "--max-failed nan: must be from 0 to 1"),
         ("3_train", "TrainingConfig", "--epochs=-5", "--epochs -5: must be at least 1"),
         ("5_arena", "ArenaConfig", "--port=70000", "--port 70000: must be from 0 to 65535"),
@@ -93,6 +94,10 @@ def test_a_number_out_of_its_bounds_is_wrong_use(script, config, flag, said):
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 1, "/data/x: No space left on device; free some"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 1, "/data/x: Permission denied; check"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), 1, "/x: File name too long; choose a shorter name"),
+        (OSError(errno.EMFILE, "Too many open files", "/x"), 1, "/x: Too many open files; raise the limit (ulimit -n)"),
+        (OSError(errno.EIO, "Input/output error", "/x"), 1, "/x: Input/output error; check the disk"),
+        (OSError(errno.ESTALE, "Stale file handle", "/x"), 1, "/x: Stale file handle; mount"),
     ],
 )
 def test_expected_errors_are_one_line_and_a_code(raised, code, said, capsys):
@@ -122,6 +127,18 @@ def test_sigterm_is_an_interruption():
     assert child.stdout.readline() == b"up\n"
     child.send_signal(signal.SIGTERM)
     assert child.wait(10) == common.INTERRUPTED
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_work_that_a_closed_pipe_cut_off_is_not_done(stream):
+    code = "import common, sys\n@common.entry_point\ndef main(argv=None):\n" \
+           f" for i in range(99_999):\n  print(i, file=sys.{stream})\n return 0\nsys.exit(main())"  # fmt: skip
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: write}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **streams)
+    os.close(write)
+    assert ended.returncode == common.INTERRUPTED and not ended.stdout and not ended.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -254,6 +271,16 @@ def test_a_missing_csv_or_folder_is_wrong_use(tmp_path):
     assert failure.value.code == common.USAGE
     with pytest.raises(common.Fail, match="no such images folder"):
         common.images_folder(str(tmp_path / "none"), [])
+    (tmp_path / "M\udcf6bel").mkdir()  # in Windows-1252
+    with pytest.raises(common.Fail, match=r"M.*udcf6bel': this images folder's name is not UTF-8; rename the folder"):
+        common.images_folder(None, [str(tmp_path / "M\udcf6bel/catalogue.csv")])
+
+
+def test_of_a_querys_equal_rows_one_that_is_right_counts(tmp_path):
+    lines = "sofa,1,0\nSofa,1,3\nsofa,1,3\nsofa,2,3\nsofa,2,0\n"
+    rows, left_out = common.read_queries(write_csv(tmp_path / "q.csv", f"query,id,grade\n{lines}"))
+    assert rows[["query", "id", "gain"]].values.tolist() == [["Sofa", "1", 3], ["sofa", "2", 3]]
+    assert left_out == {"grade 0": 2, "duplicate": 1}
 
 
 # Images: which file a row names --------------------------------------------------------------------------------------
@@ -320,6 +347,9 @@ def test_titles_are_plain_text():
         "AT&T sofa&parade <3 5 < 6 > 4": "AT&T sofa&parade <3 5 < 6 > 4",
         "So\0fa\x1b[31m \u200bred\ttable": "So fa [31m red table",
         "<script>alert(1)</script>Lamp": "Lamp",
+        "&#" + "9" * 5000 + ";": "&#" + "9" * 5000 + ";",
+        "<script " * 5000: ("<script " * 5000).strip(),
+        "<!--" * 10_000: "<!--" * 10_000,
     }.items():
         assert common.plain_text(written) == plain
     assert common.clean_metadata({"name": "Sofa &amp; <i>Co</i>"})["title"] == "Sofa & Co"
@@ -406,6 +436,8 @@ def test_the_pool_gives_everything_in_order_and_names_a_death():
         assert list(common.photo_pool(sorted, iter(blocks), workers)) == list(range(100))
     with pytest.raises(common.Fail, match="lower --workers"):
         list(common.photo_pool(os._exit, [137], 2))
+    with pytest.raises(common.Fail, match="if memory ran out, lower --workers"):
+        list(common.photo_pool(bytearray, [1 << 62], 2))
 
 
 def test_the_pools_processes_end_with_a_killed_parent():
@@ -547,6 +579,19 @@ def test_a_dead_endpoint_is_named_within_seconds(monkeypatch, s3):
     with pytest.raises(common.Fail, match="names no bucket"):
         common.list_files("s3://")
     assert time.monotonic() - start < 10
+
+
+def test_a_full_local_disk_is_no_unreachable_s3(s3, tmp_path, monkeypatch):
+    common.upload_atomic(b"hello", "s3://shop/full")
+    opened = []
+
+    def full():
+        opened.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as failure:
+        common.download("s3://shop/full", full)
+    assert failure.value.errno == errno.ENOSPC and len(opened) == 1
 
 
 def test_missing_and_forbidden_fail_at_once_with_url_and_cause(s3, monkeypatch):

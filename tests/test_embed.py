@@ -1716,7 +1716,7 @@ def test_a_closed_pipe_is_no_damaged_file(world, monkeypatch, capsys):
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     with open(os.devnull, "w") as nowhere:
         monkeypatch.setattr(sys, "stdout", nowhere)
-        assert stage.main(["search", "chair", "--embeddings", str(world / "out/master.parquet")]) == common.DONE
+        assert stage.main(["search", "chair", "--embeddings", str(world / "out/master.parquet")]) == common.INTERRUPTED
     assert capsys.readouterr().err == ""
 
 

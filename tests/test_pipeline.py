@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["SAMPLE_COUNT=60", "EPOCHS=2", "TRAIN_FLAGS=--workers 1 --checkpoint-minutes 0"]
@@ -149,6 +150,7 @@ def test_a_changed_variable_rebuilds_what_depends_on_it(finished):
     plan = make(data, "-n", "all", "EPOCHS=3").stdout
     assert "3_train.py" in plan and "4_embed.py" in plan
     assert "1_clean.py" not in plan and "2_prepare.py" not in plan
+    assert "--restart" in plan and "resume" not in plan  # stage 3 knows best what it can go on with
     plan = make(data, "-n", "all", "SCENARIO=text_lora", "EPOCHS=2").stdout
     assert "--scenario text_lora" in plan and "2_prepare.py" not in plan
     plan = make(data, "-n", "all", "MODEL=ViT-B-32").stdout
@@ -208,6 +210,50 @@ def test_a_failing_recipe_leaves_no_target(tmp_path):
     assert not (tmp_path / "data/cleaned.csv").exists()
 
 
+def shop_in(folder: Path) -> Path:
+    """A shop's own catalogue of three products, of which the last has no photo."""
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (64, 64), color).save(folder / name)
+    (folder / "shop.csv").write_text("id,name,image_path\n1,Oak Table,a.png\n2,Red Sofa,b.png\n3,Lamp,none.png\n")
+    return folder / "shop.csv"
+
+
+def test_made_up_answers_never_pass_for_real_ones(tmp_path):
+    catalogue, data = f"CATALOGUE={shop_in(tmp_path)}", tmp_path / "data"
+    lenient = "CLEAN_FLAGS=--max-failed 0.5"
+    ended = make(data, "clean-data", catalogue, lenient)
+    assert ended.returncode == 0 and (data / "rehearsal/state.json").exists(), ended.stdout
+    assert not (data / "batch").exists()
+    assert "Nothing to be done" in make(data, "clean-data", catalogue, lenient).stdout
+    assert "1_clean.py run" in make(data, "-n", "clean-data", catalogue, lenient, "COLUMNS=id=Maker's").stdout
+    plan = make(data, "-n", "clean-data", catalogue, lenient, "OPENAI_API_KEY=sk-x").stdout
+    assert "1_clean.py run" in plan and f"--workspace {data}/batch" in plan
+    assert f"--workspace {data}/batch" in make(data, "-n", "clean-data").stdout  # the drawn sample
+
+
+def test_pictures_that_the_stages_make_are_no_photos_of_the_shop(tmp_path):
+    """However IMAGES and DATA are spelled; and a quote in a variable is a character like any other."""
+    variables = [f"CATALOGUE={shop_in(tmp_path)}", f"IMAGES={os.path.relpath(tmp_path, ROOT)}"]
+    variables += ["CLEAN_FLAGS=--max-failed 0.5", "TRAIN_FLAGS=--wandb 'off'", "PREPARE_FLAGS=--group-by brand's"]
+    assert make(tmp_path / "data", "clean-data", *variables).returncode == 0
+    (tmp_path / "data/runs").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "data/runs/curves.png")
+    assert "Nothing to be done" in make(tmp_path / "data", "clean-data", *variables).stdout
+    shutil.copy(tmp_path / "a.png", tmp_path / "c.png")
+    assert "1_clean.py run" in make(tmp_path / "data", "-n", "clean-data", *variables).stdout
+
+
+def test_a_poll_that_fails_leaves_no_cleaned_csv_of_its_own(tmp_path):
+    catalogue, cleaned = shop_in(tmp_path), tmp_path / "data/cleaned.csv"
+    polls = (make(tmp_path / "data", "poll", f"CATALOGUE={catalogue}") for _ in range(9))
+    failed = next(ended for ended in polls if ended.returncode)
+    assert "--max-failed" in failed.stdout and not cleaned.exists()
+    cleaned.write_text("of an earlier poll")
+    (tmp_path / "bad.csv").write_text("id,title\n1,a\n")
+    assert make(tmp_path / "data", "poll", f"CATALOGUE={tmp_path}/bad.csv").returncode
+    assert cleaned.read_text() == "of an earlier poll"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # A changed photo
 
@@ -244,7 +290,7 @@ def test_a_changed_photo_is_cleaned_once_and_rebuilds_its_shard(finished, tmp_pa
     assert "Nothing to be done" in make(data, "prepare", *variables).stdout
     wanted = split_of(data, "validation")
     name = next(line["image_path"] for line in csv.DictReader(cleaned.splitlines()) if line["id"] == wanted)
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     with Image.open(shop / name) as photo:
         turned = ImageOps.mirror(photo.convert("RGB"))

@@ -359,10 +359,12 @@ def test_group_by_keeps_variants_together(tmp_path):
     rows = make_shop(tmp_path, 20)
     for row in rows:
         row["price"] = str(int(row["id"]) // 4)
+    for row in rows[16:]:  # blank cells say nothing
+        row["price"] = " "
     path = write_catalogue(tmp_path, rows)
     assert run(path, tmp_path / "out", "--group-by", "price") == common.DONE
     found = samples(tmp_path / "out")
-    assert all(found[f"{i:04d}"]["group"] == f"{i // 4 * 4:04d}" for i in range(20))
+    assert all(found[f"{i:04d}"]["group"] == f"{i // 4 * 4 if i < 16 else i:04d}" for i in range(20))
 
 
 def test_a_grown_catalogue_moves_nobody(shop, tmp_path, capsys):
@@ -510,6 +512,20 @@ def test_a_change_rebuilds_only_what_it_touches(tmp_path, monkeypatch):
     for flags in (["--quality", "80"], ["--seed", "7"], ["--image-size", "48"]):
         assert run(path, output, *flags) == run(path, tmp_path / f"new{flags[1]}", *flags) == common.DONE
         assert content(output) == content(tmp_path / f"new{flags[1]}"), flags
+
+
+def test_files_of_other_people_stay(shop, tmp_path):
+    folder, _, finished = shop
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    own = [f"{split}/{name}" for split in (*common.SPLITS, "mini_train")
+           for name in ("photo-list.csv", "shard.pt", "notes/shard-000009.tar", ".notes.tmp")]  # fmt: skip
+    old = ["train/shard-000009.tar", "train/shard-000009.json", "test/.shard-000000.tar.tmp"]
+    for name in (*own, *old):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("x")
+    assert run(folder / "cleaned.csv", output) == common.DONE
+    assert [name for name in (*own, *old) if (output / name).exists()] == own
 
 
 def test_no_manifest_speaks_of_a_folder_that_is_being_changed(tmp_path, monkeypatch):
@@ -663,7 +679,7 @@ def test_too_many_rejects_are_a_failure_with_a_whole_output(tmp_path, capsys):
         (tmp_path / f"images/{i}.jpg").unlink()
     assert run(write_catalogue(tmp_path, rows), tmp_path / "out") == common.FAILED
     said = capsys.readouterr()
-    assert "3 of 20 rows were rejected, more than --max-failed 0.05" in said.err
+    assert "3 of 20 rows were rejected, more than --max-failed 0.05; mend those rows" in said.err
     assert "input 20 = written 17 + rejected 3" in said.out
     assert len(samples(tmp_path / "out")) == 17
 

@@ -860,6 +860,28 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_named(base, tmp_p
     assert "not a readable checkpoint" in capsys.readouterr().err
 
 
+def test_restart_starts_over_only_where_the_checkpoint_is_of_other_settings(
+    base, tmp_path, undisturbed, capsys, monkeypatch
+):
+    run, flags = tmp_path / "run", ("--micro-batch-size", 8, "--restart")
+    shutil.copytree(undisturbed, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "update", None)
+        train(base, run, *flags)
+        assert "finished already" in capsys.readouterr().out
+        (run / "train.json").unlink()
+        train(base, run, *flags)
+        assert same(weights(run), weights(undisturbed))
+    monkeypatch.setattr(common, "auto_precision", lambda device: "bf16")
+    flags += ("--seed", 7, "--precision", "auto")
+    train(base, tmp_path / "new", *flags)
+    capsys.readouterr()
+    assert train(base, run, *flags)["identity"]["precision"] == "bf16"
+    assert "seed was 42, is 7" in capsys.readouterr().out
+    assert same(weights(run), weights(tmp_path / "new"))
+    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "new/metrics.jsonl").read_bytes()
+
+
 def test_two_runs_do_not_write_into_one_folder(base, tmp_path, capsys):
     with common.exclusive(tmp_path / ".lock"):
         assert stage.main(arguments(base, tmp_path)) == 1
