@@ -323,7 +323,9 @@ class Split:
         self.name, self.entries, self.paths, self.clip, self.config = name, entries, paths, clip, config
         self.training = name == "train"
         self.augmented = self.training and config.augment != "none"
-        self.kept: dict[str, dict[str, Any]] = {}  # "captions", "image", "text" -> arrays of keep_captions() and others
+        self.kept: dict[
+            str, dict[str, Any]
+        ] = {}  # "captions", "image", "text" -> arrays of cache_captions() and others
         self.readers: Readers  # of all splits together: open_splits() gives them
         self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
@@ -1239,7 +1241,7 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 # Features of frozen towers, computed once and kept on disk: their weights never change
 
 
-def keep(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
+def cache_arrays(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
     """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
     made = [[entry["sha256"] for entry in split.entries], sorted(split.damaged), len(split), run.config.seed, *made]
     made += [run.clip.fingerprint, run.clip.mean, run.clip.std]
@@ -1262,7 +1264,7 @@ def keep(run: Run, split: Split, name: str, made: list, make: Callable[[Path], N
     split.kept[name] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
 
-def keep_captions(run: Run, split: Split) -> None:
+def cache_captions(run: Run, split: Split) -> None:
     """Read and tokenise a split's captions, those of all epochs, once. Where "varied" there is another each epoch.
 
     table.npy, int64 [N, epochs until they begin again]: row of each sample's caption in hashes.npy, int64 [captions],
@@ -1295,7 +1297,7 @@ def keep_captions(run: Run, split: Split) -> None:
             tokens[start : start + len(part)] = part
 
     words = split.clip.tokenizer(["Another tokenizer, another cache."]).tolist()
-    keep(run, split, "captions", [varied, epochs, common.TEMPLATES, common.DETAILS, words], make)
+    cache_arrays(run, split, "captions", [varied, epochs, common.TEMPLATES, common.DETAILS, words], make)
 
 
 def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
@@ -1309,12 +1311,14 @@ def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     views = VIEWS if split.augmented else 1
     if run.towers.adapted["image"] == adapted:
         made = [config.precision, config.augment, views]
-        keep(run, split, "image", made, lambda folder: keep_pictures(run, split, folder, views))
+        cache_arrays(run, split, "image", made, lambda folder: write_picture_features(run, split, folder, views))
     if run.towers.adapted["text"] == adapted:
         parts = (slice(start, start + run.micro) for start in range(0, len(tokens), run.micro))
         blocks = ((rows, torch.from_numpy(tokens[rows].astype(np.int64)), NO_VIEWS) for rows in parts)
         made = [config.precision, hashlib.sha256(tokens).hexdigest()]
-        keep(run, split, "text", made, lambda folder: keep_features(run, split, "text", folder, len(tokens), blocks))
+        cache_arrays(
+            run, split, "text", made, lambda folder: write_features(run, split, "text", folder, len(tokens), blocks)
+        )
     split.augmented = split.training and config.augment != "none"
 
 
@@ -1328,7 +1332,7 @@ def forget_features(run: Run, split: Split) -> None:
                 shutil.rmtree(folder)
 
 
-def keep_pictures(run: Run, split: Split, folder: Path, views: int) -> None:
+def write_picture_features(run: Run, split: Split, folder: Path, views: int) -> None:
     """table.npy, int64 [N, views]: row of each view in features.npy."""
     np.save(folder / "table.npy", np.arange(views * len(split)).reshape(views, -1).T)
 
@@ -1337,10 +1341,10 @@ def keep_pictures(run: Run, split: Split, folder: Path, views: int) -> None:
             for batch in split.batches(in_order(len(split), run.micro), view):
                 yield view * len(split) + batch.ids.numpy(), batch.images, batch.views
 
-    keep_features(run, split, "image", folder, views * len(split), blocks())
+    write_features(run, split, "image", folder, views * len(split), blocks())
 
 
-def keep_features(run: Run, split: Split, tower: str, folder: Path, count: int, blocks: Iterable) -> None:
+def write_features(run: Run, split: Split, tower: str, folder: Path, count: int, blocks: Iterable) -> None:
     """features.npy, float32 [count, W]: what a tower gives before its projection; blocks of (rows, inputs, views)."""
     features, title = None, f"{split.name} {'pictures' if tower == 'image' else 'captions'}, once"
     for rows, inputs, views in common.progress(blocks, title, math.ceil(count / run.micro), "batch"):
@@ -1471,7 +1475,7 @@ def draw_probe(clip: Clip) -> Batch:
     return probe_batch(clip, pictures, names)
 
 
-def keep_probe_features(run: Run) -> Batch:
+def probe_features(run: Run) -> Batch:
     """The general probe with the features of frozen towers in place of pictures or captions."""
     parts = {}
     for tower, field in (("image", "images"), ("text", "texts")):
@@ -1488,7 +1492,7 @@ def sweep_alpha(run: Run, fine: dict[str, Tensor]) -> list[dict[str, Any]]:
     The probe shows what of the base model's knowledge was forgotten (WiSE-FT, arXiv 2109.01903); trials go without.
     """
     swept, pairs = [], []
-    probe = None if run.trial else keep_probe_features(run)
+    probe = None if run.trial else probe_features(run)
     for alpha in ALPHAS:
         run.towers.interpolate(alpha, fine)
         metrics, reciprocal = judge(run, run.validation)
@@ -1944,7 +1948,7 @@ def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     if run.micro == "auto":  # found once a run: another split of the same batch adds up in another order
         run.micro = checkpoint["micro"] if checkpoint else min(world.share(towers.fitting_micro_batch(share)))
     for split in (run.train, run.validation):
-        keep_captions(run, split)
+        cache_captions(run, split)
         cache_tower_features(run, split)
     run.print(
         f"effective batch {run.effective} = {world.size} processes x {math.ceil(share / run.micro)} micro batches of "
@@ -2052,7 +2056,7 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
         run.wandb = start_wandb(run)
         facts = fine_tune(run, checkpoint)
     else:
-        keep_captions(run, run.validation)
+        cache_captions(run, run.validation)
         facts = {"model_dir": None, "validation": {"zero_shot": evaluate(run, run.validation)}}
     if run.world.main:
         write_result(run, shards, time.monotonic() - start, facts)

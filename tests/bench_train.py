@@ -209,7 +209,7 @@ def loading(workdir: Path) -> tuple[Callable[[], float], Callable[[], str]]:
         known, split = data()
         shutil.rmtree(workdir / "cache", ignore_errors=True)
         start, count = time.perf_counter(), 0
-        stage.keep_captions(known, split)
+        stage.cache_captions(known, split)
         for batch in split.batches(stage.epoch_plan(len(split), 128, 0, 0, 0, 1), 0):
             count += len(batch.ids)
         return (time.perf_counter() - start) / count

@@ -84,7 +84,7 @@ def make_run(base, output, *more):
     args = stage.build_parser().parse_args(arguments(base, output, *more))
     run = stage.prepare(common.from_flags(stage.TrainingConfig, args), str(args.shards), output)
     for split in (run.train, run.validation):
-        stage.keep_captions(run, split)
+        stage.cache_captions(run, split)
     return run
 
 
@@ -1592,7 +1592,7 @@ def test_other_architectures_train_and_come_back(base, tmp_path, kind, scenario)
     run.clip, run.towers = clip, stage.Towers(clip, run.config)
     for data in (run.train, run.validation):
         data.clip = clip
-        stage.keep_captions(run, data)
+        stage.cache_captions(run, data)
     names = set(run.towers.trained)
     assert any("qkv" in name for name in names) == (kind in ("timm", "siglip"))
     assert ("logit_bias" in names) == (kind == "siglip")
