@@ -431,7 +431,8 @@ UNKNOWN = Model(math.nan, math.nan, (), 1.2)  # any other one: no effort is sent
 PLAIN_TOKENS, REASONING_TOKENS = 500, 2000  # limit of an answer with a model's first effort, and where it may reason
 HIGHEST_FACTOR = 2.46  # tokens for a patch, of any model
 ANSWER_TOKENS = (60, 200)  # of an answer, low and high, without reasoning
-LOAD = ("requests", "tokens", "patches")  # what requests ask for: their number, tokens of text, patches of photos
+# What requests ask for: their number, tokens of text, patches of photos, factors of the token limits that were doubled.
+LOAD = ("requests", "tokens", "patches", "enlarged")
 
 
 def undated(model: str) -> str:
@@ -447,9 +448,8 @@ def known_model(name: str) -> Model:
 def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[str, Any]:
     """Request parameters that depend on the model; `token_factor` multiplies the tokens for the answer."""
     known, effort = known_model(settings.model), settings.reasoning_effort
-    lowest = "".join(known.efforts[:1])
-    effort = lowest if effort is None else effort
-    needed = PLAIN_TOKENS if effort and effort == lowest else REASONING_TOKENS
+    effort = "".join(known.efforts[:1]) if effort is None else effort
+    needed = PLAIN_TOKENS if effort in known.efforts[:1] else REASONING_TOKENS
     tokens = (settings.max_completion_tokens or needed) * token_factor
     openai = known is not UNKNOWN or re.match(r"gpt-|o\d|chatgpt-", settings.model)
     # vLLM, llama.cpp, Ollama: the older name is the one that all of them know
@@ -457,6 +457,11 @@ def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[st
     if not openai or settings.model.startswith("gpt-4"):
         chosen["temperature"] = 0
     return chosen | ({"reasoning_effort": effort} if effort else {})
+
+
+def sent_effort(settings: CleaningConfig) -> str:
+    """The effort that requests are sent with, or ""."""
+    return model_parameters(settings).get("reasoning_effort", "")
 
 
 def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float, output_tokens: float) -> float:
@@ -469,17 +474,28 @@ def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float,
 
 
 def estimate(settings: CleaningConfig, load: dict, measured: Iterable[float] = ()) -> tuple[float, str]:
-    """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request."""
-    factors = (known_model(settings.model).patch_factor, HIGHEST_FACTOR)
+    """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request.
+
+    At the highest, an answer of a model that may reason takes all of its limit, as does one whose limit was doubled.
+    """
+    model, parameters = known_model(settings.model), model_parameters(settings)
+    limit = parameters.get("max_completion_tokens") or parameters["max_tokens"]
     if measured:
-        tokens = [tuple(load["requests"] * used for used in measured)]
+        tokens = [[load["requests"] * used for used in measured] for _ in range(2)]
     else:
-        pairs = zip(factors, ANSWER_TOKENS, strict=True)
-        tokens = [(load["tokens"] + factor * load["patches"], load["requests"] * answer) for factor, answer in pairs]
+        plain, high = ANSWER_TOKENS
+        high = high if parameters.get("reasoning_effort") in model.efforts[:1] else limit
+        pairs = ((model.patch_factor, plain), (HIGHEST_FACTOR, high))
+        tokens = [[load["tokens"] + factor * load["patches"], load["requests"] * answer] for factor, answer in pairs]
+    tokens[1][1] += load["enlarged"] * limit
     usd = [cost(settings, settings.model, settings.sync, *used) for used in tokens]
     if math.isnan(usd[-1]):
         return math.nan, "at an unknown price"
     return usd[-1], f"${usd[0]:.4f} by the usage so far" if measured else f"${usd[0]:.4f} to ${usd[1]:.4f}"
+
+
+def dollars(usd: float) -> str:
+    return "unknown" if math.isnan(usd) else f"${usd:.4f}"
 
 
 def shutdown_date(name: str, facts: dict[str, Any]) -> tuple[str, float]:
@@ -490,11 +506,6 @@ def shutdown_date(name: str, facts: dict[str, Any]) -> tuple[str, float]:
     except ValueError:
         return "", math.inf
     return date, (end - datetime.datetime.fromtimestamp(time.time(), datetime.UTC).date()).days
-
-
-def load_of(tokens: int, patches: int) -> dict[str, int]:
-    """The load of one request."""
-    return {"requests": 1, "tokens": tokens, "patches": patches}
 
 
 def total_load(loads: Iterable[dict]) -> Counter:
@@ -979,6 +990,8 @@ def short_text(text: Any, limit: int = 300) -> str:
 
 def stop_code(status: Any, code: str, message: str) -> str:
     """The code of STOPS that an error means, or ""."""
+    if status == 402:  # resellers of models have no code for it
+        return "insufficient_quota"
     refused = code == "unsupported_parameter" or re.search("reasoning.?effort", message)
     return "unsupported_value" if status == 400 and refused else code if code in STOPS else ""
 
@@ -1098,9 +1111,11 @@ class NotFound(Exception):
 
 
 class Refused(Fail):
-    """The server says that the request is wrong (400 and the like); `status` says how."""
+    """The server says that the request is wrong: 400 and the like."""
 
-    status = 0
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class Stop(Exception):
@@ -1164,9 +1179,7 @@ class BatchAPIClient:
         if stop := stop_code(status, code, message):
             raise Stop(stop, message)
         if status not in (408, 409, 429) and status < 500:
-            refused = Refused(f"{what} was refused ({status}): {message}")
-            refused.status = status
-            raise refused
+            raise Refused(f"{what} was refused ({status}): {message}", status)
         raise TryLater(f"{what}: status {status}", doubtful=status == 408 or status >= 500)
 
     def model(self, name: str) -> dict[str, Any]:
@@ -1270,9 +1283,10 @@ def validate_batch(batch: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------------
 # StateManager: state.json, which alone knows the batches
 
-FACTS = {"sha256": "", "requests": 0, "tokens": 0, "patches": 0, "pilot": False}  # of a request file
+FACTS = {"sha256": "", "pilot": False} | dict.fromkeys(LOAD, 0)  # of a request file
 BATCH = FACTS | {
     "input_file": "",
+    "effort": "",  # that its requests were sent with
     "status": "",
     "output_file_id": "",
     "local_output_path": "",
@@ -1499,17 +1513,25 @@ class Answers:
         used_up = len(attempts) >= self.state.settings.max_attempts or any(one.kind == "final" for one in attempts)
         return "pending" if digest and not used_up else "cleaned" if answered in self.cleaned else "rejected"
 
+    def token_factor(self, digest: str) -> int:
+        """What a row's token limit is multiplied by: doubled after each answer that was cut off."""
+        return 2 ** sum(one.reason == "length" for one in self.attempts(digest))
+
+    def load_of(self, digest: str, tokens: int, patches: int) -> dict[str, int]:
+        """The load of one request."""
+        factor = self.token_factor(digest)
+        return {"requests": 1, "tokens": tokens, "patches": patches, "enlarged": factor if factor > 1 else 0}
+
     def forgive(self) -> None:
         """Give rows whose attempts are used up their attempts again."""
         self.forgiven |= {key: len(all) for key, all in self.failures.items() if self.status(key) == "rejected"}
         common.write_json(self.retries_path, self.forgiven)
 
     def spent(self) -> dict[str, float]:
-        """US dollars and tokens of every answer that ever came back, by its usage and the price of its model."""
+        """US dollars (NaN where a model has no price) and tokens of every answer that ever came back, by its usage."""
         total = {"usd": 0.0, "prompt_tokens": 0, "output_tokens": 0}
         for (model, sync), used in self.usage.items():
-            usd = cost(self.state.settings, model, sync, used["prompt_tokens"], used["output_tokens"])
-            more = {"usd": 0.0 if math.isnan(usd) else usd} | used
+            more = {"usd": cost(self.state.settings, model, sync, used["prompt_tokens"], used["output_tokens"])} | used
             total = {name: total[name] + more[name] for name in total}
         return total
 
@@ -1742,7 +1764,7 @@ class DataProcessor:
             for number, digests, sources[number], entry, line in self.built_rows(known, is_wanted, again):
                 digest, answered = self.choose_digest(digests, flying)
                 if line and digest == digests[0] and is_wanted(digest):
-                    writer.add(digest, line, load_of(*entry[2:4]))
+                    writer.add(digest, line, self.answers.load_of(digest, *entry[2:4]))
                 elif not line and digest in loads:  # not encoded again
                     entry[2:4] = loads[digest]["tokens"], loads[digest]["patches"]
                 entries[number] = (digest, *entry, answered)
@@ -1763,9 +1785,8 @@ class DataProcessor:
             for id, rows in common.products(*self.catalogue):
                 digest = known.get(id, "")
                 if is_wanted(digest) or not again:
-                    cut_off = sum(one.reason == "length" for one in self.answers.attempts(digest))
                     rows = [(number, name, self.local_cells(cells)) for number, name, cells in rows]
-                    yield rows, "" if is_wanted(digest) else digest, 2**cut_off
+                    yield rows, "" if is_wanted(digest) else digest, self.answers.token_factor(digest)
 
         folder = common.images_folder(self.args.images, self.args.input)
         work = functools.partial(build_block, self.settings, folder, self.earlier_models())
@@ -1810,7 +1831,7 @@ class DataProcessor:
                 removed |= {entries[number][0], entries[number][-1]}
                 detail = f"one photo for {count} different titles"
                 entries[number] = ("", "placeholder photo", detail, 0, 0, "", "", "")
-        loads = {key: load_of(*load[:2]) for key, _, _, *load in entries.values()}
+        loads = {key: self.answers.load_of(key, *load[:2]) for key, _, _, *load in entries.values()}
         writer.remove(removed - loads.keys(), loads)
 
     def earlier_models(self) -> list[str]:
@@ -1881,7 +1902,7 @@ class DataProcessor:
     def loads(self) -> dict[str, dict]:
         """digest -> load, for the planned rows."""
         rows = zip(self.plan["digest"], self.plan["tokens"], self.plan["patches"], strict=True)
-        return {digest: load_of(*load) for digest, *load in rows}
+        return {digest: self.answers.load_of(digest, *load) for digest, *load in rows}
 
     def pending_loads(self) -> dict[str, dict]:
         """digest -> load of everything that rows wait for."""
@@ -1899,9 +1920,9 @@ def as_error(code: str, message: str = "") -> dict:
     return {"error": {"code": code, "message": message}}
 
 
-def as_refusal(code: str, message: str) -> dict:
+def as_refusal(code: str, message: str, status: int = 400) -> dict:
     """A raw answer line's content for a request that is not to be asked again."""
-    return {"response": {"status_code": 400, "body": as_error(code, message)}}
+    return {"response": {"status_code": status, "body": as_error(code, message)}}
 
 
 class BatchRunner:
@@ -1957,11 +1978,11 @@ class BatchRunner:
         say(f"{why}; sending nothing more, collecting what is in flight")
         self.state.set(stopped=why)
 
-    def react(self, code: str, model: str) -> None:
-        """Stop for a code of STOPS that a request to `model` brought, or go on with another effort or model."""
+    def react(self, code: str, model: str, effort: str) -> None:
+        """Stop for a code of STOPS that a request of this model and effort brought, or go on with another one."""
         if code not in ("model_not_found", "unsupported_value"):
             self.stop(code)
-        elif model != self.settings.model:
+        elif (model, effort) != (self.settings.model, sent_effort(self.settings)):
             pass  # the work goes on with another one already
         elif code == "unsupported_value":
             self.change_effort(self.processor.answers.stops.get(code, ""))
@@ -1973,7 +1994,7 @@ class BatchRunner:
     # -- the model and its effort
     def change_effort(self, message: str) -> None:
         """The model refused the effort, or another setting: take the lowest effort that the message lists, if any."""
-        model, sent = self.settings.model, model_parameters(self.settings).get("reasoning_effort", "")
+        model, sent = self.settings.model, sent_effort(self.settings)
         listed = re.split(r"(?i)supported values|allowed|accept|one of|must be", message)[-1]
         accepted = [name for name in EFFORTS if name != sent and re.search(rf"(?<![\w-]){name}(?![\w-])", listed)]
         if "reasoning" not in message or model in self.state["efforts"] or not (accepted or sent):
@@ -2090,18 +2111,21 @@ class BatchRunner:
 
     def collect(self, id: str, batch: Any) -> None:
         """Download what the batch made and store it; wait some polls for outputs that are not there yet."""
-        known, late = self.state["batches"][id], []
-        expected = {"output": known["counts"].get("completed", 0), "error": 0}
-        for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
-            path = self.processor.raw / f"{id}.{kind}.jsonl"
+        known, lines, late = self.state["batches"][id], Counter(), []
+        counts, paths = known["counts"], {kind: self.processor.raw / f"{id}.{kind}.jsonl" for kind in RAW_KINDS[:2]}
+        for kind, path in paths.items():
+            file_id = getattr(batch, f"{kind}_file_id")
             if file_id and not path.exists():
                 with contextlib.suppress(NotFound):
                     self.client.download(file_id, path)
             if path.exists():
                 known[f"local_{kind}_path"] = str(path)
-            lines = sum(1 for _ in read_lines(path)) if path.exists() else 0
-            if (file_id and not path.exists()) or lines < expected[kind]:
+                lines[kind] = sum(1 for _ in read_lines(path))
+            elif file_id:
                 late.append(path)
+        expected = Counter(output=counts.get("completed") or 0, error=counts.get("failed") or 0)
+        if lines.total() < expected.total():  # together, for some servers write failures into the output file
+            late += [paths[kind] for kind in expected - lines]
         if late and self.keep_waiting(known, "late"):
             for path in late:
                 path.unlink(missing_ok=True)
@@ -2128,7 +2152,7 @@ class BatchRunner:
         failures = "".join(f"; {n} {reason}" for reason, n in results.items() if reason != "ok")
         say(f"{known['input_file']}: {status}, {results['ok']} of {total} parsed{failures}")
         for code in [code for code in STOPS if results[code]][:1]:
-            self.react(code, self.processor.model_of(known))
+            self.react(code, self.processor.model_of(known), known["effort"])
         self.close_batch(id, status)
         if known["pilot"] and "" in errors:
             self.judge_pilot(keys)
@@ -2140,7 +2164,7 @@ class BatchRunner:
         name, done, files = known["input_file"], self.state["completed_files"], self.state["files"]
         if not waits_again:
             done = done if name in done else [*done, name]
-        elif known["requests"]:  # not of a batch found by the account's list, whose load nobody knows
+        elif known["requests"]:  # not of a batch found in the account whose load nobody knows
             files = files | {name: {fact: known[fact] for fact in FACTS}}
         self.state.set(
             completed_files=done, files=files, refused_alone=self.state["refused_alone"] if waits_again else 0
@@ -2192,19 +2216,17 @@ class BatchRunner:
         known = self.state["batches"][id]
         errors = batch.errors.data if batch.errors and batch.errors.data else []
         codes = {str(error.code): short_text(error.message) for error in errors}
-        lines = {error.line: error for error in errors if error.line}
+        lines = {str(one.line): as_refusal(one.code or "invalid", short_text(one.message)) for one in errors}
+        keys = enumerate(self.processor.keys_of(known) or (), 1)
+        refused = {key: lines[str(number)] for number, key in keys if str(number) in lines}
         if "token_limit_exceeded" in codes:
             self.close_batch(id, "failed", waits_again=True)
             self.learn_queue_limit(known, codes["token_limit_exceeded"])
         elif stops := {stop_code(400, *pair): pair[1] for pair in codes.items() if stop_code(400, *pair)}:
             self.close_batch(id, "failed", waits_again=True)
             self.processor.answers.stops |= stops
-            self.react(next(iter(stops)), self.processor.model_of(known))
-        elif lines:
-            refused = {}
-            for number, key in enumerate(self.processor.keys_of(known) or [], 1):
-                if error := lines.get(number):
-                    refused[key] = as_refusal(error.code or "invalid", short_text(error.message))
+            self.react(next(iter(stops)), self.processor.model_of(known), known["effort"])
+        elif refused:
             self.store(id, "failed", refused)
         else:
             code, detail = next(iter(codes.items()), ("no reason given", ""))
@@ -2246,9 +2268,11 @@ class BatchRunner:
         if self.replan or not self.processor.is_planned():
             if self.state["prompt"] not in ("", PROMPT_VERSION):
                 say("the prompt has changed since the last call: answered rows are asked and paid again")
-            requests = self.processor.prepare()
-            self.state.set(prompt=PROMPT_VERSION)
-            self.state.set(state="In Progress" if self.state.live() else "Prepared")
+            requests, live, loads = self.processor.prepare(), self.state.live(), self.processor.loads()
+            for batch in live.values():
+                if not batch["requests"]:  # found in the account, after state.json was lost
+                    batch |= total_load(loads[key] for key in self.processor.keys_of(batch) or () if key in loads)
+            self.state.set(prompt=PROMPT_VERSION, state="In Progress" if live else "Prepared")
             say(f"prepared: {requests} new requests in {self.processor.requests}")
             plan, loads = self.processor.plan, self.processor.pending_loads()
             if again := [loads[key] for key in {*plan["digest"][plan["answered"] != ""]} if key in loads]:
@@ -2320,8 +2344,10 @@ class BatchRunner:
         if self.settings.max_cost is None:
             return
         spent, (high, price) = self.processor.answers.spent()["usd"], self.processor.answers.estimate(to_come)
-        if math.isnan(high):
-            raise Fail(f"--max-cost needs a price for {self.settings.model}; give --price-input and --price-output")
+        if math.isnan(spent + high):
+            models = dict.fromkeys([self.settings.model, *self.processor.answers.models()])
+            names = " and ".join(name for name in models if math.isnan(cost(self.settings, name, False, 1, 1)))
+            raise Fail(f"--max-cost needs a price for {names}; give --price-input and --price-output")
         if spent + high > self.settings.max_cost:
             raise Fail(
                 f"${spent:.4f} spent and {price} to come may exceed --max-cost ${self.settings.max_cost:g};"
@@ -2351,7 +2377,7 @@ class BatchRunner:
                 raise TryLater(f"the upload of {name} is gone; uploading it again") from None
             raise
         del self.state["files"][name]
-        known = BATCH | facts | {"input_file": name} | describe_batch(batch)
+        known = BATCH | facts | {"input_file": name, "effort": sent_effort(self.settings)} | describe_batch(batch)
         self.state.set(intent={}, batches=self.state["batches"] | {batch.id: known})
         say(f"{name}: sent as {batch.id}")
 
@@ -2369,6 +2395,13 @@ def ask_directly(runner: BatchRunner) -> None:
     source, lock, parsed, bad = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter()
     total, pilot = processor.counts()["pending"], settings.pilot
 
+    def is_piloting() -> bool:
+        return pilot > 0 and state["sound"] != sound_key(runner.settings)
+
+    def block_size() -> int:
+        """A pilot has no request more than it needs."""
+        return min(4 * settings.concurrency, max(1, pilot - parsed - bad.total()) if is_piloting() else math.inf)
+
     def ask(text: bytes) -> tuple[str, Outcome]:
         """Ask, and store before the thread asks anything else: a kill loses only what is in flight."""
         request = json.loads(text)
@@ -2383,24 +2416,35 @@ def ask_directly(runner: BatchRunner) -> None:
             to_come = total_load(loads.values())
             waiting = [processor.requests / name for name in sorted(state["files"])]
             lines = itertools.chain.from_iterable(open(path, "rb") for path in waiting)
-            for block in common.batches(common.progress(lines, "ask", len(loads)), 4 * settings.concurrency):
+            lines = common.progress(lines, "ask", len(loads))
+            while block := [*itertools.islice(lines, block_size())]:
                 runner.check_budget(to_come)
                 outcomes = dict(pool.map(ask, block))
                 to_come -= total_load(loads[key] for key in outcomes if answers.status(key) != "pending")
                 parsed += sum(one.kind == "ok" for one in outcomes.values())
                 bad.update(one.reason for one in outcomes.values() if one.kind in ("again", "final"))
-                stops = [one.reason for one in outcomes.values() if one.kind == "stop"]
-                piloting = pilot and state["sound"] != sound_key(runner.settings)
-                if stops:
-                    runner.react(stops[0], runner.settings.model)
-                elif piloting and pilot <= parsed + bad.total() < total:
+                if stops := [one.reason for one in outcomes.values() if one.kind == "stop"]:
+                    runner.react(stops[0], runner.settings.model, sent_effort(runner.settings))
+                elif is_piloting() and pilot <= parsed + bad.total() < total:
                     runner.judge(parsed, bad)
                 if state["stopped"]:
                     raise Fail(f"{state['stopped']}; what was answered is kept, and `run` goes on")
+                require_server(answers, outcomes)
                 if stops:
                     break
             state.set(files={})
             runner.make_plan()  # for another model or effort, if need be
+
+
+def require_server(answers: Answers, outcomes: dict[str, Outcome]) -> None:
+    """Fail where no request of a block got an answer, before all rows use up their attempts at a server that is down.
+
+    Rows that are asked again may be the few that it never answers: they need no stop.
+    """
+    first = any(len(answers.attempts(digest)) == 1 for digest in outcomes)
+    if first and all(one.kind == "server" for one in outcomes.values()):
+        (reason, _), *_ = Counter(f"{one.reason}: {one.detail}" for one in outcomes.values()).most_common(1)
+        raise Fail(f"{len(outcomes)} requests in a row brought no answer ({reason}); run again when the server is well")
 
 
 def prepare_directly(runner: BatchRunner) -> None:
@@ -2422,7 +2466,7 @@ def one_answer(client: BatchAPIClient, body: dict) -> dict:
     except Stop as stop:
         return as_error(*stop.args)
     except Refused as refused:
-        return as_refusal("", str(refused))
+        return as_refusal("", str(refused), refused.status)
     except TryLater as later:
         if later.unreachable:
             raise Fail(f"{later}; check OPENAI_BASE_URL and the network, then run again") from None
@@ -2455,8 +2499,9 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
         say(f"  rejected {some['rows']}: {reason} (such as {', '.join(some['ids'][:3])})")
     if processor.any_refused():
         say("  `run --retry-failed` asks again, with today's settings, for rows that were asked in vain")
-    spent = report["cost"]
-    say(f"cost by usage: ${spent['usd']:.4f} ({spent['prompt_tokens']} tokens in, {spent['output_tokens']} out)")
+    spent = processor.answers.spent()
+    tokens = f"{spent['prompt_tokens']} tokens in, {spent['output_tokens']} out"
+    say(f"cost by usage: {dollars(spent['usd'])} ({tokens})")
     # A product of which another row is in the output is not lost.
     found = {id for id, status in zip(processor.plan["id"], processor.statuses(), strict=True) if status == "cleaned"}
     lost = sum(id not in found for ids in rejected.values() for id in ids)
@@ -2510,7 +2555,7 @@ def make_report(processor: DataProcessor, rejected: dict[str, list[str]]) -> dic
         "rejected": {reason: {"rows": len(ids), "ids": ids[:20]} for reason, ids in often_first},
         "failed_attempts": dict(sorted(answers.reasons.items(), key=lambda item: (-item[1], item[0]))),
         "models": dict(Counter(fields[-1] for fields in sound)),
-        "cost": spent | {"usd": round(spent["usd"], 6)},
+        "cost": spent | {"usd": None if math.isnan(spent["usd"]) else round(spent["usd"], 6)},
         "batches": [
             {"batch": id, "file": one["input_file"], "status": one["status"], "results": answers.results.get(id, {})}
             for id, one in processor.state["batches"].items()
@@ -2550,7 +2595,7 @@ def show_status(processor: DataProcessor) -> None:
         columns = ("file", "batch", "requests", "status", "done", "failed", "hours")
         say(pd.DataFrame(rows, columns=columns).to_string(index=False))
     _, price = processor.answers.estimate(total_load(processor.pending_loads().values()))
-    say(f"cost so far ${spent:.4f}, to come {price}")
+    say(f"cost so far {dollars(spent)}, to come {price}")
     if state["stopped"]:
         say(f"stopped: {state['stopped']}; `dispatch` or `run` goes on")
     if counts["pending"] and state["started"]:
@@ -2638,6 +2683,10 @@ def main(argv: list[str] | None = None) -> int:
     from dotenv import load_dotenv
 
     load_dotenv(".env")
+    if settings.sync and args.command in ("poll", "dispatch"):
+        raise Fail("--sync asks row by row; use `run --sync`", common.USAGE)
+    if Path(args.output).resolve() in {Path(path).resolve() for path in args.input}:
+        raise Fail(f"--output {args.output} is an --input, which it would overwrite; give another file", common.USAGE)
     workspace = Path(args.workspace)
     if args.command == "status":
         if not (workspace / "plan.parquet").exists():

@@ -777,7 +777,7 @@ def test_an_unsound_pilot_stops_sync_too(shop, capsys):
     flags = ("--sync", "--pilot", "10", "--concurrency", "2")
     assert shop.call("run", *flags) == 1
     *_, error = capsys.readouterr().err.splitlines()
-    assert "unsound: 15 of 16 answers could be parsed (1 broken JSON)" in error and sum(shop.paid().values()) == 16
+    assert "unsound: 9 of 10 answers could be parsed (1 broken JSON)" in error and sum(shop.paid().values()) == 10
     shop.server.faults.clear()
     assert shop.call("run", *flags) == 0 and sum(shop.paid().values()) == 31
 
@@ -1157,6 +1157,173 @@ def test_a_model_that_is_not_in_the_table_needs_prices_for_a_limit(shop, capsys)
     assert shop.call(*flags, "--price-input", "0.1", "--price-output", "0.4") == 0 and models(shop) == {
         "qwen2.5-vl": 12
     }
+
+
+# -- money that must not be spent twice, or above the limit
+
+
+def test_two_batches_with_a_refused_effort_change_it_once(shop, capsys):
+    shop.server.set_fault("efforts:low:high")
+    flags = ("--pilot", "0", "--max-requests-per-file", "6", "--max-concurrent-batches", "2")
+    assert shop.call("run", *flags) == 0 and len(shop.cleaned()) == 12
+    assert capsys.readouterr().out.count("sending low from now on") == 1 and set(shop.paid().values()) == {1}
+
+
+def test_a_kill_between_another_effort_and_the_end_of_its_batch(shop, monkeypatch):
+    shop.server.set_fault("efforts:low:high")
+    with monkeypatch.context() as patch:
+        patch.setattr(clean.BatchRunner, "close_batch", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert shop.call() == 130 and shop.state()["efforts"] == {"gpt-5-nano": "low"}
+    assert shop.call() == 0 and len(shop.cleaned()) == 12 and set(shop.paid().values()) == {1}
+
+
+@pytest.mark.parametrize("flags", [("gpt-5-nano", "high"), ("qwen2.5-vl", None)])
+def test_the_limit_holds_for_a_model_that_reasons(shop, flags, capsys):
+    """12 answers of up to 2,000 tokens."""
+    model, effort = flags
+    more = ("--price-input", "0.025", "--price-output", "0.2", *(("--reasoning-effort", effort) if effort else ()))
+    shop.server.set_fault("reasons:1500")
+    assert shop.call("run", "--model", model, *more, "--max-cost", "0.004") == 1
+    assert "--max-cost" in capsys.readouterr().err and not shop.paid()
+    assert shop.call("run", "--model", model, *more, "--max-cost", "0.02") == 0
+    assert 0.003 < json.loads((shop.folder / "cleaned.csv.report.json").read_text())["cost"]["usd"] < 0.02
+
+
+@pytest.mark.parametrize("sync", [(), ("--sync", "--concurrency", "1")])
+def test_the_limit_counts_the_room_that_cut_off_answers_get(shop, sync, capsys):
+    """Every answer costs little and is cut off; the second ones may take 1,000 tokens each, the third ones 2,000."""
+    shop.server.set_fault("length@acme")
+    flags = ("--pilot", "0", "--max-failed", "1", *sync)
+    assert shop.call("run", "--max-cost", "0.003" if sync else "0.0015", *flags) == 1
+    assert "--max-cost" in capsys.readouterr().err and set(shop.paid().values()) == {1}
+    assert shop.call("run", "--max-cost", "0.02", *flags) == 0 and sum(shop.paid().values()) == 36
+
+
+def test_an_answer_without_a_price_is_not_free(shop, capsys):
+    assert shop.call("run", "--model", "qwen2.5-vl", "--limit", "6") == 0
+    assert "cost by usage: unknown" in capsys.readouterr().out
+    report = json.loads((shop.folder / "cleaned.csv.report.json").read_text())
+    assert report["cost"]["usd"] is None and report["cost"]["prompt_tokens"] > 0
+    assert json.loads((shop.folder / "cleaned.csv.json").read_text())["cost"]["usd"] is None
+    flags = ("run", "--model", "gpt-5-nano", "--max-cost", "1")
+    assert shop.call(*flags) == 1 and sum(shop.paid().values()) == 6
+    captured = capsys.readouterr()
+    assert "--price-input" in captured.err and "qwen2.5-vl" in captured.err
+    assert shop.call("status") == 0 and "cost so far unknown" in capsys.readouterr().out
+    assert shop.call(*flags, "--price-input", "0.1", "--price-output", "0.4") == 0 and len(shop.cleaned()) == 12
+
+
+@pytest.mark.parametrize("lost", ["", "state.json", "state.json plan.parquet"])
+def test_batches_found_again_count_against_the_limit(shop, lost, capsys):
+    shop.server.steps = 50
+    flags = ("--pilot", "0", "--max-requests-per-file", "6", "--max-concurrent-batches")
+    assert shop.call("dispatch", *flags, "1") == 75
+    shop.lose(*lost.split())
+    assert shop.call("dispatch", *flags, "2", "--max-cost", "0.0004") == 1  # enough for one file
+    assert "--max-cost" in capsys.readouterr().err and len(shop.server.ledger("batch")) == 1
+
+
+@pytest.mark.parametrize("command", ["poll", "dispatch"])
+def test_sync_is_for_run_alone(shop, command, capsys):
+    assert shop.call(command, "--sync") == 2 and not shop.server.calls
+    error = capsys.readouterr().err
+    assert "use `run --sync`" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    (99, "batch failed: invalid_line"), ("x", "batch failed: invalid_line"), ([1], "batch failed: invalid_line"),
+    ("2", "request refused: invalid_line"),
+])  # fmt: skip
+def test_a_batch_that_names_no_line_of_its_file_is_not_sent_without_end(shop, line, reason, monkeypatch):
+    def refuse(batch, lines):
+        data = [{"code": "invalid_line", "message": "bad", "line": line, "param": None}]
+        batch |= {"status": "failed", "errors": {"object": "list", "data": data}, "_tokens": 0}
+        return True
+
+    monkeypatch.setattr(shop.server, "refuse", refuse)
+    for _ in range(30):
+        if (code := shop.call("poll", "--pilot", "0", "--limit", "2")) != 75:
+            break
+    assert code == 1 and reason in shop.rejects().values() and len(shop.server.ledger("batch")) <= 4
+
+
+def test_without_credit_sync_stops_and_rejects_nothing(shop, monkeypatch, capsys):
+    true, count = StandIn.chat, itertools.count()
+
+    def chat(self, data):
+        return true(self, data) if next(count) < 4 else (402, {"error": {"message": "Insufficient credits"}})
+
+    monkeypatch.setattr(StandIn, "chat", chat)
+    flags = ("run", "--sync", "--pilot", "4", "--concurrency", "1")
+    assert shop.call(*flags) == 1 and "may spend no more (insufficient_quota)" in capsys.readouterr().err
+    monkeypatch.setattr(StandIn, "chat", true)
+    assert shop.call(*flags) == 0 and len(shop.cleaned()) == 12 and sum(shop.paid().values()) == 12
+
+
+def test_a_refusal_of_sync_says_its_status(shop, monkeypatch):
+    monkeypatch.setattr(StandIn, "chat", lambda self, data: (422, {"error": {"message": "no pictures"}}))
+    assert shop.call("run", "--sync", "--pilot", "0", "--limit", "2") == 1
+    assert shop.rejects() == {"000": "request refused: 422", "001": "request refused: 422"}
+
+
+@pytest.mark.parametrize("fault", ["http_500", "http_429"])
+def test_sync_stops_where_the_server_answers_nothing(shop, fault, monkeypatch, capsys):
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
+    shop.server.set_fault(f"{fault}@acme")
+    flags = ("run", "--sync", "--pilot", "4", "--concurrency", "2")
+    assert shop.call(*flags) == 1 and not shop.output.exists()
+    assert sum("chat" in call for call in shop.server.calls) == 4 * (1 + clean.SYNC_RETRIES)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert fault[-3:] in error and "run again" in error
+    shop.server.faults.clear()
+    assert shop.call(*flags) == 0 and len(shop.cleaned()) == 12
+
+
+def test_a_row_that_sync_never_gets_is_rejected_in_one_run(shop, monkeypatch):
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
+    shop.server.set_fault("http_500@lamp")
+    assert shop.call("run", "--sync", "--pilot", "4", "--max-failed", "0.2") == 0
+    assert shop.rejects() == {"004": "server error"} and len(shop.cleaned()) == 11
+
+
+@pytest.mark.parametrize("concurrency", ["1", "3", "50"])
+def test_the_pilot_of_sync_pays_no_more_than_it_says(shop, concurrency):
+    shop.server.set_fault("broken_json@acme")
+    assert shop.call("run", "--sync", "--pilot", "5", "--concurrency", concurrency) == 1
+    assert sum(shop.paid().values()) == 5
+
+
+def test_an_error_file_that_shows_up_late_is_read(shop, monkeypatch):
+    true, seen = StandIn.public, []
+
+    def public(self, value):
+        value = true(self, value)
+        if value.get("status") == "completed" and not seen:
+            seen.append(value)
+            value = value | {"error_file_id": None}
+        return value
+
+    monkeypatch.setattr(StandIn, "public", public)
+    shop.server.set_fault("http_500@lamp")
+    assert shop.call("run", "--pilot", "0", "--max-attempts", "1", "--max-failed", "0.2") == 0
+    assert seen and shop.rejects() == {"004": "server error 500"}
+
+
+def test_failures_in_the_output_file_are_not_waited_for(shop, monkeypatch):
+    """Some servers write one file, and count its failures."""
+    true = StandIn.finish
+
+    def finish(self, batch, share, end):
+        true(self, batch, share, end)
+        data = b"".join(self.content(batch[name]) for name in ("output_file_id", "error_file_id") if batch[name])
+        batch |= {"output_file_id": self.store("all.jsonl", "batch_output", data)["id"], "error_file_id": None}
+
+    monkeypatch.setattr(StandIn, "finish", finish)
+    monkeypatch.setattr(clean, "PATIENCE", 3600.0)
+    shop.server.set_fault("http_500@lamp")
+    flags = ("--pilot", "0", "--max-attempts", "1", "--max-failed", "0.2")
+    assert shop.call("poll", *flags) == 75 and shop.call("poll", *flags) == 0
+    assert shop.rejects() == {"004": "server error 500"}
 
 
 # -- answers of another model
