@@ -55,7 +55,7 @@ from common import Fail, setting
 class CleaningConfig:
     """Sizes in bytes, times in seconds, prices in US dollars for a million tokens."""
 
-    model: str = setting("auto", "chat model; auto takes the first of a table that the key has and that is not ending")
+    model: str = setting("auto", "chat model; auto: the first of gpt-5-nano, gpt-6-luna, gpt-5.6-luna that will do")
     reasoning_effort: str | None = setting(None, "effort sent with each request; by default the model's lowest")
     max_completion_tokens: int | None = setting(
         None, "tokens an answer may take, by default what the model needs; doubled after one that was cut off", low=1
@@ -72,9 +72,9 @@ class CleaningConfig:
     max_attempts: int = setting(3, "times a row is asked before it is rejected", low=1, high=100)
     max_failed: float = setting(0.05, "share of rejected rows above which the exit is 1", low=0, high=1)
     max_cost: float | None = setting(None, "US dollars; nothing is sent that might cost more in all", low=0)
-    price_input: float | None = setting(None, "price of input tokens, for models that are not in the table", low=0)
-    price_output: float | None = setting(None, "price of output tokens, for models that are not in the table", low=0)
-    limit: int | None = setting(None, "rows of the input that count; by default all", low=1)
+    price_input: float | None = setting(None, "price of input tokens, before that of the table; both or none", low=0)
+    price_output: float | None = setting(None, "price of output tokens, before that of the table; both or none", low=0)
+    limit: int | None = setting(None, "products of the input that count; by default all", low=1)
     workers: int | None = setting(None, "processes that read photos; by default one for each core", low=1, high=1000)
     sync: bool = setting(False, "ask /v1/chat/completions row by row, for servers without a Batch API")
     concurrency: int = setting(8, "requests in flight at once with --sync", low=1, high=1000)
@@ -126,13 +126,11 @@ UTF8_SIGNS = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80[\x80-\xbf]")
 PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
 
 
-def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
-    """An error handler of decoders: Windows-1252, with Latin-1 for the bytes that it leaves undefined."""
-    byte = error.object[error.start : error.start + 1]
-    return (byte.decode("latin-1") if byte in b"\x81\x8d\x8f\x90\x9d" else byte.decode("cp1252")), error.start + 1
-
-
-codecs.register_error("as-windows", as_windows)
+# What is no UTF-8, as "surrogateescape" keeps it: Windows-1252, or Latin-1 for the bytes that it leaves undefined.
+WINDOWS = {
+    0xDC00 + byte: bytes([byte]).decode("latin-1" if byte in b"\x81\x8d\x8f\x90\x9d" else "cp1252")
+    for byte in range(0x80, 0x100)
+}
 
 
 def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
@@ -179,8 +177,13 @@ def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark):
             raise Fail(f"{path}: is {what}, not a table of text; export it as CSV (UTF-8)", common.USAGE)
     encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    headers = {}
     try:
         line = next(feed_lines(io.BytesIO(start), encoding, path), "")
+        for mark in ",;\t|":
+            records = csv.reader(feed_lines(io.BytesIO(start), encoding, path), delimiter=mark)
+            header = next((one for one in records if not is_excels_line(one, mark)), [])
+            headers[mark] = [name.strip() for name in header]
     except UnicodeError as error:
         raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
     if not line.strip():
@@ -193,10 +196,14 @@ def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
         hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
         raise Fail(f"--columns {columns}: {hint}", common.USAGE)
     given = {name: value.strip('" ') for name, value in given.items()}
-    headers = {d: [name.strip() for name in next(csv.reader([line], delimiter=d), [])] for d in ",;\t|"}
     found = [(delimiter, header, *find_columns(header, given)) for delimiter, header in headers.items()]
     delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
     return encoding, delimiter, our_header(path, header, places, export), export
+
+
+def is_excels_line(values: list[str], delimiter: str) -> bool:
+    """Whether a record is the "sep=;" that Excel writes, and reads, above the header."""
+    return re.fullmatch("(?i)sep=.?", delimiter.join(values)) is not None
 
 
 def plain_name(column: str) -> str:
@@ -241,8 +248,12 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     ours = {found[0]: name for name, found in places.items()}
     if export:
         say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
+    replaced = {*FIELDS} if {*FIELDS} <= {*header} else {*()}  # of an earlier output, which has them all
     unique: list[str] = []
     for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
+        if name in FIELDS and name not in replaced and place not in ours:
+            say(f"{path}: {name} is kept as shop_{name}, for {name} is what stage 1 finds")
+            name = f"shop_{name}"
         free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
         free = itertools.chain([name], free)
         unique.append(ours.get(place) or next(n for n in free if n not in {*unique, *common.REQUIRED_COLUMNS}))
@@ -264,7 +275,7 @@ def feed_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
             utf8 = utf8 or not text.isascii()
         except UnicodeDecodeError:
             signs = UTF8_SIGNS.search(line) is not None
-            text, utf8 = line.decode("utf-8" if signs else "cp1252", "as-windows"), utf8 or signs
+            text, utf8 = line.decode("utf-8" if signs else "ascii", "surrogateescape").translate(WINDOWS), utf8 or signs
             windows.append(number)
         text = text.removeprefix("\ufeff") if number == 1 else text
         yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
@@ -285,14 +296,16 @@ def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -
 
     with open(path, "rb") as handle:
         reader, begun, last = csv.reader(keep(feed_lines(handle, encoding, path)), delimiter=delimiter), 1, 1
+        above = True  # the rows
         try:
             for values in reader:
                 own = reader.line_num - begun + 1
                 del lines[:-own]
                 if own > 1 and are_rows(lines, delimiter, header):
                     raise Fail(f"{path}, line {begun}: the quotes opened there swallow {own} lines; mend that line")
-                if values and begun > 1:
+                if values and not above:
                     yield values
+                above = above and is_excels_line(values, delimiter)
                 last, begun = begun, reader.line_num + 1
         except (csv.Error, UnicodeError) as error:
             raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
@@ -365,7 +378,7 @@ def further_cell(photos: list[str]) -> str:
 
 def cell_urls(cell: str) -> list[str]:
     """The URLs in a cell, with comma, semicolon, bar or spaces in between."""
-    return re.split(r"\s*[,;|\s]\s*(?=https?://)", cell.strip().rstrip(",;| "), flags=re.I)
+    return re.split(r"(?<![,;|\s])[,;|\s]+(?=https?://)", cell.strip().rstrip(",;| "), flags=re.I)
 
 
 def photo_names(folder: Path, cells: list[str]) -> list[str]:
@@ -916,7 +929,7 @@ class PhotoFetcher:
     def due(self, free: list[Transfer]) -> Iterator[Wanted]:
         """What may be asked for now, host by host, while lanes are free."""
         now = time.monotonic()
-        for host, queue in list(self.queues.items()):
+        for host, queue in list(self.queues.items()) if free else ():
             while queue and free and self.busy[host] < HOST_LANES and max(queue[0][0], self.quiet_until[host]) <= now:
                 yield queue.popleft()[1]
             if not queue:
@@ -1158,7 +1171,7 @@ class BatchAPIClient:
             cause = type(error).__name__ if error.__cause__ is None else str(error.__cause__)
             proxies = f" (with {told})" if (told := variables(PROXIES)) else ""
             raise TryLater(f"{self.url}: {short_text(cause)}{proxies}", doubtful=True, unreachable=True) from None
-        except (ValueError, AttributeError):  # a page in HTML, or JSON of something else
+        except (ValueError, AttributeError, TypeError):  # a page in HTML, or JSON of something else
             why = f"{self.url}: {what} brought an answer that is not the API's"
             raise TryLater(why, doubtful=True, unreachable=not self.reached) from None
         except Exception as error:
@@ -1187,7 +1200,7 @@ class BatchAPIClient:
         with contextlib.suppress(NotFound):
             return self.call("models", lambda: self.client.models.retrieve(name).model_dump())
         try:  # some servers only have the list
-            self.listed = [model.id for model in self.call("models", lambda: self.client.models.list()).data]
+            self.listed = self.call("models", lambda: [model.id for model in self.client.models.list().data])
         except NotFound:
             hint = "" if self.url.endswith("/v1") else f", most likely to {self.url}/v1"
             raise Fail(f"OPENAI_BASE_URL {self.url}: /models is not there (404); correct the address{hint}") from None
@@ -1428,7 +1441,7 @@ def describe_batch(batch: Any) -> dict[str, Any]:
     counts = batch.request_counts
     counts = {name: getattr(counts, name) for name in ("total", "completed", "failed")} if counts else {}
     ids = {"output_file_id": batch.output_file_id or "", "error_file_id": batch.error_file_id or ""}
-    return ids | {"status": batch.status, "created_at": batch.created_at, "counts": counts}
+    return ids | {"status": batch.status, "created_at": batch.created_at or 0, "counts": counts}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1585,13 +1598,14 @@ def shared_photos(photos: list[str], titles: list[str]) -> dict[str, tuple[int, 
     if max((count for count, _ in shared.values()), default=0) <= common.SAME_PHOTO:
         return shared
     everywhere = Counter(word for title in titles for word in words(title))
-    for photo, (count, _) in shared.items():
+    for photo, count in [(photo, count) for photo, (count, _) in shared.items() if count > common.SAME_PHOTO]:
         inside, different = Counter(word for one in groups[photo] for word in one), set(groups[photo])
         rest = max(len(titles) - len(groups[photo]), 1)
-        usual = {word for word, n in everywhere.items() if word in inside and n - inside[word] >= 0.5 * rest}
-        core = {word for word in inside if sum(word in one for one in different) >= 0.75 * count} - usual
+        usual = {word for word, n in inside.items() if everywhere[word] - n >= 0.5 * rest}
+        often_in = Counter(word for one in different for word in one)
+        core = {word for word, n in often_in.items() if n >= 0.75 * count} - usual
         covered = sum(len(one & core) / len(one - usual) if one - usual else 1 for one in different) / count
-        shared[photo] = (count, count > common.SAME_PHOTO and len(core) < 2 and covered < 0.4)
+        shared[photo] = (count, len(core) < 2 and covered < 0.4)
     return shared
 
 
@@ -1662,7 +1676,7 @@ def sound_key(settings: CleaningConfig) -> str:
     return f"{settings.model} {PROMPT_VERSION}"
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def request_keys(path: Path, sha256: str, changed: int) -> list[str] | None:
     """See DataProcessor.keys_of; `changed` is the file's time."""
     if sha256 and common.file_digest(path) != sha256:
@@ -1686,7 +1700,7 @@ class DataProcessor:
 
         self.args, self.state, workspace = args, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
-        self.fetched, self.unfetched = workspace.with_name(f"{workspace.name}.photos"), {}  # URL -> why it is not here
+        self.fetched, self.unfetched = Path(f"{os.path.abspath(workspace)}.photos"), {}  # URL -> why it is not here
         self.answers = Answers(workspace, state)
         self.plan = pd.DataFrame(columns=["id", *self.PLANNED])
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
@@ -1702,6 +1716,8 @@ class DataProcessor:
     @functools.cached_property
     def catalogue(self) -> tuple[Any, Any]:
         """(rows, reasons) as read_feeds gives them, --limit taken into account."""
+        with contextlib.suppress(OSError):  # of a file that read_feeds is to tell of
+            self.inputs  # noqa: B018 - digests first: a change from here on is noticed
         whole = read_feeds(self.args.input, self.args.columns)
         return tuple(part.head(self.settings.limit or len(part)) for part in whole)
 
@@ -2094,7 +2110,7 @@ class BatchRunner:
             self.store_failed(id, batch)
         elif batch.status in ENDED:
             self.collect(id, batch)
-        elif (batch.expires_at or batch.created_at + 86400) + OVERDUE < time.time():
+        elif (batch.expires_at or (batch.created_at or time.time()) + 86400) + OVERDUE < time.time():
             if not self.keep_waiting(known, "overdue"):
                 self.store(id, "given up", {"": as_error("batch hung")})
             elif batch.status != "cancelling":
@@ -2187,7 +2203,7 @@ class BatchRunner:
             self.judge(parsed, bad)
         elif self.state["files"] and not any(answers.status(key) == "pending" for key in last):
             reasons = ", ".join(sorted({one.reason for key in last for one in answers.failures.get(key, ())}))
-            self.stop(f"the pilot's rows brought no answer ({reasons}); the next call asks others")
+            self.stop(f"the pilot's rows brought no answer ({reasons}); `run` asks other rows")
 
     def judge(self, parsed: int, bad: Counter) -> None:
         """Let the rest be sent after a pilot with so many parsed answers, or stop where too many were bad."""
@@ -2484,8 +2500,8 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
         raise Fail(f"{', '.join(args.input)} changed while the command ran; run it again")
     paths = {name: output.with_name(f"{output.name}.{name}") for name in ("rejects.jsonl", "report.json", "json")}
     with common.atomic_file(output) as cleaned, common.atomic_file(paths["rejects.jsonl"]) as rejects:
-        rejected = write_rows(processor, cleaned, rejects)
-        report = make_report(processor, rejected)
+        rejected, models = write_rows(processor, cleaned, rejects)
+        report = make_report(processor, rejected, models)
         common.write_json(paths["report.json"], report)
         more = {
             "versions": common.versions("openai", "pillow"),
@@ -2515,9 +2531,9 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
     return None
 
 
-def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path) -> dict[str, list[str]]:
-    """Write every row to the one file or to the other; gives reason -> ids of the rejected."""
-    rows, plan, answers, rejected = processor.catalogue[0], processor.plan, processor.answers, {}
+def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path) -> tuple[dict, Counter]:
+    """Write every row to the one file or to the other; gives reason -> ids of the rejected, and rows by model."""
+    rows, plan, answers, rejected, models = processor.catalogue[0], processor.plan, processor.answers, {}, Counter()
     columns = [name for name in rows.columns if name not in FIELDS]
     if common.FURTHER not in columns and plan["further"].any():
         columns.append(common.FURTHER)
@@ -2534,6 +2550,7 @@ def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path)
         for values, (number, digest, answered, reason, detail) in zip(texts, planned, strict=True):
             if fields := answers.cleaned.get(digest) or answers.cleaned.get(answered):
                 writer.writerow([*values, *fields[:-1]])
+                models[fields[-1]] += 1
                 continue
             if digest:
                 reason, detail = answers.failures[digest][-1][2:4]
@@ -2542,19 +2559,17 @@ def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path)
             line |= {"image_path": row["image_path"], "name": row["name"]}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
             rejected.setdefault(reason, []).append(row["id"])
-    return rejected
+    return rejected, models
 
 
-def make_report(processor: DataProcessor, rejected: dict[str, list[str]]) -> dict[str, Any]:
+def make_report(processor: DataProcessor, rejected: dict[str, list[str]], models: Counter) -> dict[str, Any]:
     """What failed and why: rejected rows by reason, failed attempts by reason; rows by model, cost, batches."""
-    answers, spent, plan = processor.answers, processor.answers.spent(), processor.plan
-    pairs = zip(plan["digest"], plan["answered"], strict=True)
-    sound = filter(None, (answers.cleaned.get(digest) or answers.cleaned.get(other) for digest, other in pairs))
+    answers, spent = processor.answers, processor.answers.spent()
     often_first = sorted(rejected.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
         "rejected": {reason: {"rows": len(ids), "ids": ids[:20]} for reason, ids in often_first},
         "failed_attempts": dict(sorted(answers.reasons.items(), key=lambda item: (-item[1], item[0]))),
-        "models": dict(Counter(fields[-1] for fields in sound)),
+        "models": dict(models),
         "cost": spent | {"usd": None if math.isnan(spent["usd"]) else round(spent["usd"], 6)},
         "batches": [
             {"batch": id, "file": one["input_file"], "status": one["status"], "results": answers.results.get(id, {})}
@@ -2645,15 +2660,20 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
         if wrong:
             raise Fail(wrong)
         return common.DONE
-    except (TryLater, Stop) as error:  # outside of a step, which waits
-        raise Fail(f"{error}; nothing was sent; check OPENAI_BASE_URL and the network, then run again") from None
+    except Stop as stop:  # outside of a step, as the next
+        code, message = stop.args
+        raise Fail(f"{STOPS[code]} ({code}: {message}); mend the cause, then run again") from None
+    except TryLater as later:
+        hint = "check OPENAI_BASE_URL and the network, then " if later.unreachable else ""
+        raise Fail(f"{later}; {hint}run again") from None
     finally:
         say(counts_line(processor.counts()))
 
 
 COMMANDS = {
-    "prepare": "write request files", "dispatch": "send what fits", "poll": "one step of everything, for cron",
-    "finalize": "write the cleaned CSV", "run": "poll until done", "status": "show where it stands",
+    "prepare": "write request files", "dispatch": "collect, plan, send what fits",
+    "poll": "one step of everything, for cron", "finalize": "write the cleaned CSV", "run": "poll until done",
+    "status": "show where it stands",
 }  # fmt: skip
 
 

@@ -1748,6 +1748,43 @@ def test_a_catalogue_edited_while_run_waits(shop, capsys):
     assert shop.call() == 0 and len(shop.cleaned()) == 11 and set(shop.paid().values()) == {1}
 
 
+def test_a_catalogue_edited_while_photos_are_looked_at_is_noticed(shop, monkeypatch, capsys):
+    true = common.photo_pool
+
+    def pool_after_an_edit(*arguments):
+        shop.rows.append(shop.product(12))
+        shop.write()
+        return true(*arguments)
+
+    for command in ("run", "prepare"):
+        shop.rows, shop.workspace = shop.rows[:12], shop.folder / command
+        shop.write()
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "photo_pool", pool_after_an_edit)
+            assert shop.call(command) == (command == "run")
+        assert command == "prepare" or "changed while the command ran; run it again" in capsys.readouterr().err
+        while (code := shop.call("poll")) == 75:
+            pass
+        assert code == 0 and len(shop.cleaned()) == 13
+
+
+def test_the_shops_own_attributes_are_kept(shop, capsys):
+    shop.rows = [row | {"color": "Arctic", "material": "oak", "shop_color": "x"} for row in shop.rows]
+    shop.write()
+    assert shop.call() == 0
+    printed = capsys.readouterr().out
+    assert "color is kept as shop_color" in printed and "material is kept as shop_material" in printed
+    row = shop.cleaned()[1]
+    assert (row["shop_color"], row["shop_color_2"], row["shop_material"]) == ("Arctic", "x", "oak")
+    assert row["color"] == "red" and row["style"]
+    shop.check_answers()
+    shop.catalogue, first = shop.output, row
+    shop.output = shop.folder / "again.csv"
+    shop.workspace = shop.folder / "other"
+    assert shop.call() == 0 and shop.cleaned()[1] == first  # an earlier output: its attributes are replaced
+    assert "is kept as" not in capsys.readouterr().out
+
+
 def test_request_files_that_somebody_removed_are_built_anew(shop, capsys):
     shop.server.steps = 2
     shop.server.set_fault("length@chair:1")
@@ -1850,6 +1887,82 @@ def test_bad_use_is_one_line(shop, capsys):
     assert shop.call() == 1 and "no rows" in capsys.readouterr().err
     shop.catalogue.unlink()
     assert shop.call() == 2 and "no such CSV" in capsys.readouterr().err
+    shop.write()
+    kept = shop.catalogue.read_bytes()
+    shop.output = shop.folder / "images" / ".." / shop.catalogue.name
+    assert shop.call() == 2 and "--output" in capsys.readouterr().err and shop.catalogue.read_bytes() == kept
+
+
+def test_a_workspace_may_be_the_folder_itself(shop, monkeypatch):
+    (shop.folder / "here").mkdir()
+    monkeypatch.chdir(shop.folder / "here")
+    shop.workspace = Path(".")
+    assert shop.call() == 0 and len(shop.cleaned()) == 12 and (shop.folder / "here/state.json").exists()
+
+
+@pytest.mark.parametrize("command", [("prepare",), ("run", "--sync")])
+def test_without_quota_before_the_first_step_the_quota_is_named(shop, command, capsys):
+    shop.server.set_fault("quota_everywhere")
+    assert shop.call(*command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the account may spend no more (insufficient_quota: " in error and "OPENAI_BASE_URL" not in error
+
+
+def test_a_doubtful_create_is_not_called_nothing_sent(shop, monkeypatch, capsys):
+    shop.server.set_fault("create_lost:1"), shop.server.set_fault("list_late:9")
+    assert shop.call("dispatch") == 75
+    monkeypatch.setattr(clean, "SETTLE", 30.0)
+    assert shop.call("run", "--sync") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "may have been created" in error and "nothing was sent" not in error and "OPENAI_BASE_URL" not in error
+
+
+def test_a_list_of_models_without_models_is_one_line(shop, monkeypatch, capsys):
+    monkeypatch.setattr(StandIn, "models", lambda self, rest: {"object": "list", "data": None})
+    true = StandIn.handle
+
+    def no_single_model(self, method, path, *rest):
+        if "/models/" in path:
+            raise HttpError(404, "no such route")
+        return true(self, method, path, *rest)
+
+    monkeypatch.setattr(StandIn, "handle", no_single_model)
+    assert shop.call("run", "--model", "m") == 1
+    assert "an answer that is not the API's" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("lost", ["", "state.json"])
+def test_a_batch_without_its_date_does_no_harm(shop, lost, monkeypatch, capsys):
+    true = StandIn.public
+
+    def undated(self, value):
+        value = true(self, value)
+        return value | {"created_at": None, "expires_at": None} if value.get("object") == "batch" else value
+
+    monkeypatch.setattr(StandIn, "public", undated)
+    shop.server.steps = 3
+    assert shop.call("poll") == 75
+    shop.lose(*lost.split())
+    assert shop.call("poll") == (1 if lost else 75)
+    assert not lost or "the list of batches brought an answer that is not the API's" in capsys.readouterr().err
+    monkeypatch.setattr(StandIn, "public", true)
+    assert shop.call("run") == 0 and set(shop.paid().values()) == {1}
+
+
+def test_a_request_file_is_read_once_for_all_batches_in_flight(shop, monkeypatch):
+    true, read = common.file_digest, collections.Counter()
+    shop.rows = [shop.product(i) for i in range(20)]
+    shop.write()
+
+    def counted(path):
+        read[Path(path).name] += 1
+        return true(path)
+
+    monkeypatch.setattr(common, "file_digest", counted)
+    shop.server.steps = 5
+    flags = ("--pilot", "0", "--max-requests-per-file", "1", "--max-concurrent-batches", "20")
+    assert shop.call("dispatch", *flags) == 75 and len(shop.server.ledger("batch")) == 20
+    assert max(n for name, n in read.items() if name.endswith(".jsonl")) == 1
 
 
 def test_the_standin_labels_the_sample_well(tmp_path):
