@@ -248,12 +248,13 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     ours = {found[0]: name for name, found in places.items()}
     if export:
         say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
-    replaced = {*FIELDS} if {*FIELDS} <= {*header} else {*()}  # of an earlier output, which has them all
+    own = [name for place, name in enumerate(header) if name in FIELDS and place not in ours]
+    own = own if {*own} < {*FIELDS} else []  # an earlier output has them all; they are replaced
+    if own:
+        say(f"{path}: {', '.join(own)} kept as {', '.join(f'shop_{name}' for name in own)}, for stage 1 finds its own")
     unique: list[str] = []
     for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
-        if name in FIELDS and name not in replaced and place not in ours:
-            say(f"{path}: {name} is kept as shop_{name}, for {name} is what stage 1 finds")
-            name = f"shop_{name}"
+        name = f"shop_{name}" if name in own else name
         free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
         free = itertools.chain([name], free)
         unique.append(ours.get(place) or next(n for n in free if n not in {*unique, *common.REQUIRED_COLUMNS}))
