@@ -55,7 +55,7 @@ from common import Fail, setting
 class CleaningConfig:
     """Sizes in bytes, times in seconds, prices in US dollars for a million tokens."""
 
-    model: str = setting("auto", "chat model; auto takes the first of a table that the key has and that is not ending")
+    model: str = setting("auto", "chat model; auto: the first of gpt-5-nano, gpt-6-luna, gpt-5.6-luna that will do")
     reasoning_effort: str | None = setting(None, "effort sent with each request; by default the model's lowest")
     max_completion_tokens: int | None = setting(
         None, "tokens an answer may take, by default what the model needs; doubled after one that was cut off", low=1
@@ -72,9 +72,9 @@ class CleaningConfig:
     max_attempts: int = setting(3, "times a row is asked before it is rejected", low=1, high=100)
     max_failed: float = setting(0.05, "share of rejected rows above which the exit is 1", low=0, high=1)
     max_cost: float | None = setting(None, "US dollars; nothing is sent that might cost more in all", low=0)
-    price_input: float | None = setting(None, "price of input tokens, for models that are not in the table", low=0)
-    price_output: float | None = setting(None, "price of output tokens, for models that are not in the table", low=0)
-    limit: int | None = setting(None, "rows of the input that count; by default all", low=1)
+    price_input: float | None = setting(None, "price of input tokens, before that of the table; both or none", low=0)
+    price_output: float | None = setting(None, "price of output tokens, before that of the table; both or none", low=0)
+    limit: int | None = setting(None, "products of the input that count; by default all", low=1)
     workers: int | None = setting(None, "processes that read photos; by default one for each core", low=1, high=1000)
     sync: bool = setting(False, "ask /v1/chat/completions row by row, for servers without a Batch API")
     concurrency: int = setting(8, "requests in flight at once with --sync", low=1, high=1000)
@@ -126,13 +126,11 @@ UTF8_SIGNS = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80[\x80-\xbf]")
 PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
 
 
-def as_windows(error: UnicodeDecodeError) -> tuple[str, int]:
-    """An error handler of decoders: Windows-1252, with Latin-1 for the bytes that it leaves undefined."""
-    byte = error.object[error.start : error.start + 1]
-    return (byte.decode("latin-1") if byte in b"\x81\x8d\x8f\x90\x9d" else byte.decode("cp1252")), error.start + 1
-
-
-codecs.register_error("as-windows", as_windows)
+# What is no UTF-8, as "surrogateescape" keeps it: Windows-1252, or Latin-1 for the bytes that it leaves undefined.
+WINDOWS = {
+    0xDC00 + byte: bytes([byte]).decode("latin-1" if byte in b"\x81\x8d\x8f\x90\x9d" else "cp1252")
+    for byte in range(0x80, 0x100)
+}
 
 
 def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
@@ -179,8 +177,13 @@ def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark):
             raise Fail(f"{path}: is {what}, not a table of text; export it as CSV (UTF-8)", common.USAGE)
     encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    headers = {}
     try:
         line = next(feed_lines(io.BytesIO(start), encoding, path), "")
+        for mark in ",;\t|":
+            records = csv.reader(feed_lines(io.BytesIO(start), encoding, path), delimiter=mark)
+            header = next((one for one in records if not is_excels_line(one, mark)), [])
+            headers[mark] = [name.strip() for name in header]
     except UnicodeError as error:
         raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
     if not line.strip():
@@ -193,10 +196,14 @@ def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
         hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
         raise Fail(f"--columns {columns}: {hint}", common.USAGE)
     given = {name: value.strip('" ') for name, value in given.items()}
-    headers = {d: [name.strip() for name in next(csv.reader([line], delimiter=d), [])] for d in ",;\t|"}
     found = [(delimiter, header, *find_columns(header, given)) for delimiter, header in headers.items()]
     delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
     return encoding, delimiter, our_header(path, header, places, export), export
+
+
+def is_excels_line(values: list[str], delimiter: str) -> bool:
+    """Whether a record is the "sep=;" that Excel writes, and reads, above the header."""
+    return re.fullmatch("(?i)sep=.?", delimiter.join(values)) is not None
 
 
 def plain_name(column: str) -> str:
@@ -241,8 +248,13 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     ours = {found[0]: name for name, found in places.items()}
     if export:
         say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
+    own = [name for place, name in enumerate(header) if name in FIELDS and place not in ours]
+    own = own if {*own} < {*FIELDS} else []  # an earlier output has them all; they are replaced
+    if own:
+        say(f"{path}: {', '.join(own)} kept as {', '.join(f'shop_{name}' for name in own)}, for stage 1 finds its own")
     unique: list[str] = []
     for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
+        name = f"shop_{name}" if name in own else name
         free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
         free = itertools.chain([name], free)
         unique.append(ours.get(place) or next(n for n in free if n not in {*unique, *common.REQUIRED_COLUMNS}))
@@ -264,7 +276,7 @@ def feed_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
             utf8 = utf8 or not text.isascii()
         except UnicodeDecodeError:
             signs = UTF8_SIGNS.search(line) is not None
-            text, utf8 = line.decode("utf-8" if signs else "cp1252", "as-windows"), utf8 or signs
+            text, utf8 = line.decode("utf-8" if signs else "ascii", "surrogateescape").translate(WINDOWS), utf8 or signs
             windows.append(number)
         text = text.removeprefix("\ufeff") if number == 1 else text
         yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
@@ -285,14 +297,16 @@ def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -
 
     with open(path, "rb") as handle:
         reader, begun, last = csv.reader(keep(feed_lines(handle, encoding, path)), delimiter=delimiter), 1, 1
+        above = True  # the rows
         try:
             for values in reader:
                 own = reader.line_num - begun + 1
                 del lines[:-own]
                 if own > 1 and are_rows(lines, delimiter, header):
                     raise Fail(f"{path}, line {begun}: the quotes opened there swallow {own} lines; mend that line")
-                if values and begun > 1:
+                if values and not above:
                     yield values
+                above = above and is_excels_line(values, delimiter)
                 last, begun = begun, reader.line_num + 1
         except (csv.Error, UnicodeError) as error:
             raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
@@ -365,7 +379,7 @@ def further_cell(photos: list[str]) -> str:
 
 def cell_urls(cell: str) -> list[str]:
     """The URLs in a cell, with comma, semicolon, bar or spaces in between."""
-    return re.split(r"\s*[,;|\s]\s*(?=https?://)", cell.strip().rstrip(",;| "), flags=re.I)
+    return re.split(r"(?<![,;|\s])[,;|\s]+(?=https?://)", cell.strip().rstrip(",;| "), flags=re.I)
 
 
 def photo_names(folder: Path, cells: list[str]) -> list[str]:
@@ -431,7 +445,8 @@ UNKNOWN = Model(math.nan, math.nan, (), 1.2)  # any other one: no effort is sent
 PLAIN_TOKENS, REASONING_TOKENS = 500, 2000  # limit of an answer with a model's first effort, and where it may reason
 HIGHEST_FACTOR = 2.46  # tokens for a patch, of any model
 ANSWER_TOKENS = (60, 200)  # of an answer, low and high, without reasoning
-LOAD = ("requests", "tokens", "patches")  # what requests ask for: their number, tokens of text, patches of photos
+# What requests ask for: their number, tokens of text, patches of photos, factors of the token limits that were doubled.
+LOAD = ("requests", "tokens", "patches", "enlarged")
 
 
 def undated(model: str) -> str:
@@ -447,9 +462,8 @@ def known_model(name: str) -> Model:
 def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[str, Any]:
     """Request parameters that depend on the model; `token_factor` multiplies the tokens for the answer."""
     known, effort = known_model(settings.model), settings.reasoning_effort
-    lowest = "".join(known.efforts[:1])
-    effort = lowest if effort is None else effort
-    needed = PLAIN_TOKENS if effort and effort == lowest else REASONING_TOKENS
+    effort = "".join(known.efforts[:1]) if effort is None else effort
+    needed = PLAIN_TOKENS if effort in known.efforts[:1] else REASONING_TOKENS
     tokens = (settings.max_completion_tokens or needed) * token_factor
     openai = known is not UNKNOWN or re.match(r"gpt-|o\d|chatgpt-", settings.model)
     # vLLM, llama.cpp, Ollama: the older name is the one that all of them know
@@ -457,6 +471,11 @@ def model_parameters(settings: CleaningConfig, token_factor: int = 1) -> dict[st
     if not openai or settings.model.startswith("gpt-4"):
         chosen["temperature"] = 0
     return chosen | ({"reasoning_effort": effort} if effort else {})
+
+
+def sent_effort(settings: CleaningConfig) -> str:
+    """The effort that requests are sent with, or ""."""
+    return model_parameters(settings).get("reasoning_effort", "")
 
 
 def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float, output_tokens: float) -> float:
@@ -469,17 +488,28 @@ def cost(settings: CleaningConfig, model: str, sync: bool, prompt_tokens: float,
 
 
 def estimate(settings: CleaningConfig, load: dict, measured: Iterable[float] = ()) -> tuple[float, str]:
-    """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request."""
-    factors = (known_model(settings.model).patch_factor, HIGHEST_FACTOR)
+    """Cost of a load in US dollars at the highest, and as a text; `measured`: tokens in and out of one request.
+
+    At the highest, an answer of a model that may reason takes all of its limit, as does one whose limit was doubled.
+    """
+    model, parameters = known_model(settings.model), model_parameters(settings)
+    limit = parameters.get("max_completion_tokens") or parameters["max_tokens"]
     if measured:
-        tokens = [tuple(load["requests"] * used for used in measured)]
+        tokens = [[load["requests"] * used for used in measured] for _ in range(2)]
     else:
-        pairs = zip(factors, ANSWER_TOKENS, strict=True)
-        tokens = [(load["tokens"] + factor * load["patches"], load["requests"] * answer) for factor, answer in pairs]
+        plain, high = ANSWER_TOKENS
+        high = high if parameters.get("reasoning_effort") in model.efforts[:1] else limit
+        pairs = ((model.patch_factor, plain), (HIGHEST_FACTOR, high))
+        tokens = [[load["tokens"] + factor * load["patches"], load["requests"] * answer] for factor, answer in pairs]
+    tokens[1][1] += load["enlarged"] * limit
     usd = [cost(settings, settings.model, settings.sync, *used) for used in tokens]
     if math.isnan(usd[-1]):
         return math.nan, "at an unknown price"
     return usd[-1], f"${usd[0]:.4f} by the usage so far" if measured else f"${usd[0]:.4f} to ${usd[1]:.4f}"
+
+
+def dollars(usd: float) -> str:
+    return "unknown" if math.isnan(usd) else f"${usd:.4f}"
 
 
 def shutdown_date(name: str, facts: dict[str, Any]) -> tuple[str, float]:
@@ -490,11 +520,6 @@ def shutdown_date(name: str, facts: dict[str, Any]) -> tuple[str, float]:
     except ValueError:
         return "", math.inf
     return date, (end - datetime.datetime.fromtimestamp(time.time(), datetime.UTC).date()).days
-
-
-def load_of(tokens: int, patches: int) -> dict[str, int]:
-    """The load of one request."""
-    return {"requests": 1, "tokens": tokens, "patches": patches}
 
 
 def total_load(loads: Iterable[dict]) -> Counter:
@@ -905,7 +930,7 @@ class PhotoFetcher:
     def due(self, free: list[Transfer]) -> Iterator[Wanted]:
         """What may be asked for now, host by host, while lanes are free."""
         now = time.monotonic()
-        for host, queue in list(self.queues.items()):
+        for host, queue in list(self.queues.items()) if free else ():
             while queue and free and self.busy[host] < HOST_LANES and max(queue[0][0], self.quiet_until[host]) <= now:
                 yield queue.popleft()[1]
             if not queue:
@@ -979,6 +1004,8 @@ def short_text(text: Any, limit: int = 300) -> str:
 
 def stop_code(status: Any, code: str, message: str) -> str:
     """The code of STOPS that an error means, or ""."""
+    if status == 402:  # resellers of models have no code for it
+        return "insufficient_quota"
     refused = code == "unsupported_parameter" or re.search("reasoning.?effort", message)
     return "unsupported_value" if status == 400 and refused else code if code in STOPS else ""
 
@@ -1098,9 +1125,11 @@ class NotFound(Exception):
 
 
 class Refused(Fail):
-    """The server says that the request is wrong (400 and the like); `status` says how."""
+    """The server says that the request is wrong: 400 and the like."""
 
-    status = 0
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class Stop(Exception):
@@ -1143,7 +1172,7 @@ class BatchAPIClient:
             cause = type(error).__name__ if error.__cause__ is None else str(error.__cause__)
             proxies = f" (with {told})" if (told := variables(PROXIES)) else ""
             raise TryLater(f"{self.url}: {short_text(cause)}{proxies}", doubtful=True, unreachable=True) from None
-        except (ValueError, AttributeError):  # a page in HTML, or JSON of something else
+        except (ValueError, AttributeError, TypeError):  # a page in HTML, or JSON of something else
             why = f"{self.url}: {what} brought an answer that is not the API's"
             raise TryLater(why, doubtful=True, unreachable=not self.reached) from None
         except Exception as error:
@@ -1164,9 +1193,7 @@ class BatchAPIClient:
         if stop := stop_code(status, code, message):
             raise Stop(stop, message)
         if status not in (408, 409, 429) and status < 500:
-            refused = Refused(f"{what} was refused ({status}): {message}")
-            refused.status = status
-            raise refused
+            raise Refused(f"{what} was refused ({status}): {message}", status)
         raise TryLater(f"{what}: status {status}", doubtful=status == 408 or status >= 500)
 
     def model(self, name: str) -> dict[str, Any]:
@@ -1174,7 +1201,7 @@ class BatchAPIClient:
         with contextlib.suppress(NotFound):
             return self.call("models", lambda: self.client.models.retrieve(name).model_dump())
         try:  # some servers only have the list
-            self.listed = [model.id for model in self.call("models", lambda: self.client.models.list()).data]
+            self.listed = self.call("models", lambda: [model.id for model in self.client.models.list().data])
         except NotFound:
             hint = "" if self.url.endswith("/v1") else f", most likely to {self.url}/v1"
             raise Fail(f"OPENAI_BASE_URL {self.url}: /models is not there (404); correct the address{hint}") from None
@@ -1270,9 +1297,10 @@ def validate_batch(batch: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------------
 # StateManager: state.json, which alone knows the batches
 
-FACTS = {"sha256": "", "requests": 0, "tokens": 0, "patches": 0, "pilot": False}  # of a request file
+FACTS = {"sha256": "", "pilot": False} | dict.fromkeys(LOAD, 0)  # of a request file
 BATCH = FACTS | {
     "input_file": "",
+    "effort": "",  # that its requests were sent with
     "status": "",
     "output_file_id": "",
     "local_output_path": "",
@@ -1414,7 +1442,7 @@ def describe_batch(batch: Any) -> dict[str, Any]:
     counts = batch.request_counts
     counts = {name: getattr(counts, name) for name in ("total", "completed", "failed")} if counts else {}
     ids = {"output_file_id": batch.output_file_id or "", "error_file_id": batch.error_file_id or ""}
-    return ids | {"status": batch.status, "created_at": batch.created_at, "counts": counts}
+    return ids | {"status": batch.status, "created_at": batch.created_at or 0, "counts": counts}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1499,17 +1527,25 @@ class Answers:
         used_up = len(attempts) >= self.state.settings.max_attempts or any(one.kind == "final" for one in attempts)
         return "pending" if digest and not used_up else "cleaned" if answered in self.cleaned else "rejected"
 
+    def token_factor(self, digest: str) -> int:
+        """What a row's token limit is multiplied by: doubled after each answer that was cut off."""
+        return 2 ** sum(one.reason == "length" for one in self.attempts(digest))
+
+    def load_of(self, digest: str, tokens: int, patches: int) -> dict[str, int]:
+        """The load of one request."""
+        factor = self.token_factor(digest)
+        return {"requests": 1, "tokens": tokens, "patches": patches, "enlarged": factor if factor > 1 else 0}
+
     def forgive(self) -> None:
         """Give rows whose attempts are used up their attempts again."""
         self.forgiven |= {key: len(all) for key, all in self.failures.items() if self.status(key) == "rejected"}
         common.write_json(self.retries_path, self.forgiven)
 
     def spent(self) -> dict[str, float]:
-        """US dollars and tokens of every answer that ever came back, by its usage and the price of its model."""
+        """US dollars (NaN where a model has no price) and tokens of every answer that ever came back, by its usage."""
         total = {"usd": 0.0, "prompt_tokens": 0, "output_tokens": 0}
         for (model, sync), used in self.usage.items():
-            usd = cost(self.state.settings, model, sync, used["prompt_tokens"], used["output_tokens"])
-            more = {"usd": 0.0 if math.isnan(usd) else usd} | used
+            more = {"usd": cost(self.state.settings, model, sync, used["prompt_tokens"], used["output_tokens"])} | used
             total = {name: total[name] + more[name] for name in total}
         return total
 
@@ -1563,13 +1599,14 @@ def shared_photos(photos: list[str], titles: list[str]) -> dict[str, tuple[int, 
     if max((count for count, _ in shared.values()), default=0) <= common.SAME_PHOTO:
         return shared
     everywhere = Counter(word for title in titles for word in words(title))
-    for photo, (count, _) in shared.items():
+    for photo, count in [(photo, count) for photo, (count, _) in shared.items() if count > common.SAME_PHOTO]:
         inside, different = Counter(word for one in groups[photo] for word in one), set(groups[photo])
         rest = max(len(titles) - len(groups[photo]), 1)
-        usual = {word for word, n in everywhere.items() if word in inside and n - inside[word] >= 0.5 * rest}
-        core = {word for word in inside if sum(word in one for one in different) >= 0.75 * count} - usual
+        usual = {word for word, n in inside.items() if everywhere[word] - n >= 0.5 * rest}
+        often_in = Counter(word for one in different for word in one)
+        core = {word for word, n in often_in.items() if n >= 0.75 * count} - usual
         covered = sum(len(one & core) / len(one - usual) if one - usual else 1 for one in different) / count
-        shared[photo] = (count, count > common.SAME_PHOTO and len(core) < 2 and covered < 0.4)
+        shared[photo] = (count, len(core) < 2 and covered < 0.4)
     return shared
 
 
@@ -1640,7 +1677,7 @@ def sound_key(settings: CleaningConfig) -> str:
     return f"{settings.model} {PROMPT_VERSION}"
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def request_keys(path: Path, sha256: str, changed: int) -> list[str] | None:
     """See DataProcessor.keys_of; `changed` is the file's time."""
     if sha256 and common.file_digest(path) != sha256:
@@ -1664,7 +1701,7 @@ class DataProcessor:
 
         self.args, self.state, workspace = args, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
-        self.fetched, self.unfetched = workspace.with_name(f"{workspace.name}.photos"), {}  # URL -> why it is not here
+        self.fetched, self.unfetched = Path(f"{os.path.abspath(workspace)}.photos"), {}  # URL -> why it is not here
         self.answers = Answers(workspace, state)
         self.plan = pd.DataFrame(columns=["id", *self.PLANNED])
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
@@ -1680,6 +1717,8 @@ class DataProcessor:
     @functools.cached_property
     def catalogue(self) -> tuple[Any, Any]:
         """(rows, reasons) as read_feeds gives them, --limit taken into account."""
+        with contextlib.suppress(OSError):  # of a file that read_feeds is to tell of
+            self.inputs  # noqa: B018 - digests first: a change from here on is noticed
         whole = read_feeds(self.args.input, self.args.columns)
         return tuple(part.head(self.settings.limit or len(part)) for part in whole)
 
@@ -1742,7 +1781,7 @@ class DataProcessor:
             for number, digests, sources[number], entry, line in self.built_rows(known, is_wanted, again):
                 digest, answered = self.choose_digest(digests, flying)
                 if line and digest == digests[0] and is_wanted(digest):
-                    writer.add(digest, line, load_of(*entry[2:4]))
+                    writer.add(digest, line, self.answers.load_of(digest, *entry[2:4]))
                 elif not line and digest in loads:  # not encoded again
                     entry[2:4] = loads[digest]["tokens"], loads[digest]["patches"]
                 entries[number] = (digest, *entry, answered)
@@ -1763,9 +1802,8 @@ class DataProcessor:
             for id, rows in common.products(*self.catalogue):
                 digest = known.get(id, "")
                 if is_wanted(digest) or not again:
-                    cut_off = sum(one.reason == "length" for one in self.answers.attempts(digest))
                     rows = [(number, name, self.local_cells(cells)) for number, name, cells in rows]
-                    yield rows, "" if is_wanted(digest) else digest, 2**cut_off
+                    yield rows, "" if is_wanted(digest) else digest, self.answers.token_factor(digest)
 
         folder = common.images_folder(self.args.images, self.args.input)
         work = functools.partial(build_block, self.settings, folder, self.earlier_models())
@@ -1810,7 +1848,7 @@ class DataProcessor:
                 removed |= {entries[number][0], entries[number][-1]}
                 detail = f"one photo for {count} different titles"
                 entries[number] = ("", "placeholder photo", detail, 0, 0, "", "", "")
-        loads = {key: load_of(*load[:2]) for key, _, _, *load in entries.values()}
+        loads = {key: self.answers.load_of(key, *load[:2]) for key, _, _, *load in entries.values()}
         writer.remove(removed - loads.keys(), loads)
 
     def earlier_models(self) -> list[str]:
@@ -1881,7 +1919,7 @@ class DataProcessor:
     def loads(self) -> dict[str, dict]:
         """digest -> load, for the planned rows."""
         rows = zip(self.plan["digest"], self.plan["tokens"], self.plan["patches"], strict=True)
-        return {digest: load_of(*load) for digest, *load in rows}
+        return {digest: self.answers.load_of(digest, *load) for digest, *load in rows}
 
     def pending_loads(self) -> dict[str, dict]:
         """digest -> load of everything that rows wait for."""
@@ -1899,9 +1937,9 @@ def as_error(code: str, message: str = "") -> dict:
     return {"error": {"code": code, "message": message}}
 
 
-def as_refusal(code: str, message: str) -> dict:
+def as_refusal(code: str, message: str, status: int = 400) -> dict:
     """A raw answer line's content for a request that is not to be asked again."""
-    return {"response": {"status_code": 400, "body": as_error(code, message)}}
+    return {"response": {"status_code": status, "body": as_error(code, message)}}
 
 
 class BatchRunner:
@@ -1957,11 +1995,11 @@ class BatchRunner:
         say(f"{why}; sending nothing more, collecting what is in flight")
         self.state.set(stopped=why)
 
-    def react(self, code: str, model: str) -> None:
-        """Stop for a code of STOPS that a request to `model` brought, or go on with another effort or model."""
+    def react(self, code: str, model: str, effort: str) -> None:
+        """Stop for a code of STOPS that a request of this model and effort brought, or go on with another one."""
         if code not in ("model_not_found", "unsupported_value"):
             self.stop(code)
-        elif model != self.settings.model:
+        elif (model, effort) != (self.settings.model, sent_effort(self.settings)):
             pass  # the work goes on with another one already
         elif code == "unsupported_value":
             self.change_effort(self.processor.answers.stops.get(code, ""))
@@ -1973,7 +2011,7 @@ class BatchRunner:
     # -- the model and its effort
     def change_effort(self, message: str) -> None:
         """The model refused the effort, or another setting: take the lowest effort that the message lists, if any."""
-        model, sent = self.settings.model, model_parameters(self.settings).get("reasoning_effort", "")
+        model, sent = self.settings.model, sent_effort(self.settings)
         listed = re.split(r"(?i)supported values|allowed|accept|one of|must be", message)[-1]
         accepted = [name for name in EFFORTS if name != sent and re.search(rf"(?<![\w-]){name}(?![\w-])", listed)]
         if "reasoning" not in message or model in self.state["efforts"] or not (accepted or sent):
@@ -2073,7 +2111,7 @@ class BatchRunner:
             self.store_failed(id, batch)
         elif batch.status in ENDED:
             self.collect(id, batch)
-        elif (batch.expires_at or batch.created_at + 86400) + OVERDUE < time.time():
+        elif (batch.expires_at or (batch.created_at or time.time()) + 86400) + OVERDUE < time.time():
             if not self.keep_waiting(known, "overdue"):
                 self.store(id, "given up", {"": as_error("batch hung")})
             elif batch.status != "cancelling":
@@ -2090,18 +2128,21 @@ class BatchRunner:
 
     def collect(self, id: str, batch: Any) -> None:
         """Download what the batch made and store it; wait some polls for outputs that are not there yet."""
-        known, late = self.state["batches"][id], []
-        expected = {"output": known["counts"].get("completed", 0), "error": 0}
-        for kind, file_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
-            path = self.processor.raw / f"{id}.{kind}.jsonl"
+        known, lines, late = self.state["batches"][id], Counter(), []
+        counts, paths = known["counts"], {kind: self.processor.raw / f"{id}.{kind}.jsonl" for kind in RAW_KINDS[:2]}
+        for kind, path in paths.items():
+            file_id = getattr(batch, f"{kind}_file_id")
             if file_id and not path.exists():
                 with contextlib.suppress(NotFound):
                     self.client.download(file_id, path)
             if path.exists():
                 known[f"local_{kind}_path"] = str(path)
-            lines = sum(1 for _ in read_lines(path)) if path.exists() else 0
-            if (file_id and not path.exists()) or lines < expected[kind]:
+                lines[kind] = sum(1 for _ in read_lines(path))
+            elif file_id:
                 late.append(path)
+        expected = Counter(output=counts.get("completed") or 0, error=counts.get("failed") or 0)
+        if lines.total() < expected.total():  # together, for some servers write failures into the output file
+            late += [paths[kind] for kind in expected - lines]
         if late and self.keep_waiting(known, "late"):
             for path in late:
                 path.unlink(missing_ok=True)
@@ -2128,7 +2169,7 @@ class BatchRunner:
         failures = "".join(f"; {n} {reason}" for reason, n in results.items() if reason != "ok")
         say(f"{known['input_file']}: {status}, {results['ok']} of {total} parsed{failures}")
         for code in [code for code in STOPS if results[code]][:1]:
-            self.react(code, self.processor.model_of(known))
+            self.react(code, self.processor.model_of(known), known["effort"])
         self.close_batch(id, status)
         if known["pilot"] and "" in errors:
             self.judge_pilot(keys)
@@ -2140,7 +2181,7 @@ class BatchRunner:
         name, done, files = known["input_file"], self.state["completed_files"], self.state["files"]
         if not waits_again:
             done = done if name in done else [*done, name]
-        elif known["requests"]:  # not of a batch found by the account's list, whose load nobody knows
+        elif known["requests"]:  # not of a batch found in the account whose load nobody knows
             files = files | {name: {fact: known[fact] for fact in FACTS}}
         self.state.set(
             completed_files=done, files=files, refused_alone=self.state["refused_alone"] if waits_again else 0
@@ -2163,7 +2204,7 @@ class BatchRunner:
             self.judge(parsed, bad)
         elif self.state["files"] and not any(answers.status(key) == "pending" for key in last):
             reasons = ", ".join(sorted({one.reason for key in last for one in answers.failures.get(key, ())}))
-            self.stop(f"the pilot's rows brought no answer ({reasons}); the next call asks others")
+            self.stop(f"the pilot's rows brought no answer ({reasons}); `run` asks other rows")
 
     def judge(self, parsed: int, bad: Counter) -> None:
         """Let the rest be sent after a pilot with so many parsed answers, or stop where too many were bad."""
@@ -2192,19 +2233,17 @@ class BatchRunner:
         known = self.state["batches"][id]
         errors = batch.errors.data if batch.errors and batch.errors.data else []
         codes = {str(error.code): short_text(error.message) for error in errors}
-        lines = {error.line: error for error in errors if error.line}
+        lines = {str(one.line): as_refusal(one.code or "invalid", short_text(one.message)) for one in errors}
+        keys = enumerate(self.processor.keys_of(known) or (), 1)
+        refused = {key: lines[str(number)] for number, key in keys if str(number) in lines}
         if "token_limit_exceeded" in codes:
             self.close_batch(id, "failed", waits_again=True)
             self.learn_queue_limit(known, codes["token_limit_exceeded"])
         elif stops := {stop_code(400, *pair): pair[1] for pair in codes.items() if stop_code(400, *pair)}:
             self.close_batch(id, "failed", waits_again=True)
             self.processor.answers.stops |= stops
-            self.react(next(iter(stops)), self.processor.model_of(known))
-        elif lines:
-            refused = {}
-            for number, key in enumerate(self.processor.keys_of(known) or [], 1):
-                if error := lines.get(number):
-                    refused[key] = as_refusal(error.code or "invalid", short_text(error.message))
+            self.react(next(iter(stops)), self.processor.model_of(known), known["effort"])
+        elif refused:
             self.store(id, "failed", refused)
         else:
             code, detail = next(iter(codes.items()), ("no reason given", ""))
@@ -2246,9 +2285,11 @@ class BatchRunner:
         if self.replan or not self.processor.is_planned():
             if self.state["prompt"] not in ("", PROMPT_VERSION):
                 say("the prompt has changed since the last call: answered rows are asked and paid again")
-            requests = self.processor.prepare()
-            self.state.set(prompt=PROMPT_VERSION)
-            self.state.set(state="In Progress" if self.state.live() else "Prepared")
+            requests, live, loads = self.processor.prepare(), self.state.live(), self.processor.loads()
+            for batch in live.values():
+                if not batch["requests"]:  # found in the account, after state.json was lost
+                    batch |= total_load(loads[key] for key in self.processor.keys_of(batch) or () if key in loads)
+            self.state.set(prompt=PROMPT_VERSION, state="In Progress" if live else "Prepared")
             say(f"prepared: {requests} new requests in {self.processor.requests}")
             plan, loads = self.processor.plan, self.processor.pending_loads()
             if again := [loads[key] for key in {*plan["digest"][plan["answered"] != ""]} if key in loads]:
@@ -2320,8 +2361,10 @@ class BatchRunner:
         if self.settings.max_cost is None:
             return
         spent, (high, price) = self.processor.answers.spent()["usd"], self.processor.answers.estimate(to_come)
-        if math.isnan(high):
-            raise Fail(f"--max-cost needs a price for {self.settings.model}; give --price-input and --price-output")
+        if math.isnan(spent + high):
+            models = dict.fromkeys([self.settings.model, *self.processor.answers.models()])
+            names = " and ".join(name for name in models if math.isnan(cost(self.settings, name, False, 1, 1)))
+            raise Fail(f"--max-cost needs a price for {names}; give --price-input and --price-output")
         if spent + high > self.settings.max_cost:
             raise Fail(
                 f"${spent:.4f} spent and {price} to come may exceed --max-cost ${self.settings.max_cost:g};"
@@ -2351,7 +2394,7 @@ class BatchRunner:
                 raise TryLater(f"the upload of {name} is gone; uploading it again") from None
             raise
         del self.state["files"][name]
-        known = BATCH | facts | {"input_file": name} | describe_batch(batch)
+        known = BATCH | facts | {"input_file": name, "effort": sent_effort(self.settings)} | describe_batch(batch)
         self.state.set(intent={}, batches=self.state["batches"] | {batch.id: known})
         say(f"{name}: sent as {batch.id}")
 
@@ -2369,6 +2412,13 @@ def ask_directly(runner: BatchRunner) -> None:
     source, lock, parsed, bad = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter()
     total, pilot = processor.counts()["pending"], settings.pilot
 
+    def is_piloting() -> bool:
+        return pilot > 0 and state["sound"] != sound_key(runner.settings)
+
+    def block_size() -> int:
+        """A pilot has no request more than it needs."""
+        return min(4 * settings.concurrency, max(1, pilot - parsed - bad.total()) if is_piloting() else math.inf)
+
     def ask(text: bytes) -> tuple[str, Outcome]:
         """Ask, and store before the thread asks anything else: a kill loses only what is in flight."""
         request = json.loads(text)
@@ -2383,24 +2433,35 @@ def ask_directly(runner: BatchRunner) -> None:
             to_come = total_load(loads.values())
             waiting = [processor.requests / name for name in sorted(state["files"])]
             lines = itertools.chain.from_iterable(open(path, "rb") for path in waiting)
-            for block in common.batches(common.progress(lines, "ask", len(loads)), 4 * settings.concurrency):
+            lines = common.progress(lines, "ask", len(loads))
+            while block := [*itertools.islice(lines, block_size())]:
                 runner.check_budget(to_come)
                 outcomes = dict(pool.map(ask, block))
                 to_come -= total_load(loads[key] for key in outcomes if answers.status(key) != "pending")
                 parsed += sum(one.kind == "ok" for one in outcomes.values())
                 bad.update(one.reason for one in outcomes.values() if one.kind in ("again", "final"))
-                stops = [one.reason for one in outcomes.values() if one.kind == "stop"]
-                piloting = pilot and state["sound"] != sound_key(runner.settings)
-                if stops:
-                    runner.react(stops[0], runner.settings.model)
-                elif piloting and pilot <= parsed + bad.total() < total:
+                if stops := [one.reason for one in outcomes.values() if one.kind == "stop"]:
+                    runner.react(stops[0], runner.settings.model, sent_effort(runner.settings))
+                elif is_piloting() and pilot <= parsed + bad.total() < total:
                     runner.judge(parsed, bad)
                 if state["stopped"]:
                     raise Fail(f"{state['stopped']}; what was answered is kept, and `run` goes on")
+                require_server(answers, outcomes)
                 if stops:
                     break
             state.set(files={})
             runner.make_plan()  # for another model or effort, if need be
+
+
+def require_server(answers: Answers, outcomes: dict[str, Outcome]) -> None:
+    """Fail where no request of a block got an answer, before all rows use up their attempts at a server that is down.
+
+    Rows that are asked again may be the few that it never answers: they need no stop.
+    """
+    first = any(len(answers.attempts(digest)) == 1 for digest in outcomes)
+    if first and all(one.kind == "server" for one in outcomes.values()):
+        (reason, _), *_ = Counter(f"{one.reason}: {one.detail}" for one in outcomes.values()).most_common(1)
+        raise Fail(f"{len(outcomes)} requests in a row brought no answer ({reason}); run again when the server is well")
 
 
 def prepare_directly(runner: BatchRunner) -> None:
@@ -2422,7 +2483,7 @@ def one_answer(client: BatchAPIClient, body: dict) -> dict:
     except Stop as stop:
         return as_error(*stop.args)
     except Refused as refused:
-        return as_refusal("", str(refused))
+        return as_refusal("", str(refused), refused.status)
     except TryLater as later:
         if later.unreachable:
             raise Fail(f"{later}; check OPENAI_BASE_URL and the network, then run again") from None
@@ -2440,8 +2501,8 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
         raise Fail(f"{', '.join(args.input)} changed while the command ran; run it again")
     paths = {name: output.with_name(f"{output.name}.{name}") for name in ("rejects.jsonl", "report.json", "json")}
     with common.atomic_file(output) as cleaned, common.atomic_file(paths["rejects.jsonl"]) as rejects:
-        rejected = write_rows(processor, cleaned, rejects)
-        report = make_report(processor, rejected)
+        rejected, models = write_rows(processor, cleaned, rejects)
+        report = make_report(processor, rejected, models)
         common.write_json(paths["report.json"], report)
         more = {
             "versions": common.versions("openai", "pillow"),
@@ -2455,8 +2516,9 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
         say(f"  rejected {some['rows']}: {reason} (such as {', '.join(some['ids'][:3])})")
     if processor.any_refused():
         say("  `run --retry-failed` asks again, with today's settings, for rows that were asked in vain")
-    spent = report["cost"]
-    say(f"cost by usage: ${spent['usd']:.4f} ({spent['prompt_tokens']} tokens in, {spent['output_tokens']} out)")
+    spent = processor.answers.spent()
+    tokens = f"{spent['prompt_tokens']} tokens in, {spent['output_tokens']} out"
+    say(f"cost by usage: {dollars(spent['usd'])} ({tokens})")
     # A product of which another row is in the output is not lost.
     found = {id for id, status in zip(processor.plan["id"], processor.statuses(), strict=True) if status == "cleaned"}
     lost = sum(id not in found for ids in rejected.values() for id in ids)
@@ -2470,9 +2532,9 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
     return None
 
 
-def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path) -> dict[str, list[str]]:
-    """Write every row to the one file or to the other; gives reason -> ids of the rejected."""
-    rows, plan, answers, rejected = processor.catalogue[0], processor.plan, processor.answers, {}
+def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path) -> tuple[dict, Counter]:
+    """Write every row to the one file or to the other; gives reason -> ids of the rejected, and rows by model."""
+    rows, plan, answers, rejected, models = processor.catalogue[0], processor.plan, processor.answers, {}, Counter()
     columns = [name for name in rows.columns if name not in FIELDS]
     if common.FURTHER not in columns and plan["further"].any():
         columns.append(common.FURTHER)
@@ -2489,6 +2551,7 @@ def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path)
         for values, (number, digest, answered, reason, detail) in zip(texts, planned, strict=True):
             if fields := answers.cleaned.get(digest) or answers.cleaned.get(answered):
                 writer.writerow([*values, *fields[:-1]])
+                models[fields[-1]] += 1
                 continue
             if digest:
                 reason, detail = answers.failures[digest][-1][2:4]
@@ -2497,20 +2560,18 @@ def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path)
             line |= {"image_path": row["image_path"], "name": row["name"]}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
             rejected.setdefault(reason, []).append(row["id"])
-    return rejected
+    return rejected, models
 
 
-def make_report(processor: DataProcessor, rejected: dict[str, list[str]]) -> dict[str, Any]:
+def make_report(processor: DataProcessor, rejected: dict[str, list[str]], models: Counter) -> dict[str, Any]:
     """What failed and why: rejected rows by reason, failed attempts by reason; rows by model, cost, batches."""
-    answers, spent, plan = processor.answers, processor.answers.spent(), processor.plan
-    pairs = zip(plan["digest"], plan["answered"], strict=True)
-    sound = filter(None, (answers.cleaned.get(digest) or answers.cleaned.get(other) for digest, other in pairs))
+    answers, spent = processor.answers, processor.answers.spent()
     often_first = sorted(rejected.items(), key=lambda item: (-len(item[1]), item[0]))
     return {
         "rejected": {reason: {"rows": len(ids), "ids": ids[:20]} for reason, ids in often_first},
         "failed_attempts": dict(sorted(answers.reasons.items(), key=lambda item: (-item[1], item[0]))),
-        "models": dict(Counter(fields[-1] for fields in sound)),
-        "cost": spent | {"usd": round(spent["usd"], 6)},
+        "models": dict(models),
+        "cost": spent | {"usd": None if math.isnan(spent["usd"]) else round(spent["usd"], 6)},
         "batches": [
             {"batch": id, "file": one["input_file"], "status": one["status"], "results": answers.results.get(id, {})}
             for id, one in processor.state["batches"].items()
@@ -2550,7 +2611,7 @@ def show_status(processor: DataProcessor) -> None:
         columns = ("file", "batch", "requests", "status", "done", "failed", "hours")
         say(pd.DataFrame(rows, columns=columns).to_string(index=False))
     _, price = processor.answers.estimate(total_load(processor.pending_loads().values()))
-    say(f"cost so far ${spent:.4f}, to come {price}")
+    say(f"cost so far {dollars(spent)}, to come {price}")
     if state["stopped"]:
         say(f"stopped: {state['stopped']}; `dispatch` or `run` goes on")
     if counts["pending"] and state["started"]:
@@ -2600,15 +2661,20 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
         if wrong:
             raise Fail(wrong)
         return common.DONE
-    except (TryLater, Stop) as error:  # outside of a step, which waits
-        raise Fail(f"{error}; nothing was sent; check OPENAI_BASE_URL and the network, then run again") from None
+    except Stop as stop:  # outside of a step, as the next
+        code, message = stop.args
+        raise Fail(f"{STOPS[code]} ({code}: {message}); mend the cause, then run again") from None
+    except TryLater as later:
+        hint = "check OPENAI_BASE_URL and the network, then " if later.unreachable else ""
+        raise Fail(f"{later}; {hint}run again") from None
     finally:
         say(counts_line(processor.counts()))
 
 
 COMMANDS = {
-    "prepare": "write request files", "dispatch": "send what fits", "poll": "one step of everything, for cron",
-    "finalize": "write the cleaned CSV", "run": "poll until done", "status": "show where it stands",
+    "prepare": "write request files", "dispatch": "collect, plan, send what fits",
+    "poll": "one step of everything, for cron", "finalize": "write the cleaned CSV", "run": "poll until done",
+    "status": "show where it stands",
 }  # fmt: skip
 
 
@@ -2638,6 +2704,10 @@ def main(argv: list[str] | None = None) -> int:
     from dotenv import load_dotenv
 
     load_dotenv(".env")
+    if settings.sync and args.command in ("poll", "dispatch"):
+        raise Fail("--sync asks row by row; use `run --sync`", common.USAGE)
+    if Path(args.output).resolve() in {Path(path).resolve() for path in args.input}:
+        raise Fail(f"--output {args.output} is an --input, which it would overwrite; give another file", common.USAGE)
     workspace = Path(args.workspace)
     if args.command == "status":
         if not (workspace / "plan.parquet").exists():

@@ -777,7 +777,7 @@ def test_an_unsound_pilot_stops_sync_too(shop, capsys):
     flags = ("--sync", "--pilot", "10", "--concurrency", "2")
     assert shop.call("run", *flags) == 1
     *_, error = capsys.readouterr().err.splitlines()
-    assert "unsound: 15 of 16 answers could be parsed (1 broken JSON)" in error and sum(shop.paid().values()) == 16
+    assert "unsound: 9 of 10 answers could be parsed (1 broken JSON)" in error and sum(shop.paid().values()) == 10
     shop.server.faults.clear()
     assert shop.call("run", *flags) == 0 and sum(shop.paid().values()) == 31
 
@@ -1157,6 +1157,173 @@ def test_a_model_that_is_not_in_the_table_needs_prices_for_a_limit(shop, capsys)
     assert shop.call(*flags, "--price-input", "0.1", "--price-output", "0.4") == 0 and models(shop) == {
         "qwen2.5-vl": 12
     }
+
+
+# -- money that must not be spent twice, or above the limit
+
+
+def test_two_batches_with_a_refused_effort_change_it_once(shop, capsys):
+    shop.server.set_fault("efforts:low:high")
+    flags = ("--pilot", "0", "--max-requests-per-file", "6", "--max-concurrent-batches", "2")
+    assert shop.call("run", *flags) == 0 and len(shop.cleaned()) == 12
+    assert capsys.readouterr().out.count("sending low from now on") == 1 and set(shop.paid().values()) == {1}
+
+
+def test_a_kill_between_another_effort_and_the_end_of_its_batch(shop, monkeypatch):
+    shop.server.set_fault("efforts:low:high")
+    with monkeypatch.context() as patch:
+        patch.setattr(clean.BatchRunner, "close_batch", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert shop.call() == 130 and shop.state()["efforts"] == {"gpt-5-nano": "low"}
+    assert shop.call() == 0 and len(shop.cleaned()) == 12 and set(shop.paid().values()) == {1}
+
+
+@pytest.mark.parametrize("flags", [("gpt-5-nano", "high"), ("qwen2.5-vl", None)])
+def test_the_limit_holds_for_a_model_that_reasons(shop, flags, capsys):
+    """12 answers of up to 2,000 tokens."""
+    model, effort = flags
+    more = ("--price-input", "0.025", "--price-output", "0.2", *(("--reasoning-effort", effort) if effort else ()))
+    shop.server.set_fault("reasons:1500")
+    assert shop.call("run", "--model", model, *more, "--max-cost", "0.004") == 1
+    assert "--max-cost" in capsys.readouterr().err and not shop.paid()
+    assert shop.call("run", "--model", model, *more, "--max-cost", "0.02") == 0
+    assert 0.003 < json.loads((shop.folder / "cleaned.csv.report.json").read_text())["cost"]["usd"] < 0.02
+
+
+@pytest.mark.parametrize("sync", [(), ("--sync", "--concurrency", "1")])
+def test_the_limit_counts_the_room_that_cut_off_answers_get(shop, sync, capsys):
+    """Every answer costs little and is cut off; the second ones may take 1,000 tokens each, the third ones 2,000."""
+    shop.server.set_fault("length@acme")
+    flags = ("--pilot", "0", "--max-failed", "1", *sync)
+    assert shop.call("run", "--max-cost", "0.003" if sync else "0.0015", *flags) == 1
+    assert "--max-cost" in capsys.readouterr().err and set(shop.paid().values()) == {1}
+    assert shop.call("run", "--max-cost", "0.02", *flags) == 0 and sum(shop.paid().values()) == 36
+
+
+def test_an_answer_without_a_price_is_not_free(shop, capsys):
+    assert shop.call("run", "--model", "qwen2.5-vl", "--limit", "6") == 0
+    assert "cost by usage: unknown" in capsys.readouterr().out
+    report = json.loads((shop.folder / "cleaned.csv.report.json").read_text())
+    assert report["cost"]["usd"] is None and report["cost"]["prompt_tokens"] > 0
+    assert json.loads((shop.folder / "cleaned.csv.json").read_text())["cost"]["usd"] is None
+    flags = ("run", "--model", "gpt-5-nano", "--max-cost", "1")
+    assert shop.call(*flags) == 1 and sum(shop.paid().values()) == 6
+    captured = capsys.readouterr()
+    assert "--price-input" in captured.err and "qwen2.5-vl" in captured.err
+    assert shop.call("status") == 0 and "cost so far unknown" in capsys.readouterr().out
+    assert shop.call(*flags, "--price-input", "0.1", "--price-output", "0.4") == 0 and len(shop.cleaned()) == 12
+
+
+@pytest.mark.parametrize("lost", ["", "state.json", "state.json plan.parquet"])
+def test_batches_found_again_count_against_the_limit(shop, lost, capsys):
+    shop.server.steps = 50
+    flags = ("--pilot", "0", "--max-requests-per-file", "6", "--max-concurrent-batches")
+    assert shop.call("dispatch", *flags, "1") == 75
+    shop.lose(*lost.split())
+    assert shop.call("dispatch", *flags, "2", "--max-cost", "0.0004") == 1  # enough for one file
+    assert "--max-cost" in capsys.readouterr().err and len(shop.server.ledger("batch")) == 1
+
+
+@pytest.mark.parametrize("command", ["poll", "dispatch"])
+def test_sync_is_for_run_alone(shop, command, capsys):
+    assert shop.call(command, "--sync") == 2 and not shop.server.calls
+    error = capsys.readouterr().err
+    assert "use `run --sync`" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    (99, "batch failed: invalid_line"), ("x", "batch failed: invalid_line"), ([1], "batch failed: invalid_line"),
+    ("2", "request refused: invalid_line"),
+])  # fmt: skip
+def test_a_batch_that_names_no_line_of_its_file_is_not_sent_without_end(shop, line, reason, monkeypatch):
+    def refuse(batch, lines):
+        data = [{"code": "invalid_line", "message": "bad", "line": line, "param": None}]
+        batch |= {"status": "failed", "errors": {"object": "list", "data": data}, "_tokens": 0}
+        return True
+
+    monkeypatch.setattr(shop.server, "refuse", refuse)
+    for _ in range(30):
+        if (code := shop.call("poll", "--pilot", "0", "--limit", "2")) != 75:
+            break
+    assert code == 1 and reason in shop.rejects().values() and len(shop.server.ledger("batch")) <= 4
+
+
+def test_without_credit_sync_stops_and_rejects_nothing(shop, monkeypatch, capsys):
+    true, count = StandIn.chat, itertools.count()
+
+    def chat(self, data):
+        return true(self, data) if next(count) < 4 else (402, {"error": {"message": "Insufficient credits"}})
+
+    monkeypatch.setattr(StandIn, "chat", chat)
+    flags = ("run", "--sync", "--pilot", "4", "--concurrency", "1")
+    assert shop.call(*flags) == 1 and "may spend no more (insufficient_quota)" in capsys.readouterr().err
+    monkeypatch.setattr(StandIn, "chat", true)
+    assert shop.call(*flags) == 0 and len(shop.cleaned()) == 12 and sum(shop.paid().values()) == 12
+
+
+def test_a_refusal_of_sync_says_its_status(shop, monkeypatch):
+    monkeypatch.setattr(StandIn, "chat", lambda self, data: (422, {"error": {"message": "no pictures"}}))
+    assert shop.call("run", "--sync", "--pilot", "0", "--limit", "2") == 1
+    assert shop.rejects() == {"000": "request refused: 422", "001": "request refused: 422"}
+
+
+@pytest.mark.parametrize("fault", ["http_500", "http_429"])
+def test_sync_stops_where_the_server_answers_nothing(shop, fault, monkeypatch, capsys):
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
+    shop.server.set_fault(f"{fault}@acme")
+    flags = ("run", "--sync", "--pilot", "4", "--concurrency", "2")
+    assert shop.call(*flags) == 1 and not shop.output.exists()
+    assert sum("chat" in call for call in shop.server.calls) == 4 * (1 + clean.SYNC_RETRIES)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert fault[-3:] in error and "run again" in error
+    shop.server.faults.clear()
+    assert shop.call(*flags) == 0 and len(shop.cleaned()) == 12
+
+
+def test_a_row_that_sync_never_gets_is_rejected_in_one_run(shop, monkeypatch):
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
+    shop.server.set_fault("http_500@lamp")
+    assert shop.call("run", "--sync", "--pilot", "4", "--max-failed", "0.2") == 0
+    assert shop.rejects() == {"004": "server error"} and len(shop.cleaned()) == 11
+
+
+@pytest.mark.parametrize("concurrency", ["1", "3", "50"])
+def test_the_pilot_of_sync_pays_no_more_than_it_says(shop, concurrency):
+    shop.server.set_fault("broken_json@acme")
+    assert shop.call("run", "--sync", "--pilot", "5", "--concurrency", concurrency) == 1
+    assert sum(shop.paid().values()) == 5
+
+
+def test_an_error_file_that_shows_up_late_is_read(shop, monkeypatch):
+    true, seen = StandIn.public, []
+
+    def public(self, value):
+        value = true(self, value)
+        if value.get("status") == "completed" and not seen:
+            seen.append(value)
+            value = value | {"error_file_id": None}
+        return value
+
+    monkeypatch.setattr(StandIn, "public", public)
+    shop.server.set_fault("http_500@lamp")
+    assert shop.call("run", "--pilot", "0", "--max-attempts", "1", "--max-failed", "0.2") == 0
+    assert seen and shop.rejects() == {"004": "server error 500"}
+
+
+def test_failures_in_the_output_file_are_not_waited_for(shop, monkeypatch):
+    """Some servers write one file, and count its failures."""
+    true = StandIn.finish
+
+    def finish(self, batch, share, end):
+        true(self, batch, share, end)
+        data = b"".join(self.content(batch[name]) for name in ("output_file_id", "error_file_id") if batch[name])
+        batch |= {"output_file_id": self.store("all.jsonl", "batch_output", data)["id"], "error_file_id": None}
+
+    monkeypatch.setattr(StandIn, "finish", finish)
+    monkeypatch.setattr(clean, "PATIENCE", 3600.0)
+    shop.server.set_fault("http_500@lamp")
+    flags = ("--pilot", "0", "--max-attempts", "1", "--max-failed", "0.2")
+    assert shop.call("poll", *flags) == 75 and shop.call("poll", *flags) == 0
+    assert shop.rejects() == {"004": "server error 500"}
 
 
 # -- answers of another model
@@ -1581,6 +1748,43 @@ def test_a_catalogue_edited_while_run_waits(shop, capsys):
     assert shop.call() == 0 and len(shop.cleaned()) == 11 and set(shop.paid().values()) == {1}
 
 
+def test_a_catalogue_edited_while_photos_are_looked_at_is_noticed(shop, monkeypatch, capsys):
+    true = common.photo_pool
+
+    def pool_after_an_edit(*arguments):
+        shop.rows.append(shop.product(12))
+        shop.write()
+        return true(*arguments)
+
+    for command in ("run", "prepare"):
+        shop.rows, shop.workspace = shop.rows[:12], shop.folder / command
+        shop.write()
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "photo_pool", pool_after_an_edit)
+            assert shop.call(command) == (command == "run")
+        assert command == "prepare" or "changed while the command ran; run it again" in capsys.readouterr().err
+        while (code := shop.call("poll")) == 75:
+            pass
+        assert code == 0 and len(shop.cleaned()) == 13
+
+
+def test_the_shops_own_attributes_are_kept(shop, capsys):
+    shop.rows = [row | {"color": "Arctic", "material": "oak", "shop_color": "x"} for row in shop.rows]
+    shop.write()
+    assert shop.call() == 0
+    printed = capsys.readouterr().out
+    assert "color, material kept as shop_color, shop_material" in printed
+    row = shop.cleaned()[1]
+    assert (row["shop_color"], row["shop_color_2"], row["shop_material"]) == ("Arctic", "x", "oak")
+    assert row["color"] == "red" and row["style"]
+    shop.check_answers()
+    shop.catalogue, first = shop.output, row
+    shop.output = shop.folder / "again.csv"
+    shop.workspace = shop.folder / "other"
+    assert shop.call() == 0 and shop.cleaned()[1] == first  # an earlier output: its attributes are replaced
+    assert "kept as" not in capsys.readouterr().out
+
+
 def test_request_files_that_somebody_removed_are_built_anew(shop, capsys):
     shop.server.steps = 2
     shop.server.set_fault("length@chair:1")
@@ -1683,6 +1887,82 @@ def test_bad_use_is_one_line(shop, capsys):
     assert shop.call() == 1 and "no rows" in capsys.readouterr().err
     shop.catalogue.unlink()
     assert shop.call() == 2 and "no such CSV" in capsys.readouterr().err
+    shop.write()
+    kept = shop.catalogue.read_bytes()
+    shop.output = shop.folder / "images" / ".." / shop.catalogue.name
+    assert shop.call() == 2 and "--output" in capsys.readouterr().err and shop.catalogue.read_bytes() == kept
+
+
+def test_a_workspace_may_be_the_folder_itself(shop, monkeypatch):
+    (shop.folder / "here").mkdir()
+    monkeypatch.chdir(shop.folder / "here")
+    shop.workspace = Path(".")
+    assert shop.call() == 0 and len(shop.cleaned()) == 12 and (shop.folder / "here/state.json").exists()
+
+
+@pytest.mark.parametrize("command", [("prepare",), ("run", "--sync")])
+def test_without_quota_before_the_first_step_the_quota_is_named(shop, command, capsys):
+    shop.server.set_fault("quota_everywhere")
+    assert shop.call(*command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the account may spend no more (insufficient_quota: " in error and "OPENAI_BASE_URL" not in error
+
+
+def test_a_doubtful_create_is_not_called_nothing_sent(shop, monkeypatch, capsys):
+    shop.server.set_fault("create_lost:1"), shop.server.set_fault("list_late:9")
+    assert shop.call("dispatch") == 75
+    monkeypatch.setattr(clean, "SETTLE", 30.0)
+    assert shop.call("run", "--sync") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "may have been created" in error and "nothing was sent" not in error and "OPENAI_BASE_URL" not in error
+
+
+def test_a_list_of_models_without_models_is_one_line(shop, monkeypatch, capsys):
+    monkeypatch.setattr(StandIn, "models", lambda self, rest: {"object": "list", "data": None})
+    true = StandIn.handle
+
+    def no_single_model(self, method, path, *rest):
+        if "/models/" in path:
+            raise HttpError(404, "no such route")
+        return true(self, method, path, *rest)
+
+    monkeypatch.setattr(StandIn, "handle", no_single_model)
+    assert shop.call("run", "--model", "m") == 1
+    assert "an answer that is not the API's" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("lost", ["", "state.json"])
+def test_a_batch_without_its_date_does_no_harm(shop, lost, monkeypatch, capsys):
+    true = StandIn.public
+
+    def undated(self, value):
+        value = true(self, value)
+        return value | {"created_at": None, "expires_at": None} if value.get("object") == "batch" else value
+
+    monkeypatch.setattr(StandIn, "public", undated)
+    shop.server.steps = 3
+    assert shop.call("poll") == 75
+    shop.lose(*lost.split())
+    assert shop.call("poll") == (1 if lost else 75)
+    assert not lost or "the list of batches brought an answer that is not the API's" in capsys.readouterr().err
+    monkeypatch.setattr(StandIn, "public", true)
+    assert shop.call("run") == 0 and set(shop.paid().values()) == {1}
+
+
+def test_a_request_file_is_read_once_for_all_batches_in_flight(shop, monkeypatch):
+    true, read = common.file_digest, collections.Counter()
+    shop.rows = [shop.product(i) for i in range(20)]
+    shop.write()
+
+    def counted(path):
+        read[Path(path).name] += 1
+        return true(path)
+
+    monkeypatch.setattr(common, "file_digest", counted)
+    shop.server.steps = 5
+    flags = ("--pilot", "0", "--max-requests-per-file", "1", "--max-concurrent-batches", "20")
+    assert shop.call("dispatch", *flags) == 75 and len(shop.server.ledger("batch")) == 20
+    assert max(n for name, n in read.items() if name.endswith(".jsonl")) == 1
 
 
 def test_the_standin_labels_the_sample_well(tmp_path):

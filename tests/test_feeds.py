@@ -17,7 +17,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -254,6 +254,20 @@ def test_several_files_are_one_catalogue(tmp_path):
 def test_a_wrong_csv_says_what_is_wrong(tmp_path, text, said):
     with pytest.raises(common.Fail, match=said):
         records(write_csv(tmp_path / "c.csv", text))
+
+
+def test_a_header_may_hold_line_breaks_and_stand_below_a_line_for_excel(tmp_path, capsys):
+    text = 'id,name,image_path,"Price\n(EUR)",stock\n1,A chair,a.jpg,3,4\n2,B,b.jpg,5,6\n'
+    assert [list(row.values()) for row in records(write_csv(tmp_path / "c.csv", text))] == [
+        ["1", "A chair", "a.jpg", "3", "4"], ["2", "B", "b.jpg", "5", "6"],
+    ]  # fmt: skip
+    for first in ("sep=;", '"sep=;"', "SEP=;"):
+        text = f"{first}\r\nid;name;image_path\r\n1;A;a.jpg\r\n"
+        rows = records(write_csv(tmp_path / "c.csv", text))
+        assert [(row["id"], row["image_path"]) for row in rows] == [("1", "a.jpg")]
+    (tmp_path / "c.csv").write_text('sep=;\nid;name;image_path\n1;"A;a.jpg\n2;B;b.jpg\n')
+    with pytest.raises(common.Fail, match="line 3: the quotes"):
+        records(tmp_path / "c.csv")
 
 
 def test_two_stray_quotes_swallow_no_row(tmp_path):
@@ -719,6 +733,56 @@ def test_a_placeholder_is_rejected_before_anything_is_paid(shop, capsys):
     assert sum(shop.paid().values()) == 37
     shop.check_answers()
     assert shop.call("run") == common.FAILED  # more than --max-failed
+
+
+def steps(function: Callable, *arguments) -> int:
+    """How many bytecodes of 1_clean.py a call runs: the same on every machine."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if frame.f_code.co_filename != clean.__file__:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*arguments)
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("same", [6, 0.5])
+def test_looking_for_placeholders_takes_time_by_the_number_of_products(same):
+    """Pairs of variants share a photo, and six products, or half of all, show a placeholder."""
+
+    def world(count: int) -> tuple[list[str], list[str]]:
+        alike = same if same > 1 else int(same * count)
+        names = ["".join("abcdefghij"[int(digit)] for digit in f"{i:04d}") for i in range(2 * count)]
+        photos = ["same"] * alike + [f"pair {i // 2}" for i in range(count - alike)]
+        return photos, [f"{names[i]} chair {names[-i]}" for i in range(count)]
+
+    assert steps(clean.shared_photos, *world(400)) < 3 * steps(clean.shared_photos, *world(200))
+
+
+def test_hosts_are_not_walked_through_while_no_lane_is_free(tmp_path):
+    fetcher = clean.PhotoFetcher(tmp_path, True)
+    for i in range(300):
+        fetcher.put(clean.Wanted(f"http://h{i}.de/a", f"http://h{i}.de/a"))
+    assert steps(lambda: list(fetcher.due([]))) < 300
+    assert len(list(fetcher.due([None]))) == 300
+
+
+def test_a_cell_of_spaces_is_read_at_once():
+    """Cubic in the number of spaces, it would take hours."""
+    assert clean.cell_urls(f"https://x.de/a.jpg{' ' * 20_000}b") == [f"https://x.de/a.jpg{' ' * 20_000}b"]
+    assert clean.cell_urls("https://x.de/a,b.jpg ,\thttp://y.de/c.jpg|HTTPS://z.de/d ; ") == [
+        "https://x.de/a,b.jpg", "http://y.de/c.jpg", "HTTPS://z.de/d",
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
