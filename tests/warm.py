@@ -52,7 +52,7 @@ def attend(caller: socket.socket) -> None:
         os.close(stream)
     ended = os.pidfd_open(script)
     if ended not in select.select([caller, ended], [], [])[0]:
-        os.killpg(script, signal.SIGKILL)
+        return os.killpg(script, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(script, 0)[1])
     caller.send(str(code if code >= 0 else 128 - code).encode(), socket.MSG_NOSIGNAL)
 
