@@ -551,6 +551,10 @@ def open_splits(shards: str, manifest: dict, cache: Path, clip: Clip, config: Tr
             raise Fail(f"the {split} split is empty; give more rows, or check the split report of 2_prepare.py")
         if leaked := [entry["name"] for entry in entries if entry["sha256"] in test]:
             raise Fail(f"{leaked[0]}: this shard is in the test split too; run 2_prepare.py again")
+    wanted = {f"{entry['sha256']}.tar" for entries in splits.values() for entry in entries}
+    for path in cache.glob("*.tar"):  # copies of shards that an earlier run here was made of
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
     paths = iter(common.local_shards(shards, [*splits["train"], *splits["validation"]], cache, config.cache_gb))
     splits = [Split(name, some, [next(paths) for _ in some], clip, config) for name, some in splits.items()]
     readers = Readers(splits, config.workers, apart=clip.device.type == "cuda")

@@ -914,6 +914,8 @@ def test_shards_on_s3_train_the_same_model_from_a_local_copy(base, tmp_path, buc
     flags = ("--shards", f"{bucket}/shards", "--micro-batch-size", 8)
     assert stage.main(arguments(base, tmp_path, *flags, "--cache-gb", 0)) == 1
     assert "--cache-gb" in capsys.readouterr().err
+    (tmp_path / "cache/shards").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache/shards" / f"{'0' * 64}.tar").write_text("of a manifest that was here before")
     train(base, tmp_path, *flags)
     assert same(weights(tmp_path), weights(undisturbed))
     copies = list((tmp_path / "cache" / "shards").glob("*.tar"))
