@@ -93,6 +93,7 @@ SETTLE = 30.0  # seconds that a batch with a lost answer has to show up in the l
 OVERDUE = 3600.0  # seconds past its expiry after which a batch counts as hanging
 POLLS, PATIENCE = 5, 3600.0  # polls, and seconds, to wait for what is missing or hangs before its rows are asked again
 MIN_SPLIT = 100  # requests down to which a file is halved for a full queue whose limit nobody states
+FEW_SILENT = 8  # requests with --sync, at least, that a server may leave without an answer in a row
 BLOCK = 32  # rows that a worker takes at once
 
 
@@ -2409,7 +2410,7 @@ def ask_directly(runner: BatchRunner) -> None:
 
     prepare_directly(runner)
     state, processor, settings, answers = runner.state, runner.processor, runner.settings, runner.processor.answers
-    source, lock, parsed, bad = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter()
+    source, lock, parsed, bad, silent = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter(), 0
     total, pilot = processor.counts()["pending"], settings.pilot
 
     def is_piloting() -> bool:
@@ -2446,7 +2447,9 @@ def ask_directly(runner: BatchRunner) -> None:
                     runner.judge(parsed, bad)
                 if state["stopped"]:
                     raise Fail(f"{state['stopped']}; what was answered is kept, and `run` goes on")
-                require_server(answers, outcomes)
+                silent = silent + len(outcomes) if all(one.kind == "server" for one in outcomes.values()) else 0
+                if silent >= max(FEW_SILENT, min(total, 4 * settings.concurrency)):
+                    require_server(answers, outcomes)
                 if stops:
                     break
             state.set(files={})
@@ -2454,14 +2457,13 @@ def ask_directly(runner: BatchRunner) -> None:
 
 
 def require_server(answers: Answers, outcomes: dict[str, Outcome]) -> None:
-    """Fail where no request of a block got an answer, before all rows use up their attempts at a server that is down.
+    """Fail where many requests in a row got no answer, before all rows use up their attempts at a server that is down.
 
-    Rows that are asked again may be the few that it never answers: they need no stop.
+    outcomes: the last ones. Rows that are asked again may be the few that it never answers: they need no stop.
     """
-    first = any(len(answers.attempts(digest)) == 1 for digest in outcomes)
-    if first and all(one.kind == "server" for one in outcomes.values()):
+    if any(len(answers.attempts(digest)) == 1 for digest in outcomes):
         (reason, _), *_ = Counter(f"{one.reason}: {one.detail}" for one in outcomes.values()).most_common(1)
-        raise Fail(f"{len(outcomes)} requests in a row brought no answer ({reason}); run again when the server is well")
+        raise Fail(f"request after request brought no answer ({reason}); run again when the server is well")
 
 
 def prepare_directly(runner: BatchRunner) -> None:

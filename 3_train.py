@@ -1248,7 +1248,7 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 def cache_arrays(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
     """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
     made = [[entry["sha256"] for entry in split.entries], sorted(split.damaged), len(split), run.config.seed, *made]
-    made += [run.clip.fingerprint, run.clip.mean, run.clip.std]
+    made.append(run.clip.fingerprint)
     folder = cache_folder(run.world, run.output) / f"{split.name}-{name}-{common.digest(made)[:16]}"
     mark = folder / "failed.json"  # samples that could not be read; written last
     anew = not run.config.resume and not run.world.local_rank and mark.is_file() and common.read_json(mark)
@@ -1314,7 +1314,7 @@ def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     split.augmented = split.training and config.augment != "none" and not adapted  # a probe needs no more views
     views = VIEWS if split.augmented else 1
     if run.towers.adapted["image"] == adapted:
-        made = [config.precision, config.augment, views]
+        made = [config.precision, config.augment, views, run.clip.mean, run.clip.std]
         cache_arrays(run, split, "image", made, lambda folder: write_picture_features(run, split, folder, views))
     if run.towers.adapted["text"] == adapted:
         parts = (slice(start, start + run.micro) for start in range(0, len(tokens), run.micro))

@@ -42,6 +42,8 @@ API := $(and $(strip $(OPENAI_API_KEY)$(OPENAI_BASE_URL)),$(filter-out $(SAMPLE)
 STANDIN = $(if $(API),,$(PYTHON) tests/openai_standin.py --state $(DATA)/standin -- )
 # What the stand-in says of a catalogue of one's own must not pass for answers of the real API later.
 WORKSPACE := $(DATA)/$(if $(or $(API),$(filter $(SAMPLE),$(CATALOGUE))),batch,rehearsal)
+refuse_rehearsal = $(if $(filter %/rehearsal,$(WORKSPACE)),if [ -e $(DATA)/batch/state.json ]; then \
+  echo 'make: DATA=$(DATA) holds answers of the API; set OPENAI_API_KEY or rehearse with another DATA' >&2; exit 1; fi,true)
 MODEL ?= $(if $(API),ViT-B-32,$(SMALL))
 PRETRAINED ?=#                           tag or weights file; empty: the usual weights of MODEL
 judged = --model $(MODEL) $(if $(strip $(PRETRAINED)),--pretrained $(PRETRAINED))
@@ -113,11 +115,13 @@ $(SETTINGS)/trainable-$(SCENARIO): $(SETTINGS)/train | $(VENV)
 	$(PYTHON) 3_train.py --check --scenario $(SCENARIO) $(judged)
 	@touch $@
 $(CLEANED): $(CATALOGUE) $(SETTINGS)/clean | $(VENV) $(TRAINABLE)
+	@$(refuse_rehearsal)
 	@$(if $(API),true,echo 'No OPENAI_API_KEY and CATALOGUE of your own: a local stand-in answers from title keywords and colours, at no cost.')
 	$(STANDIN)$(PYTHON) 1_clean.py run $(clean_flags)
 	@touch -c $@
 
 poll: $(CATALOGUE) | $(VENV) ## stage 1, one step for cron: collect, send what fits, finalize when all is in
+	@$(refuse_rehearsal)
 	@made() { stat -c %y $(CLEANED) 2>&1 || true; }; before=$$(made); $(STANDIN)$(PYTHON) 1_clean.py poll $(clean_flags) || \
 	  { test $$? = 75 || { [ "$$before" = "$$(made)" ] || rm -f $(CLEANED); false; }; }
 

@@ -230,6 +230,10 @@ def test_made_up_answers_never_pass_for_real_ones(tmp_path):
     plan = make(data, "-n", "clean-data", catalogue, lenient, "OPENAI_API_KEY=sk-x").stdout
     assert "1_clean.py run" in plan and f"--workspace {data}/batch" in plan
     assert f"--workspace {data}/batch" in make(data, "-n", "clean-data").stdout  # the drawn sample
+    made = (data / "cleaned.csv").read_bytes()
+    shutil.copytree(data / "rehearsal", data / "batch")  # as if they had been paid for, and then the key was forgotten
+    refused = make(data, "clean-data", catalogue, "CLEAN_FLAGS=--max-failed 0.9")
+    assert refused.returncode and "set OPENAI_API_KEY" in refused.stdout and (data / "cleaned.csv").read_bytes() == made
 
 
 def test_pictures_that_the_stages_make_are_no_photos_of_the_shop(tmp_path):
