@@ -2286,10 +2286,11 @@ class BatchRunner:
         if self.replan or not self.processor.is_planned():
             if self.state["prompt"] not in ("", PROMPT_VERSION):
                 say("the prompt has changed since the last call: answered rows are asked and paid again")
-            requests, live, loads = self.processor.prepare(), self.state.live(), self.processor.loads()
-            for batch in live.values():
-                if not batch["requests"]:  # found in the account, after state.json was lost
-                    batch |= total_load(loads[key] for key in self.processor.keys_of(batch) or () if key in loads)
+            requests, live = self.processor.prepare(), self.state.live()
+            found = [batch for batch in live.values() if not batch["requests"]]  # in the account, without state.json
+            planned = self.processor.loads() if found else {}
+            for batch in found:
+                batch |= total_load(planned[key] for key in self.processor.keys_of(batch) or () if key in planned)
             self.state.set(prompt=PROMPT_VERSION, state="In Progress" if live else "Prepared")
             say(f"prepared: {requests} new requests in {self.processor.requests}")
             plan, loads = self.processor.plan, self.processor.pending_loads()

@@ -323,9 +323,7 @@ class Split:
         self.name, self.entries, self.paths, self.clip, self.config = name, entries, paths, clip, config
         self.training = name == "train"
         self.augmented = self.training and config.augment != "none"
-        self.kept: dict[
-            str, dict[str, Any]
-        ] = {}  # "captions", "image", "text" -> arrays of cache_captions() and others
+        self.kept: dict[str, dict[str, Any]] = {}  # "captions", "image", "text" -> what cache_arrays() gives
         self.readers: Readers  # of all splits together: open_splits() gives them
         self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
         self.damaged: dict[str, str] = {}  # shard -> what is wrong with it

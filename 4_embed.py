@@ -1515,11 +1515,10 @@ def pool(args: argparse.Namespace) -> int:
         try:
             found, own = pd.read_parquet(Path(folder, "queries.parquet")), [run["name"] for run in facts["runs"]]
             same = facts["base"]["fingerprint"] == reports[0]["base"]["fingerprint"]
-            needed = {
+            needed = {f"{name}/{one}" for name in ("zero_shot", *own) for one in METRICS} | {
                 "id",
                 "object_type",
                 "draw",
-                *(f"{name}/{one}" for name in ("zero_shot", *own) for one in METRICS),
             }
             if missing := needed - {*found}:
                 raise ValueError(f"no column {min(missing)}")

@@ -481,14 +481,8 @@ class Experiment:
 
         lists, k, groups = [], self.settings.top_k, self.items.groups
         for model in self.models:
-            facts = [
-                model.items.part_digests,
-                model.fingerprint,
-                self.items.digest,
-                *self.asked,
-                k,
-                self.settings.query,
-            ]
+            made_of = model.items.part_digests, model.fingerprint, self.items.digest
+            facts = [*made_of, *self.asked, k, self.settings.query]
             target = cache / f"answers-{digest(facts)[:16]}.npy"
             if not target.is_file():
                 own = None if self.file else (groups[self.rows], groups)
