@@ -44,7 +44,6 @@ from common import ALPHA, ATTRIBUTES, DONE, USAGE, BadImage, Fail, digest, lette
 LOOPBACK = ("127.0.0.1", "localhost")
 FORWARDED = ("Forwarded", "X-Forwarded-", "X-Real-Ip", "Via")  # how headers begin that a proxy adds
 THREADS = 32  # requests answered at once
-PICTURE_THREADS = THREADS - 8  # how many of them pictures may hold: votes must not wait behind those
 CONNECTIONS = 800  # open at once: a browser keeps up to six, and most systems allow a process 1,024 files
 BODY_LIMIT = 4_096  # bytes of a vote or a name
 UPLOAD_LIMIT = 12_000_000  # bytes of a picture on the search page
@@ -78,20 +77,16 @@ class ArenaConfig:
     query: str = setting("image", "what is searched with: a picture, or words (its prompt)", ("image", "text"))
     queries: str | None = setting(None, "CSV of query,id (weight or grade): for --query text, words that people type")
     limit: int = setting(
-        2000, "at most so many queries: one of each duplicate group in the test split, spread over object types", low=1
+        2000, "most queries: of the test split, one a duplicate group, spread over object types", low=1
     )
-    votes_needed: int = setting(
-        210, "queries with a decided vote aimed at; 820, 210, 97 find 55, 60, 65% at 80% power", low=1
-    )
+    votes_needed: int = setting(210, "decided queries aimed at; 820, 210, 97 find 55, 60, 65% at 80% power", low=1)
     shared: float = setting(0.2, "share of the queries that three judges see, for their agreement", low=0, high=1)
     picture_size: int = setting(480, "pixels a side of every picture shown", low=1, high=4096)
     seed: int = setting(42, "seed of the choice of queries and of each judge's order")
     host: str = setting("127.0.0.1", "address to listen at; any but loopback needs the judges' token")
     port: int = setting(8000, "port to listen at; 0 takes a free one", low=0, high=65_535)
     trusted_host: str | None = setting(None, "names that a proxy or DNS gives the server, with commas; needs the token")
-    reveal: bool = setting(
-        False, "show results and search to all who are not in the middle of voting; who looks votes no more"
-    )
+    reveal: bool = setting(False, "show results and search to all who are not voting; who has looked votes no more")
 
 
 @dataclass(frozen=True)
@@ -105,23 +100,23 @@ class Setup:
     keys: dict[str, str] | None = None
 
 
+KEYS = ("cookie_key", "judge_token", "admin_token")
+
+
 def read_keys(database: str | Path) -> dict[str, str]:
     """The cookie's key, the judges' and the admin's token: kept beside the database, readable by its owner only.
 
     ARENA_JUDGE_TOKEN and ARENA_ADMIN_TOKEN in the environment take precedence.
     """
     path = Path(f"{database}.keys.json")
-    keys = {name: secrets.token_urlsafe(24) for name in ("cookie_key", "judge_token", "admin_token")}
-    if path.is_file():
-        kept = common.read_json(path, "file of keys")
-        if not isinstance(kept, dict) or not all(str(kept.get(name)).isascii() for name in keys):
-            raise Fail(f"{path}: not a file of keys; remove it, and give judges and admin the new links")
-        keys |= {name: str(kept[name]) for name in keys if kept.get(name)}
-    else:
+    if not path.is_file():
         with common.atomic_file(path) as temporary:
             temporary.touch(mode=0o600)
-            temporary.write_text(json.dumps(keys, indent=2) + "\n")
-    return {name: os.environ.get(f"ARENA_{name.upper()}", "").strip() or value for name, value in keys.items()}
+            temporary.write_text(json.dumps({name: secrets.token_urlsafe(24) for name in KEYS}, indent=2) + "\n")
+    kept = common.read_json(path, "file of keys")
+    if not isinstance(kept, dict) or not all(kept.get(name) and str(kept[name]).isascii() for name in KEYS):
+        raise Fail(f"{path}: not a file of keys; remove it, and give judges and admin the new links")
+    return {name: os.environ.get(f"ARENA_{name.upper()}", "").strip() or str(kept[name]) for name in KEYS}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -150,10 +145,9 @@ class Log:
     """The log of one database file. Threads share it; each has its own connection."""
 
     def __init__(self, path: str | Path, create: bool = True):
-        self.path, self._local, self._create = Path(path), threading.local(), create
+        self.path, self._local = Path(path), threading.local()
+        self._mode = "rwc" if create else "rw"  # ro would leave files behind
         self._writer = threading.Lock()  # waiting writers queue here fairly; SQLite's own waiting polls
-        if not create and not self.path.is_file():
-            raise Fail(f"{path}: no such database; run `5_arena.py serve` first, or check --database")
         try:
             if create:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +157,8 @@ class Log:
                     db.executescript(REBUILD.format(schema=schema) if self._outdated(schema) else schema)
             self.one("SELECT COUNT(*) FROM experiments")
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise Fail(f"{path}: cannot be used as the arena's database ({error}); check --database") from None
+            why = f"cannot be used as the arena's database ({error})"
+            raise Fail(f"{path}: {why}; check --database, which `5_arena.py serve` makes") from None
 
     def _outdated(self, schema: str) -> bool:
         """Whether the table of votes was made by another text than the schema's."""
@@ -176,25 +171,12 @@ class Log:
     def connection(self) -> sqlite3.Connection:
         """This thread's connection, in autocommit mode."""
         if not hasattr(self._local, "connection"):
-            uri = f"{self.path.absolute().as_uri()}?{self._mode()}"
+            uri = f"{self.path.absolute().as_uri()}?mode={self._mode}"
             connection = sqlite3.connect(uri, timeout=10, isolation_level=None, uri=True)
             connection.row_factory = sqlite3.Row
             connection.executescript((TEMPLATES / "connection.sql").read_text())
             self._local.connection = connection
         return self._local.connection
-
-    def _mode(self) -> str:
-        """How SQLite is to open the file. Where nothing may be written, it needs the -shm file of a running server."""
-        if self._create:
-            return "mode=rwc"
-        if all(os.access(path, os.W_OK, effective_ids=True) for path in (self.path, self.path.parent)):
-            return "mode=rw"  # mode=ro would leave files behind
-        wal, shared = (Path(f"{self.path}{end}") for end in ("-wal", "-shm"))
-        if shared.is_file():
-            return "mode=ro"
-        if wal.is_file() and wal.stat().st_size:
-            raise Fail(f"{self.path}: cannot be read where nothing may be written; copy it and its -wal, and use those")
-        return "immutable=1"
 
     def all(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """Every row of a query."""
@@ -214,12 +196,13 @@ class Log:
     def insert(self, table: str, **columns: Any) -> int:
         """Write a row down, within a transaction; lists and dicts become JSON. Returns its id.
 
-        Its time is UTC, ISO 8601, milliseconds. A judge who is known already stays as they are.
+        Its time is UTC, ISO 8601, milliseconds. A judge or an experiment that is known already stays as it is.
         """
         columns["time"] = datetime.now(UTC).isoformat(timespec="milliseconds")
         values = [json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for v in columns.values()]
-        into = f"{'OR IGNORE' if table == 'judges' else ''} INTO {table} ({', '.join(columns)})"
-        return self.connection.execute(f"INSERT {into} VALUES ({', '.join('?' * len(columns))})", values).lastrowid
+        verb = "INSERT OR IGNORE" if table in ("judges", "experiments") else "INSERT"
+        sql = f"{verb} INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        return self.connection.execute(sql, values).lastrowid
 
     def experiments(self) -> list[dict[str, Any]]:
         """Every experiment of the database, oldest first, facts decoded."""
@@ -229,8 +212,7 @@ class Log:
     def experiment(self, key: str, facts: dict[str, Any]) -> dict[str, Any]:
         """The experiment with this key; a new one is written down with its facts."""
         with self.writing():
-            if not self.one("SELECT 1 FROM experiments WHERE key = ?", key):
-                self.insert("experiments", key=key, facts=facts)
+            self.insert("experiments", key=key, facts=facts)
         return next(row for row in self.experiments() if row["key"] == key)
 
     def session(self, experiment: int, judge: str | None) -> int | None:
@@ -323,8 +305,6 @@ class Items(common.Master):
     def __init__(self, path: str | Path):
         super().__init__(path, *COLUMNS, "base_embedding")
         self.table = self.text(*COLUMNS, *(name for name in ATTRIBUTES if name in self.types))
-        if missing := [name for name in ("image_id", "group") if self.table[name].null_count]:
-            raise Fail(f"{path}: rows without {' and '.join(missing)}; run 4_embed.py again")
 
     def value(self, column: str, row: int) -> str:
         """One value; "" where it is missing, as in the column of an attribute that is newer than the file."""
@@ -342,10 +322,6 @@ class Items(common.Master):
         return digest([digest("\n".join(map(str, column))) for column in columns])
 
     @functools.cached_property
-    def part_digests(self) -> list[str]:
-        return [common.file_digest(part) for part in self.parts]
-
-    @functools.cached_property
     def groups(self):
         """int [N]: equal for items of one duplicate group."""
         return self.table["group"].combine_chunks().dictionary_encode().indices.to_numpy()
@@ -360,20 +336,21 @@ class Model:
     items: Items
     kind: str  # "base" or "finetuned": the columns' prefix
 
-    @property
-    def gallery(self) -> Iterator:
-        """Its vectors of all pictures, in blocks."""
-        return self.items.vectors(f"{self.kind}_embedding")
+    def vectors(self, of: str = "") -> Iterator:
+        """Its vectors of all pictures, or of all prompts ("text_"), in blocks: float32 [n, D]."""
+        return self.items.vectors(f"{self.kind}_{of}embedding")
 
 
-def read_models(files: list[Items]) -> list[Model]:
+def read_models(files: list[Items], by_prompts: bool) -> list[Model]:
     """[base, challenger]: the two models of one file, or the fine-tuned ones of two files."""
     if len(files) > 2:
         raise Fail("more than two --embeddings: one compares its two models, two compare their fine-tuned ones", USAGE)
     models = []
     for items, kind in ((files[0], "base" if len(files) == 1 else "finetuned"), (files[-1], "finetuned")):
-        if items.digest != files[0].digest:
-            raise Fail(f"{items.path} and {files[0].path} hold different items; embed the same shards for both models")
+        alike = items.digest == files[0].digest
+        if not alike or (by_prompts and not items.table["prompt"].equals(files[0].table["prompt"])):
+            other = f"different {'prompts' if alike else 'items'}"
+            raise Fail(f"{items.path} and {files[0].path} hold {other}; embed the same shards for both models")
         name, fingerprint = items.model(kind)
         name = (items.facts.get("scenario") if kind == "finetuned" else "") or name
         models.append(Model(Path(name).name if name.startswith(common.LOCAL) else name, fingerprint, items, kind))
@@ -400,13 +377,15 @@ def item_queries(items: Items, by_words: bool) -> list[Query]:
     import numpy as np
     import pyarrow.compute as pc
 
-    rows = np.flatnonzero(pc.equal(items.table["split"], "test").fill_null(False)).tolist()
-    if not rows:
+    rows = np.flatnonzero(pc.equal(items.table["split"], "test").fill_null(False))
+    if not len(rows):
         raise Fail(f"{items.path}: no row of the test split; there is nothing to ask about")
-    first = {items.groups[row]: row for row in reversed(rows)}
-    names = ("image_id", "object_type", "prompt")
-    texts = ((row, *(items.value(name, row) for name in names)) for row in sorted(first.values()))
-    return [Query(id, [row], kind or "other", prompt if by_words else None) for row, id, kind, prompt in texts]
+    _, first = np.unique(items.groups[rows], return_index=True)
+    queries = []
+    for row in sorted(rows[first].tolist()):
+        id, kind, prompt = (items.value(name, row) for name in ("image_id", "object_type", "prompt"))
+        queries.append(Query(id, [row], kind or "other", prompt if by_words else None))
+    return queries
 
 
 def file_queries(items: Items, path: str) -> tuple[list[Query], dict[str, Any]]:
@@ -415,9 +394,9 @@ def file_queries(items: Items, path: str) -> tuple[list[Query], dict[str, Any]]:
     "trained" counts queries with a right answer in the training split.
     """
     table, left_out = common.read_queries(path, items.row)
-    table["row"], queries = table["id"].map(items.row), []
+    queries = []
     for _, own in table.groupby(table["query"].str.lower(), sort=False):
-        words, rows = own["query"].iloc[0], own["row"].tolist()
+        words, rows = own["query"].iloc[0], own["id"].map(items.row).tolist()
         kinds = Counter(items.value("object_type", row) for row in rows)
         queries.append(Query(words, rows, kinds.most_common(1)[0][0] or "other", words))
     note(f"{path}: {len(queries)} queries" + "".join(f"; left out: {n} rows ({why})" for why, n in left_out.items()))
@@ -444,24 +423,20 @@ class Experiment:
     """
 
     def __init__(self, embeddings: Sequence[str | Path], settings: ArenaConfig):
-        files = [Items(path) for path in embeddings]
-        self.settings, self.items, self.models, self.file = settings, files[0], read_models(files), None
+        self.settings, self.files, self.file = settings, [Items(path) for path in embeddings], None
+        self.items, by_words = self.files[0], settings.query == "text"
+        self.models = read_models(self.files, by_words and not settings.queries)
         if settings.queries:
             queries, self.file = file_queries(self.items, settings.queries)
         else:
-            queries = item_queries(self.items, settings.query == "text")
+            queries = item_queries(self.items, by_words)
         self.queries = choose_queries(queries, settings)
         self.rows = [query.rows[0] for query in self.queries.values()]
-        self.asked = [self.file["sha256"], list(self.queries)] if self.file else [self.rows]
-        if settings.query == "text" and not self.file:
-            words = [query.words for query in self.queries.values()]
-            if words != [files[-1].value("prompt", row) for row in self.rows]:
-                raise Fail(
-                    f"{files[0].path} and {files[-1].path} hold different prompts; embed the same shards for both"
-                )
-            self.asked.append(words)
+        asked = [self.file["sha256"], list(self.queries)] if self.file else [self.rows]
+        if by_words and not self.file:
+            asked.append([query.words for query in self.queries.values()])
         fingerprints = sorted(model.fingerprint for model in self.models)
-        self.key = digest([fingerprints, self.items.digest, *self.asked, settings.query, settings.top_k])
+        self.key = digest([fingerprints, self.items.digest, *asked, settings.query, settings.top_k])
         self.places = {id: number for number, id in enumerate(self.queries)}
         self.types: dict[str, list[str]] = {}
         for query in self.queries.values():
@@ -470,7 +445,7 @@ class Experiment:
         self.shared = {*random.Random(f"{settings.seed} shared").sample(list(self.queries), count)}
         models = [{"name": model.name, "fingerprint": model.fingerprint} for model in self.models]
         self.facts = {"models": models, "query": settings.query, "top_k": settings.top_k, "queries": len(self.queries)}
-        self.facts |= {"items": self.items.table.num_rows} | ({"file": self.file} if self.file else {})
+        self.facts |= {"items": self.items.rows} | ({"file": self.file} if self.file else {})
 
     def find_answers(self, cache: Path) -> None:
         """Set `lists`: the nearest items to each query, its own duplicates left out; computed once, kept in `cache`.
@@ -479,22 +454,20 @@ class Experiment:
         """
         import numpy as np
 
-        lists, k, groups = [], self.settings.top_k, self.items.groups
-        for model in self.models:
-            made_of = model.items.part_digests, model.fingerprint, self.items.digest
-            facts = [*made_of, *self.asked, k, self.settings.query]
-            target = cache / f"answers-{digest(facts)[:16]}.npy"
-            if not target.is_file():
+        k, groups, found = self.settings.top_k, self.items.groups, []
+        made_of = [common.file_digest(part) for items in self.files for part in items.parts]
+        target = cache / f"answers-{digest([self.key, self.models[0].fingerprint, made_of])[:16]}.npy"
+        if not target.is_file():
+            for model in self.models:
                 own = None if self.file else (groups[self.rows], groups)
-                _, found = common.top_k(self._query_vectors(model), model.gallery, k, own)
-                if (found < 0).any():
-                    few = f"fewer than {k} items besides a query's own duplicates"
-                    raise Fail(f"{few}; lower --top-k or give more rows")
-                with common.atomic_file(target) as temporary, open(temporary, "wb") as handle:
-                    np.save(handle, found)
-                note(f"{model.name}: found the answers to {len(found)} queries among {len(groups)} items")
-            lists.append(np.load(target))
-        self.lists = np.stack(lists)
+                found.append(common.top_k(self._query_vectors(model), model.vectors(), k, own)[1])
+                note(f"{model.name}: found the answers to {len(self.rows)} queries among {len(groups)} items")
+            if np.min(found) < 0:
+                few = f"fewer than {k} items besides a query's own duplicates"
+                raise Fail(f"{few}; lower --top-k or give more rows")
+            with common.atomic_file(target) as temporary, open(temporary, "wb") as handle:
+                np.save(handle, np.stack(found))
+        self.lists = np.load(target)
 
     def _query_vectors(self, model: Model):
         """float32 [Q, D]: the queries as the model sees them, by their pictures or words."""
@@ -504,7 +477,7 @@ class Experiment:
             clip, words = model.items.load_model(model.kind), list(self.queries)
             return np.concatenate([common.encode(clip, captions=words[i : i + 64]) for i in range(0, len(words), 64)])
         found, start, rows = [], 0, np.array(self.rows)  # ascending
-        for block in model.items.vectors(f"{model.kind}_{'text_' if self.settings.query == 'text' else ''}embedding"):
+        for block in model.vectors("text_" if self.settings.query == "text" else ""):
             found.append(block[rows[(rows >= start) & (rows < start + len(block))] - start])
             start += len(block)
         return np.concatenate(found)
@@ -649,8 +622,6 @@ def mark_votes(votes: list[dict[str, Any]], base: str, challenger: str) -> None:
     """
     answered, scores = set(), {base: -1, challenger: 1}
     for vote in votes:
-        if not vote["identical"] and vote["choice"] not in CHOICES:
-            raise Fail(f"unknown choice {vote['choice']} among the votes; the log was tampered with")
         key = vote["judge"], vote["query"]
         holds = (vote["revoked"], vote["identical"], vote["choice"] == "N", key in answered)
         vote["reason"] = next((reason for reason, yes in zip(REASONS, holds, strict=True) if yes), None)
@@ -687,12 +658,15 @@ def arena_statistics(votes: list[dict[str, Any]], base: dict[str, str], challeng
     net = common.bootstrap_mean(scores, limit=1)[:3] if scores else (None,) * 3
     same = group((vote for vote in votes if vote["identical"]), "query").keys() - by_query
     excluded = {reason: sum(vote["reason"] == reason for vote in votes) for reason in REASONS}
-    judges, (types, heterogeneity) = _judges(votes), _object_types(counted, first)
+    judges = len({vote["judge"] for vote in votes if vote["reason"] in (None, "abstained")})
+    chose_a, (types, heterogeneity) = sum(vote["choice"] == "A" for vote in decided), _object_types(counted, first)
+    share_a = vote_rate(chose_a, n, n)  # sides are drawn by a coin: without a habit it is one half
+    position = {"share_a": share_a["value"], "share_a_low": share_a["low"], "share_a_high": share_a["high"]}
     counts |= {"votes": len(counted), "abstained": excluded["abstained"], "queries": len(by_query)}
     found = {
         "challenger": challenger["name"],
         "base": base["name"],
-        "votes": {"rows": len(votes), "counted": len(counted), "excluded": excluded, "judges": len(judges)},
+        "votes": {"rows": len(votes), "counted": len(counted), "excluded": excluded, "judges": judges},
         "counts": counts,
         "win_rate": vote_rate(counts["wins"], n, effective_queries(decided)),
         "tie_rate": vote_rate(counts["ties"], len(counted), effective_queries(counted)),
@@ -700,14 +674,12 @@ def arena_statistics(votes: list[dict[str, Any]], base: dict[str, str], challeng
         "identical": {"queries": len(same), "share": ratio(len(same), len(same) + len(by_query))},
         "planned": {"p": binomial_test([*first.values()].count(1), len(first))},
         "anytime": _anytime(list(first.values())),
-        "position": _position(decided),
+        "position": position | {"n": n, "chose_a": chose_a, "p": binomial_test(chose_a, n)},
         "agreement": krippendorff_alpha([[str(vote["outcome"]) for vote in own] for own in by_query.values()]),
-        "judges": judges,
         "categories": types,
         "heterogeneity": heterogeneity,
         "needed": [{"rate": rate, "needed": n, "missing": max(0, n - len(first))} for rate, n in NEEDED.items()],
-        "results": _results_distribution([_rows(own[0], "pictures", challenger) for own in by_query.values()]),
-        "attributes": _attributes(decided, challenger),
+        "attributes": _attributes(decided),
     }  # fmt: skip
     return found | {"verdict": _verdict(found)}
 
@@ -730,14 +702,6 @@ def _anytime(first: list[int]) -> dict[str, Any]:
     found |= {"direction": int(np.sign(wins[peak] - losses[peak])), "threshold": 1 / ALPHA, "queries": len(first)}
     ends = (float(low[-1]), float(high[-1])) if low[-1] <= high[-1] else (None, None)
     return found | {"win_low": ends[0], "win_high": ends[1], "course": course}
-
-
-def _position(decided: list[dict]) -> dict[str, Any]:
-    """How often row A was chosen: sides are drawn by a coin, so without a habit row A is chosen half the time."""
-    chosen, n = sum(vote["choice"] == "A" for vote in decided), len(decided)
-    rate = vote_rate(chosen, n, n)
-    found = {"share_a": rate["value"], "share_a_low": rate["low"], "share_a_high": rate["high"]}
-    return found | {"n": n, "chose_a": chosen, "p": binomial_test(chosen, n)}
 
 
 def _object_types(counted: list[dict], first: dict[str, int]) -> tuple[list[dict], dict[str, Any]]:
@@ -766,44 +730,21 @@ def _object_types(counted: list[dict], first: dict[str, int]) -> tuple[list[dict
     return rows, {"p": p, "categories": len(table)}
 
 
-def _rows(vote: dict, fact: str, challenger: dict[str, str]) -> tuple:
-    """(the challenger's, the base's) "pictures" or "attributes" of a vote's rows."""
-    sides = ("left", "right") if vote["left_model"] == challenger["fingerprint"] else ("right", "left")
-    return tuple(vote["facts"][f"{side}_{fact}"] for side in sides)
-
-
-def _results_distribution(lists: list[tuple[list, list]]) -> dict[str, Any]:
-    """How the two models' rows differ, from both lists of each query.
-
-    overlap: {shared results: queries}; same_set: queries with the same results in another order.
-    """
-    shared, depth = Counter(len(set(a) & set(b)) for a, b in lists), len(lists[0][0]) if lists else 0
-    found = {"queries": len(lists), "k": depth, "overlap": {str(k): shared[k] for k in range(depth + 1)}}
-    return found | {"same_set": sum(set(a) == set(b) and a != b for a, b in lists)}
-
-
-def _attributes(decided: list[dict], challenger: dict[str, str]) -> list[dict]:
+def _attributes(decided: list[dict]) -> list[dict]:
     """For each attribute the share of results that agree with the query, in the rows that won and those that lost."""
     rows = []
     for name in sorted(ATTRIBUTES):
-        pairs = [[side.get(name) for side in _rows(v, "attributes", challenger)][:: v["outcome"]] for v in decided]
-        known = [(*pair, vote["query"]) for pair, vote in zip(pairs, decided, strict=True) if None not in pair]
+        known = []
+        for vote in decided:
+            sides = ("left", "right") if vote["choice"] == "A" else ("right", "left")
+            won, lost = (vote["facts"][f"{side}_attributes"].get(name) for side in sides)
+            if None not in (won, lost):
+                known.append((won, lost, vote["query"]))
         if known:
             won, lost, queries = zip(*known, strict=True)
             test = common.bootstrap_mean([a - b for a, b in zip(won, lost, strict=True)], queries, limit=1)
             row = {"attribute": name, "votes": len(known), "won": sum(won) / len(won), "lost": sum(lost) / len(lost)}
             rows.append(row | dict(zip(("difference", "low", "high", "p"), test, strict=True)))
-    return rows
-
-
-def _judges(votes: list[dict]) -> list[dict]:
-    """One row a judge: what they chose."""
-    rows, asked = [], [vote for vote in votes if vote["reason"] in (None, "abstained")]
-    for number, (judge, own) in enumerate(group(asked, "judge").items(), start=1):
-        chose = Counter(vote["choice"] for vote in own)
-        row = {"judge": judge, "name": own[0]["judge_name"] or f"anonymous {number}", "votes": len(own) - chose["N"]}
-        row |= {"ties": chose["T"], "abstained": chose["N"], "share_a": ratio(chose["A"], chose["A"] + chose["B"])}
-        rows.append(row)
     return rows
 
 
@@ -869,7 +810,7 @@ def report(found: dict[str, Any]) -> str:
     return environment.get_template("stats.txt").render(found=found)
 
 
-def export(log: Log, experiments: Iterable[dict[str, Any]], form: str) -> str:
+def export(log: Log, experiments: Iterable[dict[str, Any]], form: str | None) -> str:
     """Every vote ever cast, those taken back included, as CSV or JSON; `preferred` is the name of the chosen model."""
     rows = []
     for experiment in experiments:
@@ -877,10 +818,10 @@ def export(log: Log, experiments: Iterable[dict[str, Any]], form: str) -> str:
         for vote in log.votes(experiment["id"]):
             left, right = names[vote["left_model"]], names[vote["right_model"]]
             vote |= {"left_model": left, "right_model": right, "same_set": int(vote["facts"]["same_set"])}
-            preferred = CHOICES | {"A": left, "B": right, "T": "tie", "N": None}
-            vote["preferred"] = preferred.get(vote["choice"], vote["choice"])
+            preferred = CHOICES | {"A": left, "B": right, "T": "tie", "N": None}  # identical rows had no choice
+            vote["preferred"] = preferred.get(vote["choice"])
             for name in ("judge_name", "query") if "file" in experiment["facts"] else ("judge_name",):
-                if form == "csv" and vote[name].startswith(("=", "+", "-", "@")):  # a stranger's text is no formula
+                if form is None and vote[name].startswith(("=", "+", "-", "@")):  # a stranger's text is no formula
                     vote[name] = "'" + vote[name]
             rows.append({name: vote[name] for name in EXPORTED.split()})
     if form == "json":
@@ -905,28 +846,21 @@ class Arena:
     def __init__(self, setup: Setup):
         from PIL import Image
 
+        self.folder = common.images_folder(setup.images, [])
         self.settings, self.keys = setup.settings, setup.keys or read_keys(setup.database)
         self.experiment = Experiment(setup.embeddings, self.settings)
         self.experiment.find_answers(Path(f"{setup.database}.cache"))
         self.log = Log(setup.database)
         self.row = self.log.experiment(self.experiment.key, self.experiment.facts)
         self.number = self.row["id"]
-        self.folder = common.images_folder(setup.images, [setup.embeddings[0]])
         kept = max(50, 2_000 * 480**2 // self.settings.picture_size**2)
         self.jpeg = functools.lru_cache(kept)(self._jpeg)  # about 60 MB
-        self.seats = threading.Semaphore(PICTURE_THREADS)
         self.turns = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # votes need a processor too
         self.placeholder = self.encode(Image.new("RGB", (1, 1), (216, 216, 213)))
         self.computed = functools.lru_cache(1)(lambda state: results(self.log, self.row))
-        self.order = functools.lru_cache(256)(self._order)
         self.drawing, self.passed = threading.Lock(), set()
         self.shown = Counter(dict.fromkeys(self.experiment.queries, 0))
         self._count(self.log.all("SELECT query, identical FROM trials WHERE experiment = ?", self.number))
-
-    def _order(self, judge: str) -> dict[str, int]:
-        """The judge's own permutation of the queries: query -> rank."""
-        count, chance = len(self.experiment.queries), random.Random(f"{self.settings.seed} {judge}")
-        return dict(zip(self.experiment.queries, chance.sample(range(count), count), strict=True))
 
     def _count(self, trials: Iterable) -> None:
         """Note which queries were shown how often, and which are passed over because both rows are identical."""
@@ -937,10 +871,12 @@ class Arena:
         """Columns of the trials to write down: identical rows passed over, then at most one to show.
 
         Object types take turns: one with the fewest showings so far comes next. Within it: a shared query that other
-        judges have begun and that three are to see; else the query shown least often, in the order of the judge's own
-        seeded permutation. Which model stands as row A is a fair coin's choice.
+        judges have begun and that three are to see; else the query shown least often, in the judge's own seeded
+        order. Which model stands as row A is a fair coin's choice.
         """
-        queries, types, rank, shown = self.experiment.queries, self.experiment.types, self.order(judge), self.shown
+        queries, types, shown = self.experiment.queries, self.experiment.types, self.shown
+        chance = random.Random(f"{self.settings.seed} {judge}")
+        rank = {query: chance.random() for query in queries}
         sql = "SELECT query, place FROM trials WHERE experiment = ? AND judge = ? AND NOT identical"
         history = dict(map(tuple, self.log.all(sql, self.number, judge)))
         own = Counter(queries[query].category for query in history)
@@ -966,18 +902,12 @@ class Arena:
         ahead is given.
         """
         sql = "SELECT * FROM judged WHERE experiment = ? AND judge = ? AND NOT identical AND vote IS NULL "
-
-        def waiting() -> list:
-            rows = self.log.all(f"{sql} ORDER BY place, id", self.number, judge)
-            if after is not None and (not rows or rows[0]["token"] != after):
-                raise Refused(409, "That is not the trial to be judged now; load the page again.")
-            return rows if after is None else rows[1:]
-
-        if rows := waiting():
-            return rows[0]
         with self.drawing:
-            if rows := waiting():
-                return rows[0]
+            waiting = self.log.all(f"{sql} ORDER BY place, id", self.number, judge)
+            if after is not None and (not waiting or waiting.pop(0)["token"] != after):
+                raise Refused(409, "That is not the trial to be judged now; load the page again.")
+            if waiting:
+                return waiting[0]
             rows = list(self.draw(judge))  # before the transaction: votes wait for that
             with self.log.writing():
                 for columns in rows:
@@ -1010,27 +940,19 @@ class Arena:
         return buffer.getvalue()
 
     def _jpeg(self, row: int) -> bytes:
-        """An item's photo as the browser gets it; grey where there is none. Raises Refused where it may come later."""
-        if not self.seats.acquire(blocking=False):
-            raise Refused(503, "Busy; again in a moment.")
+        """An item's photo as the browser gets it; grey where there is none."""
+        value = self.experiment.items.value
         try:
-            path = common.resolve_image(self.folder, self.experiment.items.value("image_path", row))
+            path = common.resolve_image(self.folder, value("image_path", row))
             with self.turns:
                 return self.encode(load_image(path, self.settings.picture_size))
         except BadImage as error:
-            id = self.experiment.items.value("image_id", row)
-            note(f"missing picture: item {id!r}: {error}; a grey one is shown")
+            note(f"missing picture: item {value('image_id', row)!r}: {error}; a grey one is shown")
             return self.placeholder
-        except OSError as error:
-            note(f"{path}: {error.strerror}; the picture is asked for again")
-            raise Refused(503, "The picture cannot be read just now; again in a moment.") from None
-        finally:
-            self.seats.release()
 
-    def results(self, named: bool) -> dict[str, Any]:
-        """The results of all votes so far, computed again when there is another; `named` with the judges."""
-        found = self.computed(tuple(self.log.one("SELECT * FROM state")))
-        return found if named else found | {"judges": []}
+    def results(self) -> dict[str, Any]:
+        """The results of all votes so far, computed again when there is another."""
+        return self.computed(tuple(self.log.one("SELECT * FROM state")))
 
 
 def search(models: list[Model], clips: list, words: str = "", picture=None, k: int = 8) -> list[tuple[str, list[dict]]]:
@@ -1042,10 +964,13 @@ def search(models: list[Model], clips: list, words: str = "", picture=None, k: i
     for model, clip in zip(models, clips, strict=True):
         pixels = picture and torch.from_numpy(np.array(letterbox(picture, clip.size))).permute(2, 0, 1)[None]
         asked = common.encode(clip, pixels, [words] if picture is None else None).numpy()
-        (scores,), (rows,) = common.top_k(asked, model.gallery, k)
-        hits = [{"row": row, "score": score} for row, score in zip(rows[rows >= 0].tolist(), scores, strict=False)]
-        named = [hit | {n: model.items.value(n, hit["row"]) for n in ("title", "object_type")} for hit in hits]
-        found.append((model.name, named))
+        (scores,), (rows,) = common.top_k(asked, model.vectors(), k)
+        value, pairs = model.items.value, zip(rows[rows >= 0].tolist(), scores, strict=False)
+        hits = [
+            {"row": row, "score": score, "title": value("title", row), "object_type": value("object_type", row)}
+            for row, score in pairs
+        ]
+        found.append((model.name, hits))
     return found
 
 
@@ -1085,13 +1010,12 @@ def trusted_hosts(settings: ArenaConfig) -> list[str]:
     """Names that the Host header may carry."""
     import socket
 
-    names = {*LOOPBACK, *(settings.trusted_host or "").split(",")}
+    names = [*LOOPBACK, settings.host, *(settings.trusted_host or "").split(",")]
     if settings.host not in LOOPBACK:
-        names |= {socket.gethostname(), socket.getfqdn(), settings.host} - {"0.0.0.0"}
-    if settings.host == "0.0.0.0":
+        names += [socket.gethostname(), socket.getfqdn()]
         with contextlib.suppress(OSError):  # a machine that does not know its own name
-            names |= {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
-    return sorted({name.strip().lower() for name in names} - {""})  # as browsers write them
+            names += socket.gethostbyname_ex(socket.gethostname())[2]
+    return [name.strip().lower() for name in names if name.strip()]  # as browsers write them
 
 
 def sign(app, *parts: str) -> str:
@@ -1143,7 +1067,7 @@ def explain_errors(app) -> None:
     from werkzeug.exceptions import HTTPException, SecurityError
 
     def explain(error: Exception):
-        status, message, headers = 500, str(error), {}
+        status, message = 500, str(error)
         if isinstance(error, SecurityError):  # of the Host header; no page can be made then
             return "The server is not known by that name; --trusted-host would make it known.\n", 400
         if isinstance(error, HTTPException):
@@ -1152,15 +1076,13 @@ def explain_errors(app) -> None:
             status, message = error.args
         elif isinstance(error, sqlite3.Error):  # nothing was committed; the page keeps the vote and tries again
             note(f"database: {error}; requests are answered with 503 until this is mended")
-            status, headers = 503, {"Retry-After": "2"}
-            message = "The database cannot be read just now. Load the page again in a moment."
-            if request.method == "POST":
-                message = "The vote could not be saved just now. Nothing is lost; it is tried again."
+            status = 503
+            message = "The arena's disk does not answer just now. Nothing is lost; this can be tried again in a moment."
         else:
             note(message)
         if request.path.split("/")[1] in ("trial", "vote", "undo", "picture"):
-            return jsonify(error=message), status, headers
-        return render_template("message.html", status=status, message=message), status, headers
+            return jsonify(error=message), status
+        return render_template("message.html", status=status, message=message), status
 
     for kind in (HTTPException, Refused, Fail, sqlite3.Error):
         app.register_error_handler(kind, explain)
@@ -1234,21 +1156,10 @@ def add_voting(app, arena: Arena) -> None:
             raise Refused(403, "Your session has ended, or this browser has none yet; open the first page to start.")
         return session["judge"]
 
-    def read_fields(*names: str) -> list:
-        """Fields of the JSON object in the request's body."""
-        try:
-            body = request.get_json()
-        except RecursionError:  # lists in lists in lists
-            body = None
-        if not isinstance(body, dict) or not all(isinstance(body.get(name), str | None) for name in names):
-            raise Refused(400, "A JSON object is expected.")
-        # JSON may hold halves of surrogate pairs, which no database takes.
-        return [body.get(name) and body[name].encode(errors="replace").decode() for name in names]
-
     @app.post("/trial")
     def trial():
         """The trial to judge now, or the one `after` it, which the page fetches ahead."""
-        return arena.trial(judge(), *read_fields("after"))
+        return arena.trial(judge(), request.form.get("after"))
 
     @app.get("/picture/<token>/<int:place>")
     def picture(token: str, place: int):
@@ -1257,19 +1168,19 @@ def add_voting(app, arena: Arena) -> None:
     @app.post("/vote")
     def vote():
         require_blind(arena)
-        return log.vote(number, judge(), *read_fields("trial", "choice"))
+        return log.vote(number, judge(), request.form.get("trial", ""), request.form.get("choice", ""))
 
     @app.post("/undo")
     def undo():
-        log.undo(number, judge(), *read_fields("trial"))
+        log.undo(number, judge(), request.form.get("trial", ""))
         return arena.trial(judge())
 
 
 def require_results_access(app, arena: Arena) -> bool:
     """Whether the admin asks. Raises Refused for others, but with --reveal only for judges who have not finished."""
-    from flask import request, session
+    from flask import session
 
-    if same(request.cookies.get("admin", ""), sign(app, "admin", arena.keys["admin_token"])):
+    if same(session.get("admin", ""), sign(app, "admin", arena.keys["admin_token"])):
         return True
     if not arena.settings.reveal:
         raise Refused(403, "Results are for the admin: open the link that the server printed when it started.")
@@ -1281,42 +1192,37 @@ def require_results_access(app, arena: Arena) -> bool:
 
 def add_result_pages(app, arena: Arena) -> None:
     """Results for the admin; with --reveal for everybody who is not in the middle of voting."""
-    from flask import Response, redirect, render_template, request
+    from flask import Response, redirect, render_template, request, session
 
     @app.get("/results")
     def show_results():
         token = request.args.get("token")
         if token is None:
             admin = require_results_access(app, arena)
-            shown = {"found": arena.results(named=admin), "search": arena.settings.reveal, "admin": admin}
+            shown = {"found": arena.results(), "search": arena.settings.reveal, "admin": admin}
             return render_template("results.html", **shown)
         if not same(token, arena.keys["admin_token"]):
             raise Refused(403, "That is not the admin's token.")
-        response = redirect("results", 303)  # the token does not stay in the address bar
-        # Another admin token makes the old cookies worthless.
-        response.set_cookie("admin", sign(app, "admin", token), httponly=True, samesite="Lax")
-        return response
-
-    @app.get("/results.json")
-    def results_json():
-        return arena.results(named=require_results_access(app, arena))
+        session["admin"] = sign(app, "admin", token)  # another admin token makes old cookies worthless
+        return redirect("results", 303)  # the token does not stay in the address bar
 
     @app.get("/votes.csv")
     def votes_csv():
         if not require_results_access(app, arena):
             raise Refused(403, "The votes one by one, with the judges' names, are for the admin.")
         named = {"Content-Disposition": "attachment; filename=votes.csv"}
-        return Response(export(arena.log, [arena.row], "csv"), mimetype="text/csv", headers=named)
+        return Response(export(arena.log, [arena.row], None), mimetype="text/csv", headers=named)
 
 
 def add_search_page(app, arena: Arena) -> None:
     """Type words or give a picture, and see both models' answers with their names on them."""
     from flask import Response, render_template, request
 
-    models, count, lock = arena.experiment.models, arena.experiment.facts["items"], threading.Lock()
-    clips = functools.lru_cache(1)(
-        lambda: [model.items.load_model(model.kind) for model in models]
-    )  # by the first search
+    models, count, lock = arena.experiment.models, arena.experiment.items.rows, threading.Lock()
+
+    @functools.lru_cache(1)
+    def clips() -> list:
+        return [model.items.load_model(model.kind) for model in models]
 
     def page(words: str = "", picture=None):
         with lock:
@@ -1358,9 +1264,6 @@ def serve(setup: Setup) -> int:
     import waitress
 
     settings = setup.settings
-    if ":" in settings.host:
-        raise Fail(f"--host {settings.host}: IPv6 addresses are not served; give an IPv4 address or a name", USAGE)
-    common.images_folder(setup.images, [])  # before anything is written
     with common.exclusive(f"{setup.database}.lock") as free:
         if not free:
             raise Fail(f"{setup.database}: another arena serves it; stop that one, or give another --database")
@@ -1376,8 +1279,6 @@ def serve(setup: Setup) -> int:
             raise Fail(f"{settings.host}:{settings.port}: {error.strerror}; choose another --host or --port") from None
         name = socket.gethostname() if settings.host == "0.0.0.0" else settings.host
         home = f"http://{name}:{getattr(server, 'effective_port', settings.port)}/"
-        app.jinja_env.get_template("arena.html")  # compiling it, and Pillow's first picture, take long
-        arena.jpeg(arena.experiment.rows[0])
         local, token = settings.host in LOOPBACK and not settings.trusted_host, quote(arena.keys["judge_token"])
         print(f"{len(arena.experiment.queries)} queries among {arena.experiment.facts['items']} items; "
               f"votes go to {setup.database}")  # fmt: skip
@@ -1389,23 +1290,20 @@ def serve(setup: Setup) -> int:
     return DONE
 
 
-def print_log(args: argparse.Namespace, settings: ArenaConfig) -> str:
-    """What `stats` or `votes` says of the experiment of these embeddings and settings; of all without embeddings."""
+def print_log(args: argparse.Namespace) -> str:
+    """What `stats` or `votes` says of the experiments that compare the models of --embeddings; without it, of all."""
     log = Log(args.database, create=False)
-    key = Experiment(args.embeddings, settings).key if args.embeddings else None
+    models = read_models([Items(path) for path in args.embeddings], False) if args.embeddings else []
+    wanted = {model.fingerprint for model in models}
     try:
-        experiments = log.experiments()
-        if key:
-            experiments = [experiment for experiment in experiments if experiment["key"] == key]
+        experiments = [
+            one for one in log.experiments()
+            if not wanted or wanted == {model["fingerprint"] for model in one["facts"]["models"]}
+        ]  # fmt: skip
         if not experiments:
-            none = "no votes on these embeddings with this --query, --queries, --top-k, --limit and --seed; "
-            none += "give those of `serve`, or leave out --embeddings"
-            raise Fail(f"{log.path}: {none if key else 'holds no experiment yet; vote first'}")
+            raise Fail(f"{log.path}: holds no votes{' on these models' if wanted else ''} yet; run `5_arena.py serve`")
         if args.command == "votes":
-            return export(log, experiments, args.format or "csv")
-        for experiment in [one for one in experiments if len(one["facts"]["models"]) > 2]:
-            note(f"experiment {experiment['id']} compares more than two models, as is no longer done; see `votes`")
-            experiments.remove(experiment)
+            return export(log, experiments, args.format)
         found = [results(log, experiment) for experiment in experiments]
     except (sqlite3.DatabaseError, LookupError, TypeError, ValueError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
@@ -1422,8 +1320,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--embeddings", action="append", help=two)
     parser.add_argument("--images", help="folder that image_path is relative to")
     parser.add_argument("--database", required=True, help="SQLite file of trials and votes; made if it is not there")
-    parser.add_argument("--format", choices=("text", "csv", "json"), help="of stats (text, json) and votes (csv, json)")
-    parser.add_argument("--output", help="write stats or votes to this file instead of the terminal")
+    parser.add_argument("--format", choices=("json",), help="of stats and votes; without it, text and CSV")
     common.add_flags(parser, ArenaConfig)
     return parser
 
@@ -1438,13 +1335,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.embeddings or not args.images:
             raise Fail("serve needs --embeddings and --images", USAGE)
         return serve(Setup(tuple(args.embeddings), args.images, args.database, settings))
-    if args.format == ("csv" if args.command == "stats" else "text"):
-        raise Fail(f"{args.command} has no --format {args.format}; see --help", USAGE)
-    text = print_log(args, settings)
-    if args.output:
-        common.atomic_write(args.output, text)
-    else:
-        sys.stdout.write(text)
+    sys.stdout.write(print_log(args))
     return DONE
 
 

@@ -111,7 +111,8 @@ class Judge:
             self.id = session["judge"]
 
     def post(self, path: str, **body):
-        return self.client.post(path, json=body, headers=self.headers)
+        form = {name: value for name, value in body.items() if value is not None}
+        return self.client.post(path, data=form, headers=self.headers)
 
     def get(self, path: str):
         return self.client.get(path, headers={"Host": self.host})

@@ -88,9 +88,10 @@ class Person:
         self.seconds: dict[str, list[float]] = {"page": [], "trial": [], "vote": []}
         page, headers = self.ask("GET", "/")
         self.cookie, self.csrf = headers["Set-Cookie"].split(";")[0], world.csrf_of(page.decode())
-        self.ask("POST", "/start", b"name=x", "application/x-www-form-urlencoded")
+        self.ask("POST", "/start", b"name=x")
 
-    def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json", what: str = ""):
+    def ask(self, method: str, path: str, body: bytes | None = None, what: str = ""):
+        kind = "application/x-www-form-urlencoded"
         headers = {"X-CSRF-Token": self.csrf, "Content-Type": kind, "Cookie": self.cookie}
         started = time.perf_counter()
         self.connection.request(method, path, body, headers)
@@ -105,11 +106,10 @@ class Person:
         for _ in range(votes):
             time.sleep(self.chance.uniform(0, 2 * THINK))
             self.ask("GET", "/", what="page")
-            token = json.loads(self.ask("POST", "/trial", b'{"after": null}', what="trial")[0])["trial"]
+            token = json.loads(self.ask("POST", "/trial", b"", what="trial")[0])["trial"]
             for place in range(9):
                 self.ask("GET", f"/picture/{token}/{place}")
-            body = json.dumps({"trial": token, "choice": self.chance.choice("ABTN")}).encode()
-            self.ask("POST", "/vote", body, what="vote")
+            self.ask("POST", "/vote", f"trial={token}&choice={self.chance.choice('ABTN')}".encode(), what="vote")
 
 
 def under_load(master: Path, images: Path, database: Path) -> dict[str, float]:

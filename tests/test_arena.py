@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import gc
 import html
 import http.client
 import io
@@ -15,12 +14,10 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -351,8 +348,9 @@ def test_other_models_items_or_queries_are_another_experiment(tmp_path, catalogu
     command = ["stats", "--database", str(database), "--embeddings", str(other), "--format", "json"]
     assert arena.main(command) == 0
     assert [one["experiment"]["id"] for one in json.loads(capsys.readouterr().out)] == [2]
-    assert arena.main([*command, "--top-k", "7"]) == 1
-    assert "no votes on these embeddings" in capsys.readouterr().err
+    nobodys = make_world(tmp_path / "n", pictures=False, facts={"finetuned_fingerprint": "8" * 64})[0]
+    assert arena.main(["stats", "--database", str(database), "--embeddings", str(nobodys)]) == 1
+    assert "no votes on these models" in capsys.readouterr().err
 
 
 def test_text_queries_show_the_prompt_and_search_with_its_vector(catalogue, tmp_path):
@@ -466,10 +464,10 @@ def test_the_cookie_holds_the_judge_and_nothing_else(app):
     value = cookie.split(";")[0].removeprefix("judge=").split(".")[0]
     decoded = json.loads(base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)))
     assert set(decoded) == {"judge", "_permanent"} and re.fullmatch("[0-9a-f]{32}", decoded["judge"])
-    assert client.post("/trial", json={"after": None}, headers=headers).status_code == 200
+    assert client.post("/trial", headers=headers).status_code == 200
     forged = cookie.split(";")[0].replace(value, base64.urlsafe_b64encode(b'{"judge":"x"}').decode().rstrip("="))
     stranger = app.test_client(use_cookies=False)
-    assert stranger.post("/trial", json={"after": None}, headers=headers | {"Cookie": forged}).status_code == 403
+    assert stranger.post("/trial", headers=headers | {"Cookie": forged}).status_code == 403
     assert '"start"' in stranger.get("/", headers={"Cookie": forged}).text  # nobody is known by it
 
 
@@ -612,38 +610,13 @@ def test_missing_pictures_look_the_same_everywhere_and_are_named_in_the_log(tmp_
     assert lengths[False] == lengths[True] and len(lengths[True]) == 1
 
 
-def test_pictures_leave_votes_some_threads(app, place, monkeypatch):
-    judge, seats = Judge(app), arena.THREADS - 8
-    token, rows = judge.trial()["trial"], iter(range(seats))
-    full, free, resolve = threading.Barrier(seats + 1), threading.Event(), common.resolve_image
-
-    def slow(*where):
-        if next(rows, None) is not None:  # as a disk that is slow for so many
-            full.wait(30)
-            free.wait(30)
-        return resolve(*where)
-
-    monkeypatch.setattr(common, "resolve_image", slow)
-    with ThreadPoolExecutor(seats) as pool:
-        loading = [pool.submit(place.jpeg, row) for row in range(seats)]
-        full.wait(30)
-        query = place.experiment.items.row[shown(place.log, token)["query"]]
-        place.jpeg.cache_clear()
-        busy = judge.get(f"/picture/{token}/{0 if query >= seats else 1}")
-        free.set()
-        assert busy.status_code == 503 and "Busy" in busy.json["error"]
-        assert all(one.result() != place.placeholder for one in loading)
-    assert judge.get(f"/picture/{token}/0").status_code == judge.get(f"/picture/{token}/1").status_code == 200
-    assert judge.vote("A", token)["number"] == 1
-
-
 def test_a_picture_that_the_disk_did_not_give_is_asked_for_again(app, place, monkeypatch):
     judge, whole = Judge(app), Image.open
     token = judge.trial()["trial"]
     for number in (errno.EIO, errno.EMFILE):
         monkeypatch.setattr(Image, "open", lambda *_, n=number, **__: (_ for _ in ()).throw(OSError(n, os.strerror(n))))
         answer = judge.get(f"/picture/{token}/0")
-        assert answer.status_code == 503 and "error" in answer.json
+        assert answer.status_code == 500 and "error" in answer.json
     monkeypatch.setattr(Image, "open", whole)
     answer = judge.get(f"/picture/{token}/0")
     assert answer.status_code == 200 and answer.data != place.placeholder
@@ -696,15 +669,6 @@ def test_names_are_known_in_any_case_and_with_blanks_between(monkeypatch):
     assert set(arena.trusted_hosts(settings)) == names | {"127.0.0.1", "localhost"}
 
 
-def test_ipv6_is_refused_with_one_line(catalogue, tmp_path, capsys):
-    flags = ["--embeddings", str(catalogue[0]), "--images", str(catalogue[1])]
-    for host in ("::1", "::", "fe80::1"):
-        assert arena.main(["serve", *flags, "--database", str(tmp_path / "a.sqlite"), "--host", host]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "IPv6" in said
-    assert not list(tmp_path.iterdir())
-
-
 def test_forged_old_and_other_judges_tokens_are_refused(app):
     one, two = Judge(app), Judge(app)
     mine = one.trial()["trial"]
@@ -720,7 +684,7 @@ def test_forged_old_and_other_judges_tokens_are_refused(app):
     nobody = app.test_client()
     headers = {"X-CSRF-Token": csrf_of(nobody.get("/").text)}
     for path in ("/trial", "/vote", "/undo"):
-        answer = nobody.post(path, json={"trial": mine, "choice": "A"}, headers=headers)
+        answer = nobody.post(path, data={"trial": mine, "choice": "A"}, headers=headers)
         assert answer.status_code == 403
     assert nobody.get(f"/picture/{mine}/0").status_code == 403
 
@@ -728,16 +692,17 @@ def test_forged_old_and_other_judges_tokens_are_refused(app):
 def test_wrong_bodies_methods_and_sizes_are_refused(app, place):
     judge = Judge(app)
     token = judge.trial()["trial"]
-    choices = ("?", "a", None, ["A"], 5, "")
-    for body in (*({"trial": token, "choice": c} for c in choices), {"trial": 5, "choice": "A"}, {}, [], "A", None, 7):
-        status = judge.client.post("/vote", json=body, headers=judge.headers).status_code
-        assert status in (400, 404, 415), (body, status)
-    assert (
-        judge.client.post("/vote", data="{", content_type="application/json", headers=judge.headers).status_code == 400
-    )
-    assert judge.client.post("/vote", data={"trial": token, "choice": "A"}, headers=judge.headers).status_code == 415
+    headers = judge.headers
+    for choice in ("?", "a", "", "AB", "A,B"):
+        assert judge.client.post("/vote", data={"trial": token, "choice": choice}, headers=headers).status_code == 400
+    for body in ({"trial": "5", "choice": "A"}, {"choice": "A"}, {"trial": "", "choice": "A"}):
+        assert judge.client.post("/vote", data=body, headers=headers).status_code == 404
+    for body in ({"trial": token}, {}):
+        assert judge.client.post("/vote", data=body, headers=headers).status_code == 400
+    for body in ({"trial": token, "choice": "A"}, [], "A", None, 7):  # the script sends a form
+        assert judge.client.post("/vote", json=body, headers=headers).status_code == 400
     big = {"trial": token, "choice": "A", "more": "x" * 10_000}
-    assert judge.client.post("/vote", json=big, headers=judge.headers).status_code == 413
+    assert judge.client.post("/vote", data=big, headers=judge.headers).status_code == 413
     assert judge.client.post("/start", data={"name": "x" * 10_000}, headers=judge.headers).status_code == 413
     for path, methods in (("/vote", "GET PUT DELETE PATCH"), ("/trial", "GET"), ("/quit", "GET"), ("/", "POST")):
         for method in methods.split():
@@ -751,8 +716,8 @@ def test_text_that_is_no_unicode_is_another_trial(app):
     judge = Judge(app)
     judge.trial()
     for path, status in (("/vote", 404), ("/undo", 404), ("/trial", 409)):
-        body = '{"trial": "\\ud800", "after": "\\ud800", "choice": "A"}'
-        answer = judge.client.post(path, data=body, content_type="application/json", headers=judge.headers)
+        body, kind = "trial=%ed%a0%80&after=%ed%a0%80&choice=A", "application/x-www-form-urlencoded"
+        answer = judge.client.post(path, data=body, content_type=kind, headers=judge.headers)
         assert answer.status_code == status and "error" in answer.json
 
 
@@ -806,13 +771,13 @@ def test_script_in_names_and_titles_stays_text(tmp_path):
     pages.append(judge.get("/").text)
     for page in pages:
         assert "<script>alert" not in page and "onerror=y>" not in page and "<img src=x" not in page
-    assert "&lt;script&gt;" in pages[0] and "<bdi>" in pages[0] and "<bdi>" in pages[3]
+    assert "&lt;script&gt;" in pages[0] and "<bdi>" in pages[3]
 
 
 def test_a_name_cannot_be_a_spreadsheets_formula(app, place):
     for name in ("=1+1", "+A1", "-2", "@x", "plain"):
         Judge(app, name).vote("A")
-    text = arena.export(place.log, place.log.experiments(), "csv")
+    text = arena.export(place.log, place.log.experiments(), None)
     import csv
 
     names = [row["judge_name"] for row in csv.DictReader(io.StringIO(text))]
@@ -827,7 +792,7 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite"))
     judge = Judge(app)
     judge.vote("A")
-    for path in ("/results", "/results.json", "/votes.csv"):
+    for path in ("/results", "/votes.csv"):
         assert judge.get(path).status_code == 403
         assert "dual_lora" not in judge.get(path).text
     assert judge.get("/results?token=wrong").status_code == 403
@@ -838,7 +803,6 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     assert "HttpOnly" in response.headers["Set-Cookie"] and KEYS["admin_token"] not in response.headers["Set-Cookie"]
     page = admin.get("/results").text
     assert "dual_lora" in page and "Wilson" in page and "<svg" in page
-    assert admin.get("/results.json").json["votes"]["counted"] == 1
     arena_of = app.extensions["arena"]
     arena_of.keys = arena_of.keys | {"admin_token": "another"}
     assert admin.get("/results").status_code == 403  # the cookie went with the token
@@ -857,14 +821,14 @@ def test_results_are_for_the_admin_and_with_reveal_for_those_who_have_finished(c
     )
     assert judge.get("/item/999").status_code == 404
     # Names and single votes stay with the admin.
-    assert "Zoe" not in judge.get("/results").text + judge.get("/results.json").text
+    assert "Zoe" not in judge.get("/results").text
     assert judge.get("/votes.csv").status_code == 403
     admin = open_app.test_client()
     admin.get(f"/results?token={KEYS['admin_token']}")
-    assert "Zoe" in admin.get("/results").text and "Zoe" in admin.get("/votes.csv").text
+    assert "Zoe" in admin.get("/votes.csv").text
 
 
-@pytest.mark.parametrize("path", ["/results", "/results.json", "/search"])
+@pytest.mark.parametrize("path", ["/results", "/search"])
 def test_who_has_looked_at_the_results_votes_no_more(catalogue, tmp_path, path):
     app = arena.create_app(world.setup(*catalogue, tmp_path / "a.sqlite", reveal=True))
     judge = Judge(app)
@@ -1035,8 +999,8 @@ def test_words_that_people_typed_are_asked_and_the_log_names_their_file(tmp_path
     file.write_text(file.read_text() + "new,id-3,1\n")  # another file is another experiment
     assert arena.Arena(world.setup(master, images, database, **settings)).number == 2
     flags = ["--database", str(database), "--embeddings", str(master)]
-    assert arena.main(["stats", *flags, "--query", "text", "--queries", str(file), "--format", "json"]) == 0
-    assert [one["experiment"]["id"] for one in json.loads(capsys.readouterr().out)] == [2]
+    assert arena.main(["stats", *flags, "--format", "json"]) == 0
+    assert [one["experiment"]["id"] for one in json.loads(capsys.readouterr().out)] == [1, 2]
     for wrong, message in ((["--queries", "20"], "--limit"), (["--query", "text", "--queries", "none.csv"], "no such")):
         assert arena.main(["serve", *flags, "--images", str(images), *wrong]) == 2
         assert message in capsys.readouterr().err
@@ -1102,11 +1066,11 @@ def test_stats_and_votes_are_recomputed_from_the_log(app, place, tmp_path, capsy
     assert arena.main(["stats", "--database", database]) == 0
     text = capsys.readouterr().out
     assert f"{tally['wins']} wins, {tally['losses']} losses" in text and "confidence sequence" in text
-    assert "rows share      0 of 4: " in text and "  style" in text and "in rows that won" in text
-    assert arena.main(["votes", "--database", database, "--output", str(tmp_path / "v.csv")]) == 0
+    assert "  style" in text and "in rows that won" in text
+    assert arena.main(["votes", "--database", database]) == 0
     import csv
 
-    rows = list(csv.DictReader((tmp_path / "v.csv").open()))
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 90 and {row["judge_name"] for row in rows} == {"J0", "J1", "J2"}
     assert Counter(row["choice"] for row in rows) == Counter(v["choice"] for v in place.log.votes(place.number))
     for row in rows:
@@ -1114,18 +1078,6 @@ def test_stats_and_votes_are_recomputed_from_the_log(app, place, tmp_path, capsy
         assert row["preferred"] == preferred[row["choice"]]
     assert arena.main(["votes", "--database", database, "--format", "json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 90
-    assert arena.main(["stats", "--database", database, "--format", "csv"]) == 2
-
-
-def test_unknown_labels_are_not_counted_silently(app, place):
-    Judge(app).vote("A")
-    db = place.log.connection
-    db.execute("PRAGMA ignore_check_constraints = ON")
-    db.execute("DROP TRIGGER votes_update")
-    db.execute("UPDATE votes SET choice = '?'")
-    with pytest.raises(common.Fail, match=r"unknown choice \?"):
-        arena.results(place.log, place.log.experiments()[0])
-    assert [row["preferred"] for row in json.loads(arena.export(place.log, [place.row], "json"))] == ["?"]
 
 
 @pytest.mark.parametrize("votes", [0, 1, 5])
@@ -1178,7 +1130,7 @@ def test_a_hundred_parallel_posts_of_one_vote_make_one_row(app, place):
     def post(_):
         client = app.test_client()
         client.set_cookie("judge", cookie, domain="127.0.0.1")
-        return client.post("/vote", json={"trial": token, "choice": "A"}, headers=judge.headers)
+        return client.post("/vote", data={"trial": token, "choice": "A"}, headers=judge.headers)
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(post, range(100)))
@@ -1210,7 +1162,7 @@ def test_a_full_disk_answers_503_and_acknowledges_nothing(app, place, capsys):
         if answers[-1].status_code == 503:
             break
     refused = trial if trial.status_code == 503 else answers.pop()
-    assert refused.status_code == 503 and "tried again" in refused.json["error"] and refused.headers["Retry-After"]
+    assert refused.status_code == 503 and "tried again" in refused.json["error"]
     assert "full" in capsys.readouterr().err
     acknowledged = 1 + len([answer for answer in answers if answer.status_code == 200])
     assert len(place.log.votes(place.number)) == acknowledged
@@ -1243,65 +1195,10 @@ def test_stats_and_votes_leave_the_database_as_it_is(app, place, tmp_path, capsy
         assert copy.read_bytes() == before and not list(tmp_path.glob("copy.sqlite-*"))
 
 
-@contextlib.contextmanager
-def read_only(folder: Path):
-    """As somebody who may read the folder's files and write nothing."""
-    for path in (folder, *folder.iterdir()):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65_534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-        folder.chmod(0o755)
-
-
-def test_a_database_that_may_only_be_read_is_read(catalogue, capsys):
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder = Path(name)
-        app = arena.create_app(world.setup(*catalogue, folder / "a.sqlite"))
-        Judge(app, "Ada").vote("A")
-        shutil.rmtree(folder / "a.sqlite.cache")
-        arena.main(["votes", "--database", str(folder / "a.sqlite")])
-        expected, log = capsys.readouterr().out, app.extensions["arena"].log
-        with read_only(folder):  # a server is at work: its -wal holds the vote
-            assert arena.main(["votes", "--database", str(folder / "a.sqlite")]) == 0
-            assert capsys.readouterr().out == expected and "Ada" in expected
-        wal = folder / "a.sqlite-wal"
-        gc.collect()  # the connections of `votes`
-        log.connection.close()
-        assert not wal.exists()
-        with read_only(folder):
-            assert arena.main(["votes", "--database", str(folder / "a.sqlite")]) == 0
-            assert capsys.readouterr().out == expected
-        assert [*map(str, folder.glob("a.sqlite-*"))] == []
-        wal.write_bytes(b"x" * 5000)  # with votes that nobody may bring in here
-        with read_only(folder):
-            assert arena.main(["votes", "--database", str(folder / "a.sqlite")]) == 1
-            said = capsys.readouterr().err
-            assert said.count("\n") == 1 and "copy it" in said
-
-
-def test_what_a_wrong_start_names_it_checks_before_it_writes(catalogue, tmp_path, capsys):
-    flags = ["--database", str(tmp_path / "new" / "a.sqlite"), "--embeddings", str(catalogue[0])]
+def test_a_wrong_images_folder_makes_no_database(catalogue, tmp_path, capsys):
+    flags = ["--database", str(tmp_path / "a.sqlite"), "--embeddings", str(catalogue[0])]
     assert arena.main(["serve", *flags, "--images", str(tmp_path / "nowhere")]) == 2
-    assert "no such images folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def test_stats_names_every_flag_that_makes_an_experiment_and_the_file_that_is_wrong(catalogue, app, tmp_path, capsys):
-    flags = ["stats", "--database", str(tmp_path / "a.sqlite"), "--embeddings"]
-    assert arena.main([*flags, str(catalogue[0]), "--limit", "7"]) == 1
-    said = capsys.readouterr().err
-    assert all(flag in said for flag in ("--query", "--queries", "--top-k", "--limit", "--seed"))
-    for name in ("group", "image_id"):
-        column = {name: [None, *(f"id-{i}" for i in range(1, 160))]}
-        master = write_master(tmp_path / "null.parquet", read_vectors(catalogue[0]), **column)
-        assert arena.main([*flags, str(master)]) == 1
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "null.parquet" in said and name in said and "a.sqlite" not in said
+    assert "no such images folder" in capsys.readouterr().err and not (tmp_path / "a.sqlite").exists()
 
 
 def test_a_locked_database_answers_503(app, place, tmp_path, monkeypatch):
@@ -1355,8 +1252,8 @@ class Caller:
                 assert 'id="trial"' in page.read().decode()
 
     def post(self, path: str, **body) -> dict:
-        headers = self.headers | {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.home + path, json.dumps(body).encode(), headers)
+        form = urllib.parse.urlencode({name: value for name, value in body.items() if value is not None})
+        request = urllib.request.Request(self.home + path, form.encode(), self.headers)
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.load(response)
 
@@ -1503,7 +1400,7 @@ def test_bad_use_gets_one_line(tmp_path, catalogue, capsys):
     flags = ["--embeddings", str(master), "--images", str(images), "--database", str(tmp_path / "junk.sqlite")]
     assert arena.main(["serve", *flags]) == 1 and "cannot be used" in capsys.readouterr().err
     assert arena.main(["stats", "--database", str(tmp_path / "no.sqlite")]) == 1
-    assert "no such database" in capsys.readouterr().err
+    assert "unable to open" in capsys.readouterr().err
     assert not (tmp_path / "no.sqlite").exists()
 
 
@@ -1572,7 +1469,7 @@ def test_a_file_that_is_older_than_an_attribute_is_read_without_it(catalogue, tm
     rates = row["facts"]["left_attributes"]
     assert row["category"] == "other" and rates["style"] is rates["object_type"] is None and rates["color"] == 1
     judge.vote("A")
-    assert [each["attribute"] for each in place.results(named=True)["attributes"]] in (["color"], ["color", "material"])
+    assert [each["attribute"] for each in place.results()["attributes"]] in (["color"], ["color", "material"])
     pyarrow.parquet.write_table(table.drop(["title"]), tmp_path / "less.parquet")
     flags = ["--images", str(images), "--database", str(tmp_path / "b.sqlite")]
     assert arena.main(["serve", "--embeddings", str(tmp_path / "less.parquet"), *flags]) == 1
@@ -1703,16 +1600,6 @@ def test_a_column_of_votes_that_the_schema_lacks_is_not_lost(catalogue, tmp_path
     with pytest.raises(common.Fail, match="cannot be used"):
         arena.Log(database)
     assert stored(database) == before and before[1][0][-1] == "why"
-
-
-def test_an_experiment_of_several_models_is_named_and_its_votes_are_exported(tmp_path, capsys):
-    log = arena.Log(tmp_path / "a.sqlite")
-    models = [{"name": name, "fingerprint": name} for name in "abc"]
-    log.experiment("key", {"models": models, "query": "image", "top_k": 4})
-    assert arena.main(["stats", "--database", str(tmp_path / "a.sqlite"), "--format", "json"]) == 0
-    said = capsys.readouterr()
-    assert "more than two models" in said.err and json.loads(said.out) == []
-    assert arena.main(["votes", "--database", str(tmp_path / "a.sqlite")]) == 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1900,8 +1787,6 @@ def test_every_row_is_counted_once_with_its_reason():
         "wins": 1, "losses": 1, "ties": 1, "abstained": 1,
     }  # fmt: skip
     assert found["tie_rate"]["value"] == pytest.approx(1 / 3) and found["identical"] == {"queries": 1, "share": 0.25}
-    row = {"judge": "ann", "name": "ann", "votes": 3, "ties": 1, "abstained": 1, "share_a": 0.5}
-    assert found["judges"] == [row]
 
 
 def test_a_first_answer_that_abstained_leaves_the_second_to_count():
@@ -1991,23 +1876,10 @@ def test_object_types_are_compared_by_chi_square_and_corrected_where_they_were_t
 
 def test_what_the_rows_held():
     found = found_in([a_vote(0, "A"), a_vote(1, "B"), a_vote(2, "A")])
-    held = found["results"]
-    assert held["overlap"] == {"0": 0, "1": 0, "2": 3, "3": 0, "4": 0}
-    assert (held["k"], held["same_set"], held["queries"]) == (4, 0, 3)
     (color,) = found["attributes"]  # the challenger's rows say nothing of style
     assert (color["attribute"], color["votes"]) == ("color", 3)
     assert (color["won"], color["lost"], color["difference"]) == pytest.approx((2.5 / 3, 2 / 3, 0.5 / 3))
-    other = a_vote(0, "A")
-    other["facts"] |= {"left_pictures": [*"ab"], "right_pictures": [*"ba"]}
-    assert found_in([other])["results"]["same_set"] == 1
-    assert found_in([])["results"]["overlap"] == {"0": 0} and found_in([])["attributes"] == []
-
-
-def test_judges_without_a_name_are_numbered_by_their_first_vote():
-    votes = [a_vote(n, "A", judge=judge, judge_name="") for n, judge in enumerate("zaza")]
-    assert [(row["judge"], row["name"]) for row in found_in(votes)["judges"]] == [
-        ("z", "anonymous 1"), ("a", "anonymous 2"),
-    ]  # fmt: skip
+    assert found_in([])["attributes"] == []
 
 
 def test_courses_for_the_plots():

@@ -58,14 +58,14 @@ function trouble(text, attempt) {
   });
 }
 
-/** POST JSON until the server has understood: lost connections and 5xx are tried again for as long as it takes. */
+/** POST a form until the server has understood: lost connections and 5xx are tried again for as long as it takes. */
 async function post(path, body) {
   for (let attempt = 0; ; attempt++) {
     try {
       const response = await fetch(path, {
         method: "POST",
-        headers: { "Content-Type": "application/json", "X-CSRF-Token": CSRF },
-        body: JSON.stringify(body),
+        headers: { "X-CSRF-Token": CSRF },
+        body: new URLSearchParams(body),
         signal: AbortSignal.timeout(15000),
       });
       if (response.status < 500) {
@@ -111,7 +111,7 @@ async function withPictures(data) {
 }
 
 async function prepare(after) {
-  const { status, data } = await post("trial", { after });
+  const { status, data } = await post("trial", after ? { after } : {});
   if (status === 403) location.assign("./");
   return status === 200 ? withPictures(data) : null;
 }
