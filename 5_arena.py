@@ -6,7 +6,7 @@ Writes  arena.sqlite: trials and votes, inserted only; arena.sqlite.cache/ and a
 
 serve   the voting page (A, B, T tie, N skip, U undo, Q quit), and the results page behind the admin link it prints
 stats   the results, computed from the log, as text or with --format json
-votes   every vote, as CSV or with --format json
+votes   every vote, as CSV
 
     python 5_arena.py serve --embeddings data/embeddings/master.parquet --images data/photos \\
         --database data/arena.sqlite --host 127.0.0.1 --port 8000
@@ -142,7 +142,7 @@ class Refused(Exception):
 
 
 class Log:
-    """The log of one database file. Threads share it; each has its own connection."""
+    """The log of one database file. Threads share it, each with its own connection."""
 
     def __init__(self, path: str | Path, create: bool = True):
         self.path, self._local = Path(path), threading.local()
@@ -206,8 +206,8 @@ class Log:
 
     def experiments(self) -> list[dict[str, Any]]:
         """Every experiment of the database, oldest first, facts decoded."""
-        rows = self.all("SELECT * FROM experiments ORDER BY id")
-        return [dict(row) | {"facts": json.loads(row["facts"])} for row in rows]
+        rows = map(dict, self.all("SELECT * FROM experiments ORDER BY id"))
+        return [row | {"facts": json.loads(row["facts"])} for row in rows]
 
     def experiment(self, key: str, facts: dict[str, Any]) -> dict[str, Any]:
         """The experiment with this key; a new one is written down with its facts."""
@@ -221,10 +221,7 @@ class Log:
         return self.one(sql, experiment, judge)[0]
 
     def start(self, experiment: int, judge: str | None, name: str = "") -> str:
-        """Open a session, for a new judge where none is given; returns the judge's id.
-
-        A name given once is not changed later.
-        """
+        """Open a session, for a new judge where none is given; returns the judge's id. The first name stays."""
         judge = judge or secrets.token_hex(16)
         with self.writing():
             self.insert("judges", id=judge, name=name)
@@ -389,10 +386,7 @@ def item_queries(items: Items, by_words: bool) -> list[Query]:
 
 
 def file_queries(items: Items, path: str) -> tuple[list[Query], dict[str, Any]]:
-    """(what people typed, in the file's order, each of its right answers' commonest object type; facts for the log).
-
-    "trained" counts queries with a right answer in the training split.
-    """
+    """(what people typed, in the file's order, each of its right answers' commonest object type; facts for the log)."""
     table, left_out = common.read_queries(path, items.row)
     queries = []
     for _, own in table.groupby(table["query"].str.lower(), sort=False):
@@ -400,6 +394,7 @@ def file_queries(items: Items, path: str) -> tuple[list[Query], dict[str, Any]]:
         kinds = Counter(items.value("object_type", row) for row in rows)
         queries.append(Query(words, rows, kinds.most_common(1)[0][0] or "other", words))
     note(f"{path}: {len(queries)} queries" + "".join(f"; left out: {n} rows ({why})" for why, n in left_out.items()))
+    # "trained": queries with a right answer in the training split
     trained = sum(any(items.value("split", row) == "train" for row in query.rows) for query in queries)
     facts = {"name": Path(path).name, "sha256": common.file_digest(path), "queries": len(queries), "trained": trained}
     return queries, facts | {"made_up": bool(table["made_up"].any())}
@@ -448,10 +443,7 @@ class Experiment:
         self.facts |= {"items": self.items.rows} | ({"file": self.file} if self.file else {})
 
     def find_answers(self, cache: Path) -> None:
-        """Set `lists`: the nearest items to each query, its own duplicates left out; computed once, kept in `cache`.
-
-        Right answers to words that people typed are answers like any other.
-        """
+        """Set `lists`: the nearest items to each query, its own duplicates left out; computed once, kept in `cache`."""
         import numpy as np
 
         k, groups, found = self.settings.top_k, self.items.groups, []
@@ -810,27 +802,23 @@ def report(found: dict[str, Any]) -> str:
     return environment.get_template("stats.txt").render(found=found)
 
 
-def export(log: Log, experiments: Iterable[dict[str, Any]], form: str | None) -> str:
-    """Every vote ever cast, those taken back included, as CSV or JSON; `preferred` is the name of the chosen model."""
-    rows = []
+def export(log: Log, experiments: Iterable[dict[str, Any]]) -> str:
+    """Every vote ever cast, those taken back included, as CSV; `preferred` is the name of the chosen model."""
+    buffer = io.StringIO()
+    writer = common.csv_writer(buffer)
+    writer.writerow(EXPORTED.split())
     for experiment in experiments:
         names = {model["fingerprint"]: model["name"] for model in experiment["facts"]["models"]}
         for vote in log.votes(experiment["id"]):
             left, right = names[vote["left_model"]], names[vote["right_model"]]
             vote |= {"left_model": left, "right_model": right, "same_set": int(vote["facts"]["same_set"])}
-            preferred = CHOICES | {"A": left, "B": right, "T": "tie", "N": None}  # identical rows had no choice
-            vote["preferred"] = preferred.get(vote["choice"])
+            preferred = CHOICES | {"A": left, "B": right, "T": "tie", "N": None}
+            vote["preferred"] = preferred.get(vote["choice"])  # identical rows had no choice
             for name in ("judge_name", "query") if "file" in experiment["facts"] else ("judge_name",):
-                if form is None and vote[name].startswith(("=", "+", "-", "@")):  # a stranger's text is no formula
+                if vote[name].startswith(("=", "+", "-", "@")):  # a stranger's text is no formula
                     vote[name] = "'" + vote[name]
-            rows.append({name: vote[name] for name in EXPORTED.split()})
-    if form == "json":
-        return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
-    buffer = io.StringIO()
-    writer = common.csv_writer(buffer)
-    writer.writerow(EXPORTED.split())
-    for row in rows:
-        writer.writerow(" ".join(value) if isinstance(value, list) else value for value in row.values())
+            values = [vote[name] for name in EXPORTED.split()]
+            writer.writerow(" ".join(value) if isinstance(value, list) else value for value in values)
     return buffer.getvalue()
 
 
@@ -879,17 +867,13 @@ class Arena:
         rank = {query: chance.random() for query in queries}
         sql = "SELECT query, place FROM trials WHERE experiment = ? AND judge = ? AND NOT identical"
         history = dict(map(tuple, self.log.all(sql, self.number, judge)))
-        own = Counter(queries[query].category for query in history)
         fixed = {"experiment": self.number, "judge": judge, "place": max(history.values(), default=0) + 1}
 
-        def type_turn(kind: str) -> tuple:
-            return sum(shown[query] for query in types[kind]), own[kind], rank[types[kind][0]]
-
-        def query_turn(query: str) -> tuple:
+        def turn(query: str) -> tuple:
             return not (query in self.experiment.shared and 0 < shown[query] < SHARED_JUDGES), shown[query], rank[query]
 
-        for kind in sorted(types, key=type_turn):
-            for query in sorted({*types[kind]} - history.keys() - self.passed, key=query_turn):
+        for kind in sorted(types, key=lambda kind: sum(shown[query] for query in types[kind])):
+            for query in sorted({*types[kind]} - history.keys() - self.passed, key=turn):
                 columns = self.experiment.trial(queries[query], secrets.randbits(1))
                 yield columns | fixed | {"token": secrets.token_hex(16)}
                 if not columns["identical"]:
@@ -898,8 +882,7 @@ class Arena:
     def current(self, judge: str, after: str | None) -> sqlite3.Row | dict | None:
         """The judge's current trial (the oldest without a vote), or with its token as `after` the one to come.
 
-        What is missing is drawn and committed before it is returned; None where nothing is left to show. Only one trial
-        ahead is given.
+        What is missing is drawn and committed before it is returned; None where nothing is left to show.
         """
         sql = "SELECT * FROM judged WHERE experiment = ? AND judge = ? AND NOT identical AND vote IS NULL "
         with self.drawing:
@@ -1211,7 +1194,7 @@ def add_result_pages(app, arena: Arena) -> None:
         if not require_results_access(app, arena):
             raise Refused(403, "The votes one by one, with the judges' names, are for the admin.")
         named = {"Content-Disposition": "attachment; filename=votes.csv"}
-        return Response(export(arena.log, [arena.row], None), mimetype="text/csv", headers=named)
+        return Response(export(arena.log, [arena.row]), mimetype="text/csv", headers=named)
 
 
 def add_search_page(app, arena: Arena) -> None:
@@ -1303,7 +1286,7 @@ def print_log(args: argparse.Namespace) -> str:
         if not experiments:
             raise Fail(f"{log.path}: holds no votes{' on these models' if wanted else ''} yet; run `5_arena.py serve`")
         if args.command == "votes":
-            return export(log, experiments, args.format)
+            return export(log, experiments)
         found = [results(log, experiment) for experiment in experiments]
     except (sqlite3.DatabaseError, LookupError, TypeError, ValueError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
@@ -1320,7 +1303,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--embeddings", action="append", help=two)
     parser.add_argument("--images", help="folder that image_path is relative to")
     parser.add_argument("--database", required=True, help="SQLite file of trials and votes; made if it is not there")
-    parser.add_argument("--format", choices=("json",), help="of stats and votes; without it, text and CSV")
+    parser.add_argument("--format", choices=("json",), help="of stats; without it, text")
     common.add_flags(parser, ArenaConfig)
     return parser
 
@@ -1335,6 +1318,8 @@ def main(argv: list[str] | None = None) -> int:
         if not args.embeddings or not args.images:
             raise Fail("serve needs --embeddings and --images", USAGE)
         return serve(Setup(tuple(args.embeddings), args.images, args.database, settings))
+    if args.format and args.command == "votes":
+        raise Fail("votes are CSV; --format is for stats", USAGE)
     sys.stdout.write(print_log(args))
     return DONE
 

@@ -654,7 +654,7 @@ def test_search_in_any_bytes_as_parquet_gives_items_or_one_line(world, tmp_path,
 
 PART = st.text(max_size=20) | st.sampled_from(["..", "%2e%2e", "%00", "%ff", "-1", "9" * 30, "arena.css"])
 ROUTES = "/ /start /trial /picture/{}/{} /picture/TOKEN/{} /vote /undo /quit /thanks /results /results?token={} "
-ROUTES += "/results.json /votes.csv /search /item/{} /static/{} /static/{}/{}/{} /{}/{} /?token={}"
+ROUTES += "/votes.csv /search /item/{} /static/{} /static/{}/{}/{} /{}/{} /?token={}"
 METHODS = "GET POST POST HEAD PUT DELETE PATCH OPTIONS TRACE"
 HEADERS = "Host Origin Cookie Content-Type Range Accept X-CSRF-Token If-None-Match Content-Length Transfer-Encoding"
 HEADER = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=30)
@@ -663,12 +663,12 @@ HEADER |= st.sampled_from(["http://[", "bytes=5-1", "multipart/form-data; bounda
 
 def any_body(draw, token: str) -> dict:
     """A request's body, as arguments of Flask's client."""
-    fields = JSON | st.sampled_from([token, *"ABTN"])
+    fields = st.text(CHARACTERS) | st.sampled_from([token, *"ABTN"])
     kind = draw(st.sampled_from(["json", "vote", "form", "raw", "deep", "picture"]))
     if kind == "json":
         return {"json": draw(JSON)}
     if kind == "vote":
-        return {"json": draw(st.dictionaries(st.sampled_from(["trial", "choice", "after"]), fields))}
+        return {"data": draw(st.dictionaries(st.sampled_from(["trial", "choice", "after"]), fields))}
     if kind == "form":
         return {"data": draw(st.dictionaries(st.sampled_from(["name", "token", "csrf"]), st.text(CHARACTERS)))}
     if kind == "picture":
