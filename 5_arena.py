@@ -44,6 +44,7 @@ from common import ALPHA, ATTRIBUTES, DONE, USAGE, BadImage, Fail, digest, lette
 LOOPBACK = ("127.0.0.1", "localhost")
 FORWARDED = ("Forwarded", "X-Forwarded-", "X-Real-Ip", "Via")  # how headers begin that a proxy adds
 THREADS = 32  # requests answered at once
+PICTURE_THREADS = THREADS - 8  # how many of them pictures may hold: votes must not wait behind those
 CONNECTIONS = 800  # open at once: a browser keeps up to six, and most systems allow a process 1,024 files
 BODY_LIMIT = 4_096  # bytes of a vote or a name
 UPLOAD_LIMIT = 12_000_000  # bytes of a picture on the search page
@@ -843,6 +844,7 @@ class Arena:
         self.number = self.row["id"]
         kept = max(50, 2_000 * 480**2 // self.settings.picture_size**2)
         self.jpeg = functools.lru_cache(kept)(self._jpeg)  # about 60 MB
+        self.seats = threading.Semaphore(PICTURE_THREADS)
         self.turns = threading.Semaphore(max(1, (os.cpu_count() or 2) - 1))  # votes need a processor too
         self.placeholder = self.encode(Image.new("RGB", (1, 1), (216, 216, 213)))
         self.computed = functools.lru_cache(1)(lambda state: results(self.log, self.row))
@@ -914,7 +916,12 @@ class Arena:
         hidden = place == 0 and self.experiment.queries[row["query"]].words is not None  # they are the query then
         if row["vote"] is not None or row["identical"] or hidden or place >= len(shown):
             raise Refused(404, "There is no such picture for you.")
-        return self.jpeg(self.experiment.items.row[shown[place]])
+        if not self.seats.acquire(blocking=False):
+            raise Refused(503, "Busy; again in a moment.")
+        try:
+            return self.jpeg(self.experiment.items.row[shown[place]])
+        finally:
+            self.seats.release()
 
     def encode(self, image) -> bytes:
         """An RGB picture of any size as a square JPEG on white, so that no byte tells its origin."""

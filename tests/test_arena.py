@@ -611,6 +611,29 @@ def test_missing_pictures_look_the_same_everywhere_and_are_named_in_the_log(tmp_
     assert lengths[False] == lengths[True] and len(lengths[True]) == 1
 
 
+def test_pictures_leave_votes_some_threads(app, place, monkeypatch):
+    judge, seats, rows = Judge(app), arena.THREADS - 8, iter(range(1000, 2000))
+    token = judge.trial()["trial"]
+    full, free = threading.Barrier(seats + 1), threading.Event()
+
+    def slow(row: int) -> bytes:  # as a disk that does not answer
+        if next(rows) < 1000 + seats:
+            full.wait(30)
+        free.wait(30)
+        return b"JPEG"
+
+    monkeypatch.setattr(place, "jpeg", slow)
+    with ThreadPoolExecutor(seats) as pool:
+        loading = [pool.submit(place.picture, judge.id, token, 1) for _ in range(seats)]
+        full.wait(30)
+        busy = judge.get(f"/picture/{token}/0")
+        free.set()
+        assert busy.status_code == 503 and "Busy" in busy.json["error"]
+        assert {one.result() for one in loading} == {b"JPEG"}
+    assert judge.get(f"/picture/{token}/0").status_code == 200
+    assert judge.vote("A", token)["number"] == 1
+
+
 def test_a_picture_that_the_disk_did_not_give_is_asked_for_again(app, place, monkeypatch):
     judge, whole = Judge(app), Image.open
     token = judge.trial()["trial"]
