@@ -157,10 +157,10 @@ def test_overhead_and_ids_to_the_letter(tmp_path):
 
 def test_a_shard_keeps_both_limits(tmp_path, monkeypatch, capsys):
     """1,000 samples and 500 MB, headers counted: planned for the largest JPEGs there are, and held to when written."""
-    order = {"train": list(range(2300))}
-    shards = prepare.plan_shards(order, prepare.PrepConfig(image_size=64, quality=100))
-    assert [len(shard.rows) for shard in shards] == [1000, 1000, 300]
-    counts = [len(shard.rows) for shard in prepare.plan_shards(order, prepare.PrepConfig(image_size=1024))]
+    items = pd.DataFrame({"split": ["train"] * 2300})
+    shards = prepare.plan_shards(items, prepare.PrepConfig(image_size=64, quality=100))
+    assert [len(shard.items) for shard in shards] == [1000, 1000, 300]
+    counts = [len(shard.items) for shard in prepare.plan_shards(items, prepare.PrepConfig(image_size=1024))]
     assert sum(counts) == 2300 and max(counts) * 3 * 1024**2 < 500_000_000 < (max(counts) + 3) * 3 * 1024**2
     rows = make_shop(tmp_path, 40)
     for i, row in enumerate(rows):
@@ -547,7 +547,7 @@ def test_no_manifest_speaks_of_a_folder_that_is_being_changed(tmp_path, monkeypa
 
 
 def test_a_grown_catalogue_decodes_only_new_photos(tmp_path, monkeypatch, capsys):
-    """So does a run after one with --limit, after damage, and with other rows; of old photos half are kept."""
+    """So does a run after one with --limit, after damage, and with other rows; parts that no row needs go."""
     monkeypatch.setattr(prepare, "PART_PHOTOS", 10)
     rows = make_shop(tmp_path, 40)
     output, decoded, whole = tmp_path / "out", [], common.load_image
@@ -566,21 +566,19 @@ def test_a_grown_catalogue_decodes_only_new_photos(tmp_path, monkeypatch, capsys
     assert decoded_by(rows, "--limit", "15") == decoded_by(rows) == 0
     assert len(parts("jpegs")) == len(parts("parquet")) == 4
     expected = content(output)
-    for ending, calls in (("parquet", 1), ("jpegs", 2)):  # a damaged JPEG is seen when it is read
+    for ending in ("parquet", "jpegs"):
         path = parts(ending)[1]
         data = bytearray(path.read_bytes())
         data[len(data) // 2 if ending == "parquet" else 600] ^= 1
         path.write_bytes(data)
         shutil.rmtree(output / "train")
         capsys.readouterr()
-        if calls == 2:
-            assert run(write_catalogue(tmp_path, rows), output) == common.FAILED
+        assert run(write_catalogue(tmp_path, rows), output) == common.FAILED
         assert decoded_by(rows) == 10 and content(output) == expected
         assert capsys.readouterr().err.count(f"{path.stem}: was damaged and is removed") == 1
     parts("jpegs")[0].unlink()
     (output / ".work/photos.bin").write_bytes(b"of an earlier version")
     assert decoded_by(rows) == 10 and content(output) == expected
-    assert "photos.bin: of an earlier version, removed" in capsys.readouterr().out
     assert len(parts("jpegs")) == len(parts("parquet")) == 4 and not (output / ".work/photos.bin").exists()
     size = sum(path.stat().st_size for path in parts("*"))
     assert decoded_by(rows[:10]) == 0 and sum(path.stat().st_size for path in parts("*")) < size / 2
@@ -799,11 +797,8 @@ def stored(prefix: str) -> dict[str, bytes]:
 
 
 def test_shards_on_s3_are_those_on_disk(shop, bucket):
-    """Through 40% cut connections, 503s and stalls; parts that killed uploads left are gone; --verify sees damage."""
+    """Through 40% cut connections, 503s and stalls."""
     folder, _, output = shop
-    client = common._s3_client(os.getpid())
-    for key in ("prefix/train/shard-000000.tar", "prefix/test/shard-000077.tar", "other/train/shard-000000.tar"):
-        client.create_multipart_upload(Bucket="shop", Key=key)
     bucket.cut, bucket.refuse, bucket.stall = 0.4, 0.1, 0.05
     assert run(folder / "cleaned.csv", "s3://shop/prefix") == common.DONE
     assert prepare.main(["--verify", "--output", "s3://shop/prefix"]) == common.DONE
@@ -812,9 +807,6 @@ def test_shards_on_s3_are_those_on_disk(shop, bucket):
     there, here = stored("s3://shop/prefix"), content(output)
     assert {name: there[name] for name in here} == here
     assert {name for name in set(there) - set(here) if not name.startswith(".work/")} == {"prepare.json"}
-    uploads = [upload["Key"] for upload in client.list_multipart_uploads(Bucket="shop")["Uploads"]]
-    left = [key for key in uploads if key.startswith(("prefix/", "other/"))]  # the server may have served other tests
-    assert left == ["other/train/shard-000000.tar"], "another folder's uploads are not ours"
     assert spoilt[0] >= 5 and sum(spoilt) >= 8, f"too little was spoilt to prove anything: {spoilt}"
 
 
@@ -836,10 +828,10 @@ def test_verify_finds_every_damage_on_s3(shop, bucket, capsys):
 
 def test_what_s3_refuses_is_told_before_the_scan(shop, bucket, capsys, monkeypatch):
     folder, _, _ = shop
-    monkeypatch.setattr(prepare, "scan", lambda *_: pytest.fail("scanned first"))
+    monkeypatch.setattr(prepare, "scan_photos", lambda *_: pytest.fail("scanned first"))
     start = time.monotonic()
     assert run(folder / "cleaned.csv", "s3://nobucket/p") == common.FAILED
-    assert "s3://nobucket/p/.writable: S3 answers 404 NoSuchBucket" in capsys.readouterr().err
+    assert "s3://nobucket/p/.work: S3 answers 404 NoSuchBucket" in capsys.readouterr().err
     assert prepare.main(["--verify", "--output", "s3://shop/none"]) == common.FAILED
     assert "s3://shop/none/manifest.json: S3 answers 404" in capsys.readouterr().err
     bucket.forbid = True
