@@ -14,7 +14,6 @@ Writes  --output, a folder or s3://bucket/prefix: {train,validation,test,mini_tr
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import io
@@ -88,17 +87,12 @@ def image_hashes(image) -> tuple[bytes, bytes]:
     (8 x 8 x 3 mean colors).
     """
     brightness = image.convert("L")
+    border = brightness.getpixel((0, 0))
     views = [view := _small(image, brightness), [part[:, ::-1] for part in view]]
-    box = brightness.point(_unlike_border(brightness.getpixel((0, 0)))).getbbox()
+    box = brightness.point(lambda level: 255 * (abs(level - border) > BORDER)).getbbox()
     if box and min(box[2] - box[0], box[3] - box[1]) > HASH_SIDE and box != (0, 0, *image.size):
         views.append(_small(image.crop(box), brightness.crop(box)))
     return b"".join(_gradients(grey) for grey, _ in views), b"".join(grid.tobytes() for _, grid in views)
-
-
-@functools.cache
-def _unlike_border(level: int) -> list[int]:
-    """What Image.point() needs to blacken all levels that are near to that of the border."""
-    return [255 * (abs(other - level) > BORDER) for other in range(256)]
 
 
 def _small(image, brightness) -> list:
@@ -252,10 +246,10 @@ class PhotoParts:
         workers = self.config.workers
         if workers == 1 < world.size:  # as in the workers that there are else
             common.keep_freed_memory()
-        work, what = functools.partial(scan_photos, config=self.config), "scan"
+        work = functools.partial(scan_photos, config=self.config)
         photos = common.photo_pool(work, common.batches(keys, 16), workers)
         if world.main:
-            what += f", process 1 of {world.size}" if world.size > 1 else ""
+            what = f"scan, process 1 of {world.size}" if world.size > 1 else "scan"
             photos = common.progress(photos, what, len(keys), "photo")
         for some in common.batches(photos, min(PART_PHOTOS, 1 + PART_PIXELS // self.config.image_size**2)):
             if readable := [photo for photo in some if photo.reason != UNREADABLE]:
@@ -393,10 +387,10 @@ def _items(rows, chosen: dict[str, list[tuple]], photos):
 # Groups: items that must be on the same side of the split
 
 
-def group_items(items, looks: tuple[Any, Any, Any], values: Iterable[str] = ()) -> Any:
-    """The group of each item: the smallest id among its exact and near duplicates, and those with the same value.
+def group_items(items, looks: tuple[Any, Any, Any]) -> Any:
+    """The group of each item, which are in order of ids: the smallest id among its exact and near duplicates.
 
-    looks: positions of items int [V], gradients uint8 [V, 64] and colors uint8 [V, 192] of views; "" equals nothing.
+    looks: positions of items int [V], gradients uint8 [V, 64] and colors uint8 [V, 192] of views.
     """
     import numpy as np
     import pandas as pd
@@ -404,19 +398,16 @@ def group_items(items, looks: tuple[Any, Any, Any], values: Iterable[str] = ()) 
     from scipy.sparse.csgraph import connected_components
 
     pairs, group = [], np.arange(len(items))
-    for column in (items["id"], items["source"], values):
-        column = pd.Series(column, dtype="str").reset_index(drop=True)
-        codes = pd.factorize(column)[0]
-        first = np.unique(codes, return_index=True)[1][codes]  # the first item with the same value
-        again = np.flatnonzero((first < np.arange(len(codes))) & (column != ""))
-        pairs.append((first[again], again))
+    for column in ("id", "source"):
+        codes = pd.factorize(items[column])[0]
+        pairs.append((np.unique(codes, return_index=True)[1][codes], np.arange(len(items))))  # the first with the same
     owners, *views = looks
     near = ((owners[a], owners[b]) for a, b in near_pairs(*views))
     for some in common.batches(itertools.chain(pairs, near), 1 << 16):
         a, b = (group[np.concatenate(ends)] for ends in zip(*some, strict=True))
         links = coo_array((np.ones(len(a), bool), (a, b)), (len(items), len(items)))
         group = connected_components(links, directed=False)[1][group]
-    first = np.unique(group, return_index=True)[1]  # items are in order of ids
+    first = np.unique(group, return_index=True)[1]
     return items["id"].take(first[group]).reset_index(drop=True)
 
 
@@ -424,21 +415,20 @@ def group_items(items, looks: tuple[Any, Any, Any], values: Iterable[str] = ()) 
 # Split
 
 
-def choose_splits(groups: Iterable[tuple[str, int, str | None]], shares: dict[str, float]) -> list[str]:
-    """The split of each group, given as (object type, size, split that it must keep).
+def choose_splits(groups: Iterable[tuple[int, int]], shares: dict[str, float]) -> list[str]:
+    """The split of each group, given as (number of its object type, items).
 
-    Groups come type by type, the large ones of a type first, those that must stay before all. Each goes where its type
-    and the whole together lack most against the shares. So a type is off by an item or two, the whole by less than its
-    largest group, and hundreds of one-item types add up right.
+    Groups come type by type, the large ones of a type first. Each goes where its type and the whole together lack most
+    against the shares. So a type is off by an item or two, the whole by less than its largest group, and hundreds of
+    one-item types add up right.
     """
     have, whole, chosen = defaultdict(Counter), Counter(), []
-    for kind, size, split in groups:
-        if not split:
-            of_kind, of_all = sum(have[kind].values()) + size, sum(whole.values()) + size
-            lack = {name: share * (of_kind + of_all) - have[kind][name] - whole[name] for name, share in shares.items()}
-            # Half the catalogue in one group is no test set.
-            too_large = size if size > of_all * 0.1 else 0
-            split = max(shares, key=lambda name: lack[name] - (too_large if name != "train" else 0))
+    for kind, size in groups:
+        of_kind, of_all = have[kind].total() + size, whole.total() + size
+        lack = {name: share * (of_kind + of_all) - have[kind][name] - whole[name] for name, share in shares.items()}
+        # Half the catalogue in one group is no test set.
+        too_large = size if size > of_all * 0.1 else 0
+        split = max(shares, key=lambda name: lack[name] - (too_large if name != "train" else 0))
         have[kind][split] += size
         whole[split] += size
         chosen.append(split)
@@ -454,16 +444,16 @@ def draw(values: Iterable[list]) -> Any:
 
 def parse_fold(text: str) -> tuple[int, int] | None:
     """(K, N) of "K/N", None of ""; raises Fail."""
-    part, _, parts = text.partition("/")
     if not text:
         return None
+    part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts) >= 3):
         raise Fail(f"--fold {text}: write K/N, part 0 to N-1 of at least 3, such as 0/5", USAGE)
     return int(part), int(parts)
 
 
-def split_items(items, seed: int, fold: tuple[int, int] | None = None, kept: dict[str, str] | None = None) -> list[str]:
-    """The split of each item; those in `kept` stay where they were. items: columns id, type and group.
+def split_items(items, seed: int, fold: tuple[int, int] | None = None) -> Any:
+    """The split of each item, an array of str. items: columns type and group.
 
     With `fold` (K, N) the catalogue is cut into N equal parts, the same for each K: part K is the test split, the part
     after it the validation split, and so over all K each item is tested on once.
@@ -476,36 +466,15 @@ def split_items(items, seed: int, fold: tuple[int, int] | None = None, kept: dic
         part, parts = fold
         shares = {str(i): 1 / parts for i in range(parts)}
         sides = dict.fromkeys(shares, "train") | {str(part): "test", str((part + 1) % parts): "validation"}
-    kept = kept or {}
-    own = [kept.get(id) for id in items["id"]] if kept else [None] * len(items)
-    names = [*sorted(set(filter(None, own))), None]  # of splits to keep; a group keeps the first of its items'
     group, groups = pd.factorize(items["group"])
     kind, kinds = pd.factorize(items["type"], sort=True)
-    keep, of_type = np.full(len(groups), len(names) - 1), np.full(len(groups), len(kinds))
-    np.minimum.at(keep, group, [names.index(split) for split in own])
+    of_type, size = np.full(len(groups), len(kinds)), np.bincount(group)
     np.minimum.at(of_type, group, kind)
-    size = np.bincount(group)
-    order = np.lexsort((draw([seed, name] for name in groups), -size, of_type, keep))
-    facts = zip(of_type[order].tolist(), size[order].tolist(), (names[i] for i in keep[order]), strict=True)
+    order = np.lexsort((draw([seed, name] for name in groups), -size, of_type))
     chosen = np.empty(len(groups), object)
-    chosen[order] = choose_splits(facts, shares)
-    return [split or sides[drawn] for split, drawn in zip(own, chosen[group], strict=True)]
-
-
-def kept_splits(manifest: str | None) -> dict[str, str]:
-    """{id: split} of an older run, from the items.csv beside its manifest.
-
-    While a run is under way its folder has no manifest; then items.csv, which is older or of that very run, will do.
-    """
-    if not manifest:
-        return {}
-    base = manifest.removesuffix("manifest.json") or "."
-    path = join(base, "items.csv")
-    listing = common.read_bytes(path) if common.exists(path) else b""
-    current = common.exists(join(base, "manifest.json")) or not listing
-    if current and common.load_manifest(base).get("items_sha256") != common.digest(listing):
-        raise Fail(f"{path}: does not belong to that manifest; give --keep-split a whole shard folder")
-    return {row["id"]: row["split"] for row in csv.DictReader(io.StringIO(listing.decode(), newline=""))}
+    facts = zip(of_type[order].tolist(), size[order].tolist(), strict=True)
+    chosen[order] = [sides[name] for name in choose_splits(facts, shares)]
+    return chosen[group]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -513,16 +482,11 @@ def kept_splits(manifest: str | None) -> dict[str, str]:
 
 
 class Shard(NamedTuple):
-    """A shard to be: its name, the number of its first sample, and the items that go into it, in order."""
+    """A shard to be: split/shard-000000, the number of its first sample, and the items that go into it, in order."""
 
     name: str
     first: int
     items: Any  # DataFrame
-
-    @property
-    def record(self) -> str:
-        """Name of the file that says that the shard is finished, and what it was made of."""
-        return self.name.removesuffix(".tar") + ".json"
 
 
 def in_order(items, seed: int) -> Any:
@@ -542,7 +506,7 @@ def plan_shards(items, config: PrepConfig) -> list[Shard]:
     for split in SPLITS:
         for start in range(0, count := counts.get(split, 0), size):
             some = items.iloc[first : first + min(size, count - start)]
-            shards.append(Shard(f"{split}/shard-{start // size:06d}.tar", first, some))
+            shards.append(Shard(f"{split}/shard-{start // size:06d}", first, some))
             first += len(some)
     return shards
 
@@ -567,41 +531,30 @@ def write_shard(shard: Shard, texts: list, plan: str, parts: PhotoParts, output:
     """
     import webdataset  # brings torch along: seconds that only a run pays that has a shard to write
 
-    path = join(output, shard.name)
+    name = f"{shard.name}.tar"
     parts.fetch(f"{part}.jpegs" for part in shard.items["part"].unique())
     places = shard.items[PLACE].itertuples(index=False)
-    local = parts.local / "shard.tar" if is_s3(output) else Path(path)
+    local = parts.local / "shard.tar" if is_s3(output) else Path(output, name)
     with common.atomic_file(local) as temporary:
         with open(temporary, "wb") as file, webdataset.TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
             for number, ((meta, prompt), place) in enumerate(zip(texts, places, strict=True), shard.first):
                 tar.write({"__key__": f"{number:09d}", "jpg": parts.jpeg(*place), "json": meta, "txt": prompt})
         record = {
-            "name": shard.name, "samples": len(shard.items), "bytes": temporary.stat().st_size,
+            "name": name, "samples": len(shard.items), "bytes": temporary.stat().st_size,
             "sha256": common.file_digest(temporary), "plan": plan,
         }  # fmt: skip
         if record["bytes"] > SHARD_BYTES:
-            raise Fail(f"{shard.name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
-        common.remove(path)
-        common.upload_atomic(common.canonical(record), join(output, shard.record))
+            raise Fail(f"{name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
+        common.remove(join(output, name))
+        common.upload_atomic(common.canonical(record), join(output, f"{shard.name}.json"))
     if is_s3(output):
-        common.upload_atomic(local, path)
+        common.upload_atomic(local, join(output, name))
         local.unlink()
     return record
 
 
-def finished_record(output: str, shard: Shard, plan: str, present: dict[str, int]) -> dict[str, Any] | None:
-    """The record of a shard that is there already with just this content, else None."""
-    if shard.name not in present or shard.record not in present:
-        return None
-    try:
-        record = json.loads(common.read_bytes(join(output, shard.record)))
-        return record if record["plan"] == plan and record["bytes"] == present[shard.name] else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def write_dataset(shards: list[Shard], rows, parts: PhotoParts, output: str, config: PrepConfig, world: World) -> dict:
-    """Write the shards that are not there yet, each process its own; returns {name: record} of all.
+def write_dataset(shards: list[Shard], rows, parts: PhotoParts, output: str, config: PrepConfig, world: World) -> list:
+    """Write the shards that are not there yet, each process its own; returns the records of all, in order.
 
     The first process of torchrun knows the shards and the items that go into them, and deals them out.
     """
@@ -611,34 +564,32 @@ def write_dataset(shards: list[Shard], rows, parts: PhotoParts, output: str, con
         texts = sample_texts(shard.items, rows, config.seed)
         contents = common.digest(b"\n".join(itertools.chain.from_iterable(texts)))
         plan = common.digest([photo_settings(config), shard.first, contents, shard.items["source"].tolist()])
-        record = finished_record(output, shard, plan, present)
-        there += record is not None
-        records[shard.name] = record or write_shard(shard, texts, plan, parts, output)
+        name, kept = f"{shard.name}.tar", f"{shard.name}.json"
+        record = json.loads(common.read_bytes(join(output, kept))) if {name, kept} <= present.keys() else {}
+        if record.get("plan") == plan and record["bytes"] == present[name]:
+            there += 1
+        else:
+            record = write_shard(shard, texts, plan, parts, output)
+        records[shard.first] = record
     records, there = zip(*world.share((records, there)), strict=True)
-    records = {name: record for some in records for name, record in some.items()}
+    records = dict(itertools.chain.from_iterable(some.items() for some in records))
     if world.main:
         print(f"shards: {len(records)}, of which {sum(there)} were there already")
-    return records
-
-
-def copy_atomic(source: str, target: str) -> None:
-    """The same content under a second path of the same storage, on S3 by its own copy."""
-    if is_s3(source):
-        bucket, _, key = source.removeprefix("s3://").partition("/")
-        place = {"Bucket": bucket, "Key": key}
-        common.s3_call(target, lambda client, to, key: client.copy_object(Bucket=to, Key=key, CopySource=place))
-    else:
-        with common.atomic_file(target) as temporary:
-            shutil.copyfile(source, temporary)
+    return [record for _, record in sorted(records.items())]
 
 
 def create_mini_train(records: list[dict], output: str) -> list[dict]:
     """mini_train: the first train shards again, under the same numbers."""
     mini = []
     for record in [record for record in records if record["name"].startswith("train/")][:MINI_SHARDS]:
-        name = record["name"].replace("train/", "mini_train/")
-        copy_atomic(join(output, record["name"]), join(output, name))
-        mini.append(record | {"name": name})
+        mini.append(record | {"name": record["name"].replace("train/", "mini_train/")})
+        source, target = (join(output, one["name"]) for one in (record, mini[-1]))
+        if is_s3(output):
+            copy = {"CopySource": source.removeprefix("s3://")}
+            common.s3_call(target, lambda client, to, key, copy=copy: client.copy_object(Bucket=to, Key=key, **copy))
+        else:
+            with common.atomic_file(target) as temporary:
+                shutil.copyfile(source, temporary)
     return mini
 
 
@@ -667,7 +618,6 @@ def split_report(items) -> dict[str, Any]:
     by_type = pd.crosstab(items["type"], items["split"]).reindex(columns=SPLITS, fill_value=0)
     by_type = by_type.rename(index={"": "unknown"})
     copies = items[items["group"].duplicated(keep=False)].groupby("group", sort=False)
-    sides = copies["split"].nunique()
     # The expected share of held-out items with a duplicate in train, had the splits been drawn item by item.
     sizes = Counter(items["group"].value_counts().tolist())
     held = 1 - SHARES["train"]
@@ -676,7 +626,6 @@ def split_report(items) -> dict[str, Any]:
         "splits": by_type.sum().to_dict(),
         "types": by_type.to_dict("index"),
         "duplicate_groups": copies["id"].agg(list).to_dict(),
-        "groups_kept_apart": sorted(sides.index[sides > 1]),  # only by --keep-split, which moves nothing
         "random_split_leak": round(leaked / max(1, len(items)), 4),
     }
 
@@ -689,11 +638,10 @@ def print_report(report: dict[str, Any]) -> None:
     types = types.iloc[(-types.sum(axis=1)).argsort(kind="stable")]  # the largest first
     rest = types[12:].sum().to_frame(f"{len(types) - 12} more types").T if len(types) > 12 else None
     print(pd.concat([types[:12], rest, types.sum().to_frame("all").T]).to_string())
-    groups, apart = report["duplicate_groups"], report["groups_kept_apart"]
-    where = f"{len(apart)} of them kept apart by --keep-split" if apart else "each on one side"
+    groups = report["duplicate_groups"]
     print(
-        f"{len(groups)} duplicate groups of {sum(map(len, groups.values()))} items, {where}; a random split would "
-        f"have leaked {report['random_split_leak']:.1%} of validation and test"
+        f"{len(groups)} duplicate groups of {sum(map(len, groups.values()))} items, each on one side; a random split "
+        f"would have leaked {report['random_split_leak']:.1%} of validation and test"
     )
 
 
@@ -746,11 +694,7 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
     start, world = time.monotonic(), World(None)
     images, output = common.images_folder(args.images, args.input), args.output
     fold = parse_fold(config.fold)
-    if fold and args.keep_split:
-        raise Fail("--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", USAGE)
     rows, reasons = (table[: config.limit] for table in common.read_catalogue(args.input))
-    if args.group_by and args.group_by not in rows.columns:
-        raise Fail(f"--group-by {args.group_by}: no such column in {args.input[0]}", USAGE)
     facts = [photo_settings(config), config.seed, config.limit, [common.file_digest(path) for path in args.input]]
     if len(set(world.share(common.digest(facts)))) > 1:
         raise Fail("the processes have different catalogues, settings or versions of Pillow; give all the same", USAGE)
@@ -764,7 +708,6 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         if is_s3(output):
             shutil.rmtree(folder, ignore_errors=True)
         return DONE
-    kept = kept_splits(args.keep_split)
     with common.exclusive(folder / "lock") as held:
         if not held:
             raise Fail(f"{folder}: in use by another 2_prepare.py; wait until it has ended")
@@ -772,31 +715,27 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
         if items.empty:
             why = count_reasons(rejects) or "it has no rows"
             raise Fail(f"{args.input[0]}: none of {len(rows)} rows is usable ({why}); check --images")
-        same = rows.loc[items["row"], args.group_by].str.strip() if args.group_by else ()
-        items = assign_splits(items, parts, same, config.seed, fold, kept)
+        items = assign_splits(items, parts, config.seed, fold)
         products = items[items["view"] == 0]
         items = in_order(items if items["view"].any() else items.drop(columns="view"), config.seed)
         common.remove(join(output, "manifest.json"))  # it never describes a folder that is being changed
-        shards = plan_shards(items, config)
-        written = write_dataset(shards, rows, parts, output, config, world)
+        records = write_dataset(plan_shards(items, config), rows, parts, output, config, world)
         sheet = contact_sheet(items, rows, parts, config.seed)
-        records = [written[shard.name] for shard in shards]
         report = finish(products, records, rejects, sheet, len(rows), args, config, start)
         parts.tidy(wanted)
     print_report(report)
     return say_counts(rejects, len(rows), set(products["id"]), args, config, time.monotonic() - start)
 
 
-def assign_splits(items, parts: PhotoParts, same: Iterable[str], seed: int, fold, kept: dict[str, str]) -> Any:
+def assign_splits(items, parts: PhotoParts, seed: int, fold: tuple[int, int] | None) -> Any:
     """The items with group and split."""
     import numpy as np
 
     distinct = np.flatnonzero(~items["source"].duplicated())  # items that share a photo are known by the first
     owners, *views = parts.looks(items.iloc[distinct])
-    items = items.assign(group=group_items(items, (distinct[owners], *views), same))
+    items = items.assign(group=group_items(items, (distinct[owners], *views)))
     first = items["view"] == 0  # of a product; its further photos follow
-    split = np.array(split_items(items[first], seed, fold, kept))
-    return items.assign(split=split[np.cumsum(first) - 1])
+    return items.assign(split=split_items(items[first], seed, fold)[np.cumsum(first) - 1])
 
 
 def finish(items, records, rejects, sheet: bytes, count: int, args, config: PrepConfig, start: float) -> dict[str, Any]:
@@ -880,8 +819,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", help="folder that image_path is relative to (default: the CSV's)")
     parser.add_argument("--output", required=True, help="folder or s3://bucket/prefix for the shards")
     parser.add_argument("--verify", action="store_true", help="compare --output with its manifest, and stop")
-    parser.add_argument("--keep-split", metavar="MANIFEST", help="an older manifest.json: no item of it changes sides")
-    parser.add_argument("--group-by", metavar="COLUMN", help="keep rows equal in this column on one side too")
     common.add_flags(parser, PrepConfig)
     return parser
 

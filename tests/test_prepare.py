@@ -237,8 +237,7 @@ def test_over_all_folds_every_item_is_tested_on_once(parts):
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(["--fold", "5/5"], "5/5"), (["--fold", "0/2"], "at least 3"), (["--fold", "first"], "K/N"),
-     (["--fold", "0/5", "--keep-split", "."], "--keep-split")],
+    [(["--fold", "5/5"], "5/5"), (["--fold", "0/2"], "at least 3"), (["--fold", "first"], "K/N")],
 )  # fmt: skip
 def test_a_fold_that_is_none_gets_one_line(tmp_path, capsys, flags, words):
     catalogue = write_catalogue(tmp_path, make_shop(tmp_path, 2))
@@ -270,7 +269,7 @@ def test_copies_stay_on_one_side_and_colour_variants_are_no_copies(tmp_path):
     assert found["0038"]["group"] != found["0039"]["group"]
     report = json.loads((tmp_path / "out/split_report.json").read_text())
     pairs = {f"{i:04d}": [f"{i:04d}", f"{i + 20:04d}"] for i in range(18)}
-    assert report["duplicate_groups"] == pairs and report["groups_kept_apart"] == []
+    assert report["duplicate_groups"] == pairs
     assert report["random_split_leak"] == round(36 / 40 * 0.8, 4)  # an item's only copy is in train with 80%
     kinds = Counter((record["object_type"], record["split"]) for record in found.values())
     for kind, counts in report["types"].items():
@@ -353,40 +352,6 @@ def test_a_photo_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
         assert run(path, tmp_path / "out #1 50%20?", "--max-failed", "1") == common.DONE
         assert len(samples(tmp_path / "out #1 50%20?")) == count
         monkeypatch.undo()
-
-
-def test_group_by_keeps_variants_together(tmp_path):
-    rows = make_shop(tmp_path, 20)
-    for row in rows:
-        row["price"] = str(int(row["id"]) // 4)
-    for row in rows[16:]:  # blank cells say nothing
-        row["price"] = " "
-    path = write_catalogue(tmp_path, rows)
-    assert run(path, tmp_path / "out", "--group-by", "price") == common.DONE
-    found = samples(tmp_path / "out")
-    assert all(found[f"{i:04d}"]["group"] == f"{i // 4 * 4 if i < 16 else i:04d}" for i in range(20))
-
-
-def test_a_grown_catalogue_moves_nobody(shop, tmp_path, capsys):
-    folder, rows, old = shop
-    before = samples(old)
-    grown = tmp_path / "grown"
-    shutil.copytree(folder / "images", grown / "images")
-    more = make_shop(tmp_path / "more", 90)[60:]
-    for row in more:
-        shutil.copy(tmp_path / "more" / row["image_path"], grown / row["image_path"])
-    path = write_catalogue(grown, more + rows)
-    assert run(path, grown / "out", "--keep-split", str(old / "manifest.json")) == common.DONE
-    after = samples(grown / "out")
-    assert len(after) == 90 and all(after[id]["split"] == record["split"] for id, record in before.items())
-    kept = str(grown / "out/manifest.json")
-    write_catalogue(grown, more[:5] + rows)
-    (grown / "out/manifest.json").unlink()  # as where a run into the same folder was killed
-    assert run(path, grown / "out", "--keep-split", kept) == common.DONE
-    assert all(record["split"] == after[id]["split"] for id, record in samples(grown / "out").items())
-    (grown / "out/items.csv").write_text("id,split,group\n")
-    assert run(path, grown / "again", "--keep-split", str(grown / "out/manifest.json")) == common.FAILED
-    assert "does not belong to that manifest" in capsys.readouterr().err
 
 
 # The same bytes ------------------------------------------------------------------------------------------------------
@@ -753,7 +718,6 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         (["--output", "x"], 2, "--input is needed"),
         (["--input", "no.csv", "--output", "x"], 2, "no.csv: no such CSV"),
         (["--input", str(path), "--images", "/nowhere", "--output", "x"], 2, "no such images folder"),
-        (["--input", str(path), "--group-by", "brand", "--output", "x"], 2, "--group-by brand: no such column"),
         (
             ["--input", str(write_catalogue(tmp_path, [], "e.csv")), "--output", str(tmp_path / "o")],
             1,
