@@ -115,7 +115,7 @@ def _gradients(grey) -> bytes:
 
 
 def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
-    """Near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors, as two arrays of numbers at a time.
+    """Near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors: two arrays of numbers a band.
 
     Candidates agree in one of 32 bands of 16 gradients (of copies, most bands do). A band without any gradient is
     plain ground and says nothing; in a crowded band each picture meets its 64 neighbors in order of all gradients.
@@ -128,7 +128,7 @@ def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
     for band in range(GRADIENT_BYTES // 2):
         key = gradients[ranked, 2 * band].astype(np.uint16) << 8 | gradients[ranked, 2 * band + 1]
         order = np.argsort(key, kind="stable").astype(np.uint32)
-        key, order = key[order], ranked[order]
+        key, order, found = key[order], ranked[order], [(ranked[:0], ranked[:0])]
         for start in range(int(np.searchsorted(key, 1)), len(order), PAIRS):
             some, same = order[start : start + PAIRS + NEIGHBORS], key[start : start + PAIRS + NEIGHBORS]
             count = weight[some]
@@ -142,7 +142,8 @@ def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
                 a, b = some[a][near], some[b][near]
                 cells = np.abs(colors[a].astype(np.int16) - colors[b]).reshape(len(a), GRID * GRID, 3).max(axis=2)
                 near = np.partition(cells, -COLOR_CELLS, axis=1)[:, -COLOR_CELLS] <= COLOR_DISTANCE
-                yield a[near], b[near]
+                found.append((a[near], b[near]))
+        yield tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -397,15 +398,18 @@ def group_items(items, looks: tuple[Any, Any, Any]) -> Any:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pairs, group = [], np.arange(len(items))
-    for column in ("id", "source"):
-        codes = pd.factorize(items[column])[0]
-        pairs.append((np.unique(codes, return_index=True)[1][codes], np.arange(len(items))))  # the first with the same
     owners, *views = looks
-    near = ((owners[a], owners[b]) for a, b in near_pairs(*views))
-    for some in common.batches(itertools.chain(pairs, near), 1 << 16):
-        a, b = (group[np.concatenate(ends)] for ends in zip(*some, strict=True))
-        links = coo_array((np.ones(len(a), bool), (a, b)), (len(items), len(items)))
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        for column in ("id", "source"):
+            codes = pd.factorize(items[column])[0]
+            yield np.unique(codes, return_index=True)[1][codes], np.arange(len(items))  # each with the first like it
+        for a, b in near_pairs(*views):
+            yield owners[a], owners[b]
+
+    group = np.arange(len(items))
+    for a, b in pairs():
+        links = coo_array((np.ones(len(a), bool), (group[a], group[b])), (len(items), len(items)))
         group = connected_components(links, directed=False)[1][group]
     first = np.unique(group, return_index=True)[1]
     return items["id"].take(first[group]).reset_index(drop=True)
@@ -668,15 +672,6 @@ def contact_sheet(items, rows, parts: PhotoParts, seed: int) -> bytes:
     return out.getvalue()
 
 
-def items_csv(items) -> bytes:
-    """items.csv: id, split and duplicate group of every item."""
-    out = io.StringIO()
-    writer = common.csv_writer(out)
-    writer.writerow(["id", "split", "group"])
-    writer.writerows(items[["id", "split", "group"]].to_numpy(object).tolist())
-    return out.getvalue().encode()
-
-
 def count_reasons(rejects: list[dict]) -> str:
     """ "3 missing file, 1 not an image"."""
     return ", ".join(f"{count} {reason}" for reason, count in Counter(r["reason"] for r in rejects).most_common())
@@ -747,7 +742,8 @@ def finish(items, records, rejects, sheet: bytes, count: int, args, config: Prep
         listed = [{key: record[key] for key in ("name", "samples", "bytes", "sha256")} for record in own]
         splits[split] = {"samples": sum(record["samples"] for record in own), "shards": listed}
     remove_stale(output, splits)
-    report, listing = split_report(items), items_csv(items)
+    report = split_report(items)
+    listing = items[["id", "split", "group"]].to_csv(index=False, lineterminator="\n").encode()
     manifest = {
         "format": FORMAT,
         "settings": {"seed": config.seed, "image_size": config.image_size, "quality": config.quality}
