@@ -14,8 +14,6 @@ Writes  --output, a folder or s3://bucket/prefix: {train,validation,test,mini_tr
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
 import dataclasses
 import functools
 import io
@@ -26,11 +24,9 @@ import re
 import shutil
 import sys
 import tarfile
-import tempfile
 import textwrap
 import time
 import zlib
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,43 +66,6 @@ def photo_settings(config: PrepConfig) -> list:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Storage: what only this stage does to files and objects
-
-
-def copy_atomic(source: str, target: str) -> None:
-    """The same content under a second path of the same storage: a hard link where possible, S3's own copy there."""
-    if is_s3(source):
-        bucket, _, key = source.removeprefix("s3://").partition("/")
-        place = {"Bucket": bucket, "Key": key}
-        common.s3_call(target, lambda client, to, key: client.copy_object(Bucket=to, Key=key, CopySource=place))
-        return
-    with common.atomic_file(target) as temporary:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, temporary)
-
-
-def abort_uploads(folder: str) -> None:
-    """End the multipart uploads below an S3 folder that killed runs left: nobody sees their parts, but they cost money.
-
-    A policy that forbids listing them is no failure.
-    """
-
-    def act(client, bucket: str, key: str) -> None:
-        for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=key):
-            for upload in page.get("Uploads", []) if page["Bucket"] else ():  # a cut answer lacks it: KeyError
-                client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-
-    try:
-        common.s3_call(f"{folder.rstrip('/')}/", act)
-    except Fail as error:
-        if "S3 answers" not in str(error):
-            raise
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Perceptual hashes: which photos show the same
 
 HASH_VERSION = 5  # with a new number every photo is scanned again
@@ -128,17 +87,12 @@ def image_hashes(image) -> tuple[bytes, bytes]:
     (8 x 8 x 3 mean colors).
     """
     brightness = image.convert("L")
+    border = brightness.getpixel((0, 0))
     views = [view := _small(image, brightness), [part[:, ::-1] for part in view]]
-    box = brightness.point(_unlike_border(brightness.getpixel((0, 0)))).getbbox()
+    box = brightness.point(lambda level: 255 * (abs(level - border) > BORDER)).getbbox()
     if box and min(box[2] - box[0], box[3] - box[1]) > HASH_SIDE and box != (0, 0, *image.size):
         views.append(_small(image.crop(box), brightness.crop(box)))
     return b"".join(_gradients(grey) for grey, _ in views), b"".join(grid.tobytes() for _, grid in views)
-
-
-@functools.cache
-def _unlike_border(level: int) -> list[int]:
-    """What Image.point() needs to blacken all levels that are near to that of the border."""
-    return [255 * (abs(other - level) > BORDER) for other in range(256)]
 
 
 def _small(image, brightness) -> list:
@@ -161,7 +115,7 @@ def _gradients(grey) -> bytes:
 
 
 def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
-    """Near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors, as two arrays of numbers at a time.
+    """Near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors: two arrays of numbers a band.
 
     Candidates agree in one of 32 bands of 16 gradients (of copies, most bands do). A band without any gradient is
     plain ground and says nothing; in a crowded band each picture meets its 64 neighbors in order of all gradients.
@@ -174,7 +128,7 @@ def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
     for band in range(GRADIENT_BYTES // 2):
         key = gradients[ranked, 2 * band].astype(np.uint16) << 8 | gradients[ranked, 2 * band + 1]
         order = np.argsort(key, kind="stable").astype(np.uint32)
-        key, order = key[order], ranked[order]
+        key, order, found = key[order], ranked[order], [(ranked[:0], ranked[:0])]
         for start in range(int(np.searchsorted(key, 1)), len(order), PAIRS):
             some, same = order[start : start + PAIRS + NEIGHBORS], key[start : start + PAIRS + NEIGHBORS]
             count = weight[some]
@@ -188,7 +142,8 @@ def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
                 a, b = some[a][near], some[b][near]
                 cells = np.abs(colors[a].astype(np.int16) - colors[b]).reshape(len(a), GRID * GRID, 3).max(axis=2)
                 near = np.partition(cells, -COLOR_CELLS, axis=1)[:, -COLOR_CELLS] <= COLOR_DISTANCE
-                yield a[near], b[near]
+                found.append((a[near], b[near]))
+        yield tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,7 +153,6 @@ def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
 UNREADABLE = "unreadable file"  # perhaps only now, as from a network disk: tried again by the next run
 PART_PHOTOS, PART_PIXELS = 256, 1 << 26  # of a part, at most; a killed process loses the one that it was making
 PLACE = ["part", "offset", "length", "crc"]  # where a photo's JPEG lies, and its crc32
-FACTS = ["source", "views", "offset", "length", "crc"]  # of each photo, kept in memory
 
 
 class Photo(NamedTuple):
@@ -247,53 +201,45 @@ class PhotoParts:
     """Photos that were scanned, by whichever process, in parts below `place`, a folder or an S3 prefix.
 
     A part is NAME.jpegs, a tar, and, written last, NAME.parquet, all else. NAME is a digest of what photos depend on
-    beside their files, and one of the Parquet file. What lies on S3 is read from copies of whole parts in `local`.
+    beside their files, and one of the Parquet file. What lies on S3 is read from copies of whole files in `local`.
     """
 
     def __init__(self, place: str, local: Path, config: PrepConfig):
         self.place, self.local, self.config = place, local, config
         self.made_with = common.digest([HASH_VERSION, *photo_settings(config)])[:16]
-        self.tables: dict[str, Any] = {}  # FACTS by name of the part
-        self.numbers: dict[str, int] = {}  # by key; photos are counted through all tables
-        self.rejected: dict[str, tuple[str, str]] = {}  # reason and detail of those that cannot be used, by key
 
-    def load(self) -> None:
-        """Read the parts that came since the last call."""
-        present, count = dict(common.list_files(self.place)), sum(map(len, self.tables.values()))
-        names = sorted(name.removesuffix(".parquet") for name in present if name.startswith(self.made_with))
-        names = [name for name in names if f"{name}.parquet" in present and name not in self.tables]
-        for name, table in self._read(names, ["key", "reason", "detail", *FACTS]):
-            if isinstance(table, Fail) or f"{name}.jpegs" not in present:
-                print(self._damaged(name), file=sys.stderr)
-                continue
-            columns = (table[column].to_pylist() for column in ("key", "reason", "detail"))
-            for number, (key, reason, detail) in enumerate(zip(*columns, strict=True), count):
-                self.numbers[key] = number
-                if reason:
-                    self.rejected[key] = reason, detail
-            self.tables[name] = table.select(FACTS)
-            count += len(table)
+    def load(self) -> Any:
+        """A DataFrame of all photos: Photo without looks and JPEG; views, PLACE, and photo, the row in the part."""
+        import numpy as np
+        import pandas as pd
+        import pyarrow
 
-    def _read(self, names: Iterable[str], columns: list[str] | None = None) -> Iterator[tuple[str, Any]]:
-        """(name, its Parquet file as a table, or the error of a damaged one, which is removed) of each part."""
-        from concurrent.futures import ThreadPoolExecutor
+        present = dict(common.list_files(self.place))
+        names = [name.removesuffix(".jpegs") for name in present if name.startswith(self.made_with)]
+        names = [name for name in names if f"{name}.parquet" in present and f"{name}.jpegs" in present]
+        self.fetch(f"{name}.parquet" for name in names)
+        columns = ["key", "source", "reason", "detail", "views", *PLACE[1:]]
+        tables = [self._read(name, columns) for name in names]
+        empty = pyarrow.table([[] for _ in columns], columns)  # there may be no part yet
+        photos = pyarrow.concat_tables([empty, *tables], promote_options="default").to_pandas()
+        part = np.repeat(np.arange(len(names)), [len(table) for table in tables])
+        photos = photos.assign(part=pd.Categorical.from_codes(part, names))
+        photos["photo"] = photos.groupby("part", observed=True).cumcount()
+        return photos.drop_duplicates("key")
 
+    def _read(self, name: str, columns: list[str]) -> Any:
+        """Columns of a part that was fetched, as an Arrow table."""
         import pyarrow.parquet
 
-        def read(name: str) -> Any:
-            data = common.read_bytes(join(self.place, f"{name}.parquet"))
-            if common.digest(data)[:16] != name[-16:]:
-                return self._damaged(name)
-            return pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=columns, use_threads=False)
-
-        with ThreadPoolExecutor(8) as pool:  # an object on S3 takes 20 ms; memory that threads freed stays theirs
-            for some in common.batches(names, 16):
-                yield from zip(some, (pool.map if is_s3(self.place) else map)(read, some), strict=True)
+        data = (self.local / f"{name}.parquet").read_bytes()
+        if common.digest(data)[:16] != name[-16:]:
+            raise self._damaged(name)
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(data), columns=columns, use_threads=False)
 
     def _damaged(self, name: str) -> Fail:
         """Remove a part; the error that says so."""
-        for path in (join(self.place, f"{name}.parquet"), str(self.local / f"{name}.jpegs")):
-            common.remove(path)
+        for place, ending in itertools.product((self.place, self.local), (".parquet", ".jpegs")):
+            common.remove(join(place, name + ending))
         return Fail(f"{join(self.place, name)}: was damaged and is removed; run again, which scans its photos again")
 
     def scan(self, keys: list[str], world: World) -> None:
@@ -301,21 +247,18 @@ class PhotoParts:
         workers = self.config.workers
         if workers == 1 < world.size:  # as in the workers that there are else
             common.keep_freed_memory()
-        most = min(PART_PHOTOS, 1 + PART_PIXELS // self.config.image_size**2, max(16, len(keys) // (8 * workers)))
-        work, unreadable = functools.partial(scan_photos, config=self.config), {}
-        photos, what = common.photo_pool(work, common.batches(keys, 16), workers), "scan"
+        work = functools.partial(scan_photos, config=self.config)
+        photos = common.photo_pool(work, common.batches(keys, 16), workers)
         if world.main:
-            what += f", process 1 of {world.size}" if world.size > 1 else ""
+            what = f"scan, process 1 of {world.size}" if world.size > 1 else "scan"
             photos = common.progress(photos, what, len(keys), "photo")
-        for some in common.batches(photos, most):
-            unreadable |= {photo.key: (photo.reason, photo.detail) for photo in some if photo.reason == UNREADABLE}
-            if kept := [photo for photo in some if photo.reason != UNREADABLE]:
-                self._store(kept)
-        for some in world.share(unreadable):
-            self.rejected |= some
+        for some in common.batches(photos, min(PART_PHOTOS, 1 + PART_PIXELS // self.config.image_size**2)):
+            if readable := [photo for photo in some if photo.reason != UNREADABLE]:
+                self._store(readable)
+        world.share(None)
 
-    def _store(self, photos: list[Photo]) -> str:
-        """Write one part; returns its name."""
+    def _store(self, photos: list[Photo]) -> None:
+        """Write one part."""
         import pyarrow.parquet
 
         packed, facts, out = io.BytesIO(), [], io.BytesIO()
@@ -329,23 +272,17 @@ class PhotoParts:
         columns = list(map(list, zip(*facts, strict=True)))
         pyarrow.parquet.write_table(pyarrow.table(columns, [*Photo._fields[:-1], *PLACE[1:], "views"]), out)
         name = f"{self.made_with}-{common.digest(out.getvalue())[:16]}"
-        if is_s3(self.place):
-            common.atomic_write(self.local / f"{name}.jpegs", packed.getvalue())
-        common.upload_atomic(packed.getvalue(), join(self.place, f"{name}.jpegs"))
-        common.upload_atomic(out.getvalue(), join(self.place, f"{name}.parquet"))
-        return name
+        for place in dict.fromkeys((str(self.local), self.place)):
+            common.upload_atomic(packed.getvalue(), join(place, f"{name}.jpegs"))
+            common.upload_atomic(out.getvalue(), join(place, f"{name}.parquet"))
 
-    def places(self, numbers) -> Any:
-        """A DataFrame for these photos: FACTS, part, and photo, the row within the part."""
-        import numpy as np
-        import pandas as pd
-        import pyarrow
+    def fetch(self, files: Iterable[str]) -> None:
+        """Copy these files from S3 where they are not here yet."""
+        from concurrent.futures import ThreadPoolExecutor
 
-        ends = np.cumsum([len(table) for table in self.tables.values()])
-        part = np.searchsorted(ends, numbers, "right")
-        photo = numbers - np.append(0, ends)[part]
-        facts = pyarrow.concat_tables(self.tables.values()).take(pyarrow.array(numbers)).to_pandas()
-        return facts.assign(part=pd.Categorical.from_codes(part, list(self.tables)), photo=photo)
+        files = [file for file in files if is_s3(self.place) and not (self.local / file).is_file()]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda file: common.download_atomic(join(self.place, file), self.local / file), files))
 
     def looks(self, items) -> tuple[Any, Any, Any]:
         """(positions int [V], gradients uint8 [V, 64], colors uint8 [V, 192]) of these items' views, in their order."""
@@ -355,79 +292,46 @@ class PhotoParts:
         views = {"gradients": np.empty((len(owners), GRADIENT_BYTES), np.uint8)}
         views["colors"] = np.empty((len(owners), COLOR_BYTES), np.uint8)
         order = np.argsort(items["part"].cat.codes.to_numpy()[owners], kind="stable")  # part by part
-        photos = dict(iter(items.groupby("part", observed=True)["photo"]))
-        for name, table in self._read(photos, list(views)):
-            if isinstance(table, Fail):
-                raise table
-            table = table.take(photos[name].to_numpy())
+        for name, photos in items.groupby("part", observed=True)["photo"]:
+            table = self._read(name, list(views)).take(photos.to_numpy())
             for column, out in views.items():
                 data = np.frombuffer(b"".join(table[column].to_pylist()), np.uint8).reshape(-1, out.shape[1])
                 out[order[: len(data)]] = data
             order = order[len(data) :]
         return owners, *views.values()
 
-    def fetch(self, names: Iterable[str]) -> None:
-        """Copy the JPEGs of these parts from S3 where they are not here yet."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        files = [f"{name}.jpegs" for name in names if is_s3(self.place)]
-        files = [file for file in files if not (self.local / file).is_file()]
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda file: common.download_atomic(join(self.place, file), self.local / file), files))
-
     def jpeg(self, part: str, offset: int, length: int, crc: int) -> bytes:
         """The letterboxed JPEG at this place, of a part that was fetched."""
-        path, data = self.local / f"{part}.jpegs", b""
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        with open(self.local / f"{part}.jpegs", "rb") as file:
             file.seek(offset)
             data = file.read(length)
         if zlib.crc32(data) != crc:
             raise self._damaged(part)
         return data
 
-    def tidy(self, wanted: set[int] | None) -> None:
-        """Remove what no run will read, and write anew the parts of which less than half is wanted (None: all is)."""
-        names = set(self.tables)
-        if wanted is not None:
-            for name, left in self.places(sorted(wanted)).groupby("part", observed=False)["photo"]:
-                if 2 * len(left) < len(self.tables[name]):
-                    names.remove(name)
-                    self.fetch([name])
-                    (_, table), *_ = self._read([name])
-                    if isinstance(table, Fail):
-                        raise table
-                    facts = table.take(left.to_numpy()).to_pylist()
-                    jpegs = [self.jpeg(name, *map(one.get, PLACE[1:])) for one in facts]
-                    photos = [Photo(*map(one.get, Photo._fields[:-1]), jpegs[i]) for i, one in enumerate(facts)]
-                    names |= {self._store(photos)} if photos else set()
-        for left in self.local.glob(".*.tmp"):  # by killed runs
+    def tidy(self, kept: set[str]) -> None:
+        """Remove all other parts, also those of an earlier version, and what killed runs left."""
+        for left in self.local.glob(".*.tmp"):
             left.unlink()
         for place in {self.place, str(self.local)}:
             for name, _ in common.list_files(place):
-                if name.endswith((".jpegs", ".parquet")) and os.path.splitext(name)[0] not in names:
+                if name.endswith((".jpegs", ".parquet", ".bin")) and name.rpartition(".")[0] not in kept:
                     common.remove(join(place, name))
 
 
-def read_rows(args: argparse.Namespace, config: PrepConfig) -> tuple[Any, Any]:
-    """(rows, reasons) as common.read_catalogue gives them, --limit taken into account."""
-    rows, reasons = common.read_catalogue(args.input)
-    if args.group_by and args.group_by not in rows.columns:
-        raise Fail(f"--group-by {args.group_by}: no such column in {args.input[0]}", USAGE)
-    return rows.iloc[: config.limit], reasons.iloc[: config.limit]
-
-
 def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, world: World) -> tuple:
-    """(items, rejects, numbers of all photos that are wanted).
+    """(items, rejects, names of the parts to keep).
 
     items: a DataFrame of the photos that become samples, in order of ids and of their views: id, row (number), view
-    (from 0 within a product), image_path, type (object type) and the columns of PhotoParts.places. Of each product the
+    (from 0 within a product), image_path, type (object type) and the columns of PhotoParts.load. Of each product the
     first usable photos count.
     """
+    import pandas as pd
+
     queues: dict[str, list[tuple[int, str]]] = {}  # id -> (row, photo) still to be tried, the first ones last
-    chosen, failed, wanted = defaultdict(list), {}, set()
+    chosen, failed, kept, photos = defaultdict(list), {}, set(), parts.load()
     for id, candidates in common.products(rows, reasons):
         queues[id] = [(number, name) for number, _, names in candidates for name in dict.fromkeys(names)][::-1]
-    parts.load()
     while queues:
         turn = []
         for id, queue in queues.items():
@@ -437,41 +341,42 @@ def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, wor
                     turn.append((id, number, name, photo_key(images, name)))
                 except BadImage as error:
                     failed.setdefault(number, (error.reason, error.detail))
-        new = (key for key in dict.fromkeys(key for *_, key in turn) if key not in parts.rejected)
-        if new := [key for key in new if key not in parts.numbers]:
+        keys = pd.Series([key for *_, key in turn], dtype="str").drop_duplicates()
+        if len(new := keys[~keys.isin(photos["key"])].tolist()):
             parts.scan(world.deal([new[rank :: world.size] for rank in range(world.size)]), world)
-            parts.load()
+            photos = parts.load()
+        here = photos[photos["key"].isin(keys)]
+        kept |= {*here["part"]}
+        bad = dict.fromkeys(keys[~keys.isin(here["key"])], (UNREADABLE, ""))
+        bad |= {key: why for key, *why in here.loc[here["reason"] != "", ["key", "reason", "detail"]].to_numpy(object)}
         for id, number, name, key in turn:
-            if key in parts.numbers:
-                wanted.add(parts.numbers[key])
-            if key in parts.rejected:
-                failed.setdefault(number, parts.rejected[key])
+            if key in bad:
+                failed.setdefault(number, bad[key])
             elif not chosen[id] or rows.at[chosen[id][0][0], "name"] == rows.at[number, "name"]:  # else another product
-                chosen[id].append((number, name, parts.numbers[key]))
+                chosen[id].append((number, name, key))
         queues = {id: queue for id, queue in queues.items() if queue and len(chosen[id]) < config.photos}
-    parts.numbers.clear()  # half of what a row takes
     world.deal([None] * world.size)  # there is nothing more to scan
     used = {found[0][0] for found in chosen.values() if found}
     why = {number: failed.get(number) or (reason or "missing image_path", "") for number, reason in reasons.items()}
     shown = rows.loc[[number for number in why if number not in used], ["id", "image_path", "name"]]
     found = zip(shown.to_dict("records"), map(why.get, shown.index), strict=True)
     rejects = [line | {"reason": reason, "detail": detail} for line, (reason, detail) in found]
-    return _items(rows, chosen, parts), rejects, wanted
+    return _items(rows, chosen, photos), rejects, kept if config.limit is None else {*photos["part"]}
 
 
-def _items(rows, chosen: dict[str, list[tuple]], parts: PhotoParts):
-    """The items of scan, from {id: [(row, name, photo)]}."""
+def _items(rows, chosen: dict[str, list[tuple]], photos):
+    """The items of scan, from {id: [(row, name, key)]}."""
     import pandas as pd
 
     found = [
-        (id, photos[0][0], view, name, photo)
-        for id, photos in sorted(chosen.items())
-        for view, (_, name, photo) in enumerate(photos)
+        (id, own[0][0], view, name, key)
+        for id, own in sorted(chosen.items())
+        for view, (_, name, key) in enumerate(own)
     ]
-    items = pd.DataFrame(found, columns=["id", "row", "view", "image_path", "photo"])
+    items = pd.DataFrame(found, columns=["id", "row", "view", "image_path", "key"])
     if not found:
         return items
-    items = pd.concat([items.drop(columns="photo"), parts.places(items["photo"])], axis=1)
+    items = items.merge(photos, how="left").drop(columns=["key", "reason", "detail"])
     # A further photo of many products (a logo, a table of sizes) shows none of them, and would make them one group.
     shared = items.groupby("source")["id"].nunique()
     items = items[(items["view"] == 0) | items["source"].isin(shared.index[shared <= common.SAME_PHOTO])]
@@ -483,58 +388,51 @@ def _items(rows, chosen: dict[str, list[tuple]], parts: PhotoParts):
 # Groups: items that must be on the same side of the split
 
 
-def group_items(items, looks: tuple[Any, Any, Any], values: Iterable[str] = ()) -> Any:
-    """The group of each item: the smallest id among its exact and near duplicates, and those with the same value.
+def group_items(items, looks: tuple[Any, Any, Any]) -> Any:
+    """The group of each item, which are in order of ids: the smallest id among its exact and near duplicates.
 
-    looks: positions of items int [V], gradients uint8 [V, 64] and colors uint8 [V, 192] of views. Union-find, in which
-    a group is known by its smallest member; "" equals nothing.
+    looks: positions of items int [V], gradients uint8 [V, 64] and colors uint8 [V, 192] of views.
     """
     import numpy as np
     import pandas as pd
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    parent = array("q", range(len(items)))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    def connect(some: Iterable[int], others: Iterable[int]) -> None:
-        for i, j in zip(some.tolist(), others.tolist(), strict=True):
-            i, j = sorted((find(i), find(j)))
-            parent[j] = i
-
-    for column in (items["id"], items["source"], values):
-        column = pd.Series(column, dtype="str").reset_index(drop=True)
-        codes = pd.factorize(column)[0]
-        first = np.unique(codes, return_index=True)[1][codes]  # the first item with the same value
-        again = np.flatnonzero((first < np.arange(len(codes))) & (column != ""))
-        connect(first[again], again)
     owners, *views = looks
-    for a, b in near_pairs(*views):
-        connect(owners[a], owners[b])
-    return items["id"].take([find(i) for i in range(len(items))]).reset_index(drop=True)
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        for column in ("id", "source"):
+            codes = pd.factorize(items[column])[0]
+            yield np.unique(codes, return_index=True)[1][codes], np.arange(len(items))  # each with the first like it
+        for a, b in near_pairs(*views):
+            yield owners[a], owners[b]
+
+    group = np.arange(len(items))
+    for a, b in pairs():
+        links = coo_array((np.ones(len(a), bool), (group[a], group[b])), (len(items), len(items)))
+        group = connected_components(links, directed=False)[1][group]
+    first = np.unique(group, return_index=True)[1]
+    return items["id"].take(first[group]).reset_index(drop=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Split
 
 
-def choose_splits(groups: Iterable[tuple[str, int, str | None]], shares: dict[str, float]) -> list[str]:
-    """The split of each group, given as (object type, size, split that it must keep).
+def choose_splits(groups: Iterable[tuple[int, int]], shares: dict[str, float]) -> list[str]:
+    """The split of each group, given as (number of its object type, items).
 
-    Groups come type by type, the large ones of a type first, those that must stay before all. Each goes where its type
-    and the whole together lack most against the shares. So a type is off by an item or two, the whole by less than its
-    largest group, and hundreds of one-item types add up right.
+    Groups come type by type, the large ones of a type first. Each goes where its type and the whole together lack most
+    against the shares. So a type is off by an item or two, the whole by less than its largest group, and hundreds of
+    one-item types add up right.
     """
     have, whole, chosen = defaultdict(Counter), Counter(), []
-    for kind, size, split in groups:
-        if not split:
-            of_kind, of_all = sum(have[kind].values()) + size, sum(whole.values()) + size
-            lack = {name: share * (of_kind + of_all) - have[kind][name] - whole[name] for name, share in shares.items()}
-            # Half the catalogue in one group is no test set.
-            too_large = size if size > of_all * 0.1 else 0
-            split = max(shares, key=lambda name: lack[name] - (too_large if name != "train" else 0))
+    for kind, size in groups:
+        of_kind, of_all = have[kind].total() + size, whole.total() + size
+        lack = {name: share * (of_kind + of_all) - have[kind][name] - whole[name] for name, share in shares.items()}
+        # Half the catalogue in one group is no test set.
+        too_large = size if size > of_all * 0.1 else 0
+        split = max(shares, key=lambda name: lack[name] - (too_large if name != "train" else 0))
         have[kind][split] += size
         whole[split] += size
         chosen.append(split)
@@ -550,16 +448,16 @@ def draw(values: Iterable[list]) -> Any:
 
 def parse_fold(text: str) -> tuple[int, int] | None:
     """(K, N) of "K/N", None of ""; raises Fail."""
-    part, _, parts = text.partition("/")
     if not text:
         return None
+    part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts) >= 3):
         raise Fail(f"--fold {text}: write K/N, part 0 to N-1 of at least 3, such as 0/5", USAGE)
     return int(part), int(parts)
 
 
-def split_items(items, seed: int, fold: tuple[int, int] | None = None, kept: dict[str, str] | None = None) -> list[str]:
-    """The split of each item; those in `kept` stay where they were. items: columns id, type and group.
+def split_items(items, seed: int, fold: tuple[int, int] | None = None) -> Any:
+    """The split of each item, an array of str. items: columns type and group.
 
     With `fold` (K, N) the catalogue is cut into N equal parts, the same for each K: part K is the test split, the part
     after it the validation split, and so over all K each item is tested on once.
@@ -572,38 +470,15 @@ def split_items(items, seed: int, fold: tuple[int, int] | None = None, kept: dic
         part, parts = fold
         shares = {str(i): 1 / parts for i in range(parts)}
         sides = dict.fromkeys(shares, "train") | {str(part): "test", str((part + 1) % parts): "validation"}
-    kept = kept or {}
-    own = [kept.get(id) for id in items["id"]] if kept else [None] * len(items)
-    names = [*sorted(set(filter(None, own))), None]  # of splits to keep; a group keeps the first of its items'
     group, groups = pd.factorize(items["group"])
     kind, kinds = pd.factorize(items["type"], sort=True)
-    keep, of_type = np.full(len(groups), len(names) - 1), np.full(len(groups), len(kinds))
-    np.minimum.at(keep, group, [names.index(split) for split in own])
+    of_type, size = np.full(len(groups), len(kinds)), np.bincount(group)
     np.minimum.at(of_type, group, kind)
-    size = np.bincount(group)
-    order = np.lexsort((draw([seed, name] for name in groups), -size, of_type, keep))
-    facts = zip(of_type[order].tolist(), size[order].tolist(), (names[i] for i in keep[order]), strict=True)
+    order = np.lexsort((draw([seed, name] for name in groups), -size, of_type))
     chosen = np.empty(len(groups), object)
-    chosen[order] = choose_splits(facts, shares)
-    return [split or sides[drawn] for split, drawn in zip(own, chosen[group], strict=True)]
-
-
-def kept_splits(manifest: str | None) -> dict[str, str]:
-    """{id: split} of an older run, from the items.csv beside its manifest.
-
-    While a run is under way its folder has no manifest; then items.csv, which is older or of that very run, will do.
-    """
-    if not manifest:
-        return {}
-    base = manifest.removesuffix("manifest.json") or "."
-    path = join(base, "items.csv")
-    listed = common.exists(path)
-    if common.exists(join(base, "manifest.json")) or not listed:
-        expected = common.load_manifest(base).get("items_sha256")
-        if not listed or common.digest(common.read_bytes(path)) != expected:
-            raise Fail(f"{path}: does not belong to that manifest; give --keep-split a whole shard folder")
-    text = io.StringIO(common.read_bytes(path).decode(), newline="")
-    return {row["id"]: row["split"] for row in csv.DictReader(text)}
+    facts = zip(of_type[order].tolist(), size[order].tolist(), strict=True)
+    chosen[order] = [sides[name] for name in choose_splits(facts, shares)]
+    return chosen[group]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -611,134 +486,114 @@ def kept_splits(manifest: str | None) -> dict[str, str]:
 
 
 class Shard(NamedTuple):
-    """A shard to be: its name, the number of its first sample, and the items that go into it, in order."""
+    """A shard to be: split/shard-000000, the number of its first sample, and the items that go into it, in order."""
 
     name: str
     first: int
-    rows: Any  # int [N]
-
-    @property
-    def record(self) -> str:
-        """Name of the file that says that the shard is finished, and what it was made of."""
-        return self.name.removesuffix(".tar") + ".json"
+    items: Any  # DataFrame
 
 
-def sample_text(fields: dict[str, str], facts: dict[str, Any], seed: int) -> tuple[bytes, bytes]:
-    """(json, txt) of one item. Samples of one product have its id, and where there are several, a view from 0."""
-    meta = common.clean_metadata(fields)
-    used = {"id", "image_path", "clean_title", common.FURTHER, *common.ATTRIBUTES}
-    row = {name: value for name, value in fields.items() if name not in used}
-    record = {"id": fields["id"], **meta, **facts, "row": row}
-    return common.canonical(record), common.pick_prompt(meta, fields["id"], seed).encode()
-
-
-def draw_order(items, seed: int) -> dict[str, Any]:
-    """{split: item numbers in the order in which they go into shards}, which depends on the ids alone."""
+def in_order(items, seed: int) -> Any:
+    """The items in the order in which they go into shards, split by split. It depends on the ids alone."""
     import numpy as np
 
-    keys = zip(items["id"], items["view"], strict=True)
-    place = draw([seed, "place", id, *([view] if view else ())] for id, view in keys)
-    numbers = {split: np.flatnonzero(items["split"] == split) for split in SPLITS}
-    return {split: some[np.argsort(place[some], kind="stable")] for split, some in numbers.items()}
+    views = items["view"] if "view" in items else itertools.repeat(0)
+    place = draw([seed, "place", id, *([view] if view else ())] for id, view in zip(items["id"], views, strict=False))
+    return items.iloc[np.lexsort((place, items["split"].map(SPLITS.index)))]
 
 
-def plan_shards(order: dict[str, Any], config: PrepConfig) -> list[Shard]:
-    """Successive runs of each split's order. Which items share a shard depends on the items alone."""
+def plan_shards(items, config: PrepConfig) -> list[Shard]:
+    """Successive runs of each split's items, which are in order. Which share a shard depends on the items alone."""
     # No JPEG of this size at quality 95 is larger than its pixels; so the byte limit holds whatever the pictures.
     size = min(SHARD_SAMPLES, max(1, SHARD_BYTES // (3 * config.image_size**2 + 20_000)))
-    shards, first = [], 0
-    for split, numbers in order.items():
-        for start in range(0, len(numbers), size):
-            rows = numbers[start : start + size]
-            shards.append(Shard(f"{split}/shard-{start // size:06d}.tar", first, rows))
-            first += len(rows)
+    counts, shards, first = items["split"].value_counts(), [], 0
+    for split in SPLITS:
+        for start in range(0, count := counts.get(split, 0), size):
+            some = items.iloc[first : first + min(size, count - start)]
+            shards.append(Shard(f"{split}/shard-{start // size:06d}", first, some))
+            first += len(some)
     return shards
 
 
-def sample_texts(numbers, rows, items, seed: int) -> list[tuple[bytes, bytes]]:
-    """(json, txt) of each of these items."""
-    some = items.loc[numbers]
-    fields = [dict(zip(rows.columns, row, strict=True)) for row in rows.loc[some["row"]].to_numpy(object).tolist()]
-    names = ["image_path", "group", "source", *(["view"] if "view" in items else ())]
-    return [sample_text(*one, seed) for one in zip(fields, some[names].to_dict("records"), strict=True)]
+def sample_texts(items, rows, seed: int) -> list[tuple[bytes, bytes]]:
+    """(json, txt) of each item. Samples of one product have its id, and where there are several, a view from 0."""
+    used = {"id", "image_path", "clean_title", common.FURTHER, *common.ATTRIBUTES}
+    own = items[["image_path", "group", "source", *(["view"] if "view" in items else ())]]
+    texts = []
+    for fields, facts in zip(rows.loc[items["row"]].to_dict("records"), own.to_dict("records"), strict=True):
+        meta = common.clean_metadata(fields)
+        row = {name: value for name, value in fields.items() if name not in used}
+        record = {"id": fields["id"], **meta, **facts, "row": row}
+        texts.append((common.canonical(record), common.pick_prompt(meta, fields["id"], seed).encode()))
+    return texts
 
 
-def write_shard(shard: Shard, texts: list, places: Any, plan: str, parts: PhotoParts, output: str) -> dict:
+def write_shard(shard: Shard, texts: list, plan: str, parts: PhotoParts, output: str) -> dict:
     """Write one shard; returns its record. The same samples give the same bytes on any machine and day.
 
     An older shard goes, the record comes, then the shard, whole: a shard at its place is always that of its record.
     """
     import webdataset  # brings torch along: seconds that only a run pays that has a shard to write
 
-    path = join(output, shard.name)
-    parts.fetch(places["part"].unique())
-    places = places.itertuples(index=False)
-    local = parts.local / f"shard-{os.environ.get('RANK', 0)}.tar" if is_s3(output) else Path(path)
+    name = f"{shard.name}.tar"
+    parts.fetch(f"{part}.jpegs" for part in shard.items["part"].unique())
+    places = shard.items[PLACE].itertuples(index=False)
+    local = parts.local / "shard.tar" if is_s3(output) else Path(output, name)
     with common.atomic_file(local) as temporary:
         with open(temporary, "wb") as file, webdataset.TarWriter(file, "", "", 0o644, encoder=False, mtime=0) as tar:
             for number, ((meta, prompt), place) in enumerate(zip(texts, places, strict=True), shard.first):
                 tar.write({"__key__": f"{number:09d}", "jpg": parts.jpeg(*place), "json": meta, "txt": prompt})
         record = {
-            "name": shard.name, "samples": len(shard.rows), "bytes": temporary.stat().st_size,
+            "name": name, "samples": len(shard.items), "bytes": temporary.stat().st_size,
             "sha256": common.file_digest(temporary), "plan": plan,
         }  # fmt: skip
         if record["bytes"] > SHARD_BYTES:
-            raise Fail(f"{shard.name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
-        common.remove(path)
-        common.upload_atomic(common.canonical(record), join(output, shard.record))
+            raise Fail(f"{name}: {record['bytes']} bytes, over the limit of {SHARD_BYTES}; shorten the columns")
+        common.remove(join(output, name))
+        common.upload_atomic(common.canonical(record), join(output, f"{shard.name}.json"))
     if is_s3(output):
-        common.upload_atomic(local, path)
+        common.upload_atomic(local, join(output, name))
         local.unlink()
     return record
 
 
-def finished_record(output: str, shard: Shard, plan: str, present: dict[str, int]) -> dict[str, Any] | None:
-    """The record of a shard that is there already with just this content, else None."""
-    if shard.name not in present or shard.record not in present:
-        return None
-    try:
-        record = json.loads(common.read_bytes(join(output, shard.record)))
-        return record if record["plan"] == plan and record["bytes"] == present[shard.name] else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def write_dataset(shards: list[Shard], items, rows, parts: PhotoParts, output: str, config: PrepConfig, world: World):
-    """Write the shards that are not there yet, each process its own; returns {name: record} of all.
+def write_dataset(shards: list[Shard], rows, parts: PhotoParts, output: str, config: PrepConfig, world: World) -> list:
+    """Write the shards that are not there yet, each process its own; returns the records of all, in order.
 
     The first process of torchrun knows the shards and the items that go into them, and deals them out.
     """
-    import numpy as np
-
-    if world.size > 1:
-        dealt = [shards[rank :: world.size] for rank in range(world.size)]
-        places = ([shard.rows for shard in own] or [np.empty(0, int)] for own in dealt)
-        shards, items = world.deal(
-            [(own, items.loc[np.concatenate(at)]) for own, at in zip(dealt, places, strict=True)]
-        )
+    shards = world.deal([shards[rank :: world.size] for rank in range(world.size)])
     present, records, there = dict(common.list_files(output)), {}, 0
     for shard in common.progress(shards, "write", len(shards), "shard") if world.main else shards:
-        texts = sample_texts(shard.rows, rows, items, config.seed)
-        sources = items.loc[shard.rows, "source"].tolist()
+        texts = sample_texts(shard.items, rows, config.seed)
         contents = common.digest(b"\n".join(itertools.chain.from_iterable(texts)))
-        plan = common.digest([photo_settings(config), shard.first, contents, sources])
-        record = finished_record(output, shard, plan, present)
-        there += record is not None
-        records[shard.name] = record or write_shard(shard, texts, items.loc[shard.rows, PLACE], plan, parts, output)
+        plan = common.digest([photo_settings(config), shard.first, contents, shard.items["source"].tolist()])
+        name, kept = f"{shard.name}.tar", f"{shard.name}.json"
+        record = json.loads(common.read_bytes(join(output, kept))) if {name, kept} <= present.keys() else {}
+        if record.get("plan") == plan and record["bytes"] == present[name]:
+            there += 1
+        else:
+            record = write_shard(shard, texts, plan, parts, output)
+        records[shard.first] = record
     records, there = zip(*world.share((records, there)), strict=True)
-    records = {name: record for some in records for name, record in some.items()}
+    records = dict(itertools.chain.from_iterable(some.items() for some in records))
     if world.main:
         print(f"shards: {len(records)}, of which {sum(there)} were there already")
-    return records
+    return [record for _, record in sorted(records.items())]
 
 
 def create_mini_train(records: list[dict], output: str) -> list[dict]:
     """mini_train: the first train shards again, under the same numbers."""
     mini = []
     for record in [record for record in records if record["name"].startswith("train/")][:MINI_SHARDS]:
-        name = record["name"].replace("train/", "mini_train/")
-        copy_atomic(join(output, record["name"]), join(output, name))
-        mini.append(record | {"name": name})
+        mini.append(record | {"name": record["name"].replace("train/", "mini_train/")})
+        source, target = (join(output, one["name"]) for one in (record, mini[-1]))
+        if is_s3(output):
+            copy = {"CopySource": source.removeprefix("s3://")}
+            common.s3_call(target, lambda client, to, key, copy=copy: client.copy_object(Bucket=to, Key=key, **copy))
+        else:
+            with common.atomic_file(target) as temporary:
+                shutil.copyfile(source, temporary)
     return mini
 
 
@@ -750,11 +605,8 @@ def remove_stale(output: str, splits: dict[str, dict]) -> None:
         for name, _ in common.list_files(folder):
             if re.fullmatch(r"shard-\d{6}\.(tar|json)", name) and Path(name).stem not in wanted:
                 common.remove(join(folder, name))
-        if is_s3(output):
-            abort_uploads(folder)
-        else:
-            for left in Path(folder).glob(".shard-*.tmp"):
-                left.unlink()
+        for left in Path(folder).glob(".shard-*.tmp"):
+            left.unlink()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -765,74 +617,59 @@ SHEET = {"train": 32, "validation": 8, "test": 8}  # samples on the contact shee
 
 def split_report(items) -> dict[str, Any]:
     """Counts by type and split, duplicate groups, and what a random split would have leaked."""
-    by_type: dict[str, dict[str, int]] = {}
-    for (kind, split), count in items.groupby(["type", "split"]).size().items():
-        by_type.setdefault(kind or "unknown", dict.fromkeys(SPLITS, 0))[split] += int(count)
-    groups: dict[str, list[str]] = {}
-    copies = items[items["group"].duplicated(keep=False)]
-    for id, group in zip(copies["id"], copies["group"], strict=True):
-        groups.setdefault(group, []).append(id)
-    sides = copies.groupby("group")["split"].nunique()
+    import pandas as pd
+
+    by_type = pd.crosstab(items["type"], items["split"]).reindex(columns=SPLITS, fill_value=0)
+    by_type = by_type.rename(index={"": "unknown"})
+    copies = items[items["group"].duplicated(keep=False)].groupby("group", sort=False)
     # The expected share of held-out items with a duplicate in train, had the splits been drawn item by item.
     sizes = Counter(items["group"].value_counts().tolist())
     held = 1 - SHARES["train"]
     leaked = sum(count * size * (1 - held ** (size - 1)) for size, count in sorted(sizes.items()))
     return {
-        "splits": {split: sum(counts[split] for counts in by_type.values()) for split in SPLITS},
-        "types": by_type,
-        "duplicate_groups": groups,
-        "groups_kept_apart": sorted(sides.index[sides > 1]),  # only by --keep-split, which moves nothing
+        "splits": by_type.sum().to_dict(),
+        "types": by_type.to_dict("index"),
+        "duplicate_groups": copies["id"].agg(list).to_dict(),
         "random_split_leak": round(leaked / max(1, len(items)), 4),
     }
 
 
 def print_report(report: dict[str, Any]) -> None:
     """The split report, short enough for a terminal."""
-    largest = sorted(report["types"].items(), key=lambda item: -sum(item[1].values()))
-    lines = largest[:12]
-    if len(largest) > 12:
-        rest = {split: sum(counts[split] for _, counts in largest[12:]) for split in SPLITS}
-        lines.append((f"{len(largest) - 12} more types", rest))
-    print(f"{'object type':<24}{'train':>8}{'validation':>12}{'test':>8}")
-    for kind, counts in [*lines, ("all", report["splits"])]:
-        print(f"{kind[:23]:<24}{counts['train']:>8}{counts['validation']:>12}{counts['test']:>8}")
-    groups, apart = report["duplicate_groups"], report["groups_kept_apart"]
-    where = f"{len(apart)} of them kept apart by --keep-split" if apart else "each on one side"
+    import pandas as pd
+
+    types = pd.DataFrame.from_dict(report["types"], "index").rename(lambda kind: kind[:23])
+    types = types.iloc[(-types.sum(axis=1)).argsort(kind="stable")]  # the largest first
+    rest = types[12:].sum().to_frame(f"{len(types) - 12} more types").T if len(types) > 12 else None
+    print(pd.concat([types[:12], rest, types.sum().to_frame("all").T]).to_string())
+    groups = report["duplicate_groups"]
     print(
-        f"{len(groups)} duplicate groups of {sum(map(len, groups.values()))} items, {where}; a random split would "
-        f"have leaked {report['random_split_leak']:.1%} of validation and test"
+        f"{len(groups)} duplicate groups of {sum(map(len, groups.values()))} items, each on one side; a random split "
+        f"would have leaked {report['random_split_leak']:.1%} of validation and test"
     )
 
 
-def contact_sheet(order: dict[str, Any], rows, items, parts: PhotoParts, seed: int) -> bytes:
-    """A JPEG of 48 samples, the first of each split, each with prompt, split and type."""
+def contact_sheet(items, rows, parts: PhotoParts, seed: int) -> bytes:
+    """A JPEG of 48 samples, the first of each split, each with prompt, split and type. The items are in order."""
+    import pandas as pd
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (8 * 232, 6 * 284), "white")
     pen = ImageDraw.Draw(sheet)
-    shown = [(split, number) for split, count in SHEET.items() for number in order[split][:count]]
-    texts = sample_texts([number for _, number in shown], rows, items, seed)
-    parts.fetch(items.loc[[number for _, number in shown], "part"].unique())
-    for position, ((split, number), (_, prompt)) in enumerate(zip(shown, texts, strict=True)):
+    shown = pd.concat([items[items["split"] == split].head(count) for split, count in SHEET.items()])
+    parts.fetch(f"{part}.jpegs" for part in shown["part"].unique())
+    texts = sample_texts(shown, rows, seed)
+    for position, (item, (_, prompt)) in enumerate(zip(shown.to_dict("records"), texts, strict=True)):
         x, y = position % 8 * 232 + 4, position // 8 * 284 + 4
-        photo = common.load_image(parts.jpeg(*items.loc[number, PLACE]))
+        photo = common.load_image(parts.jpeg(*map(item.get, PLACE)))
         sheet.paste(photo.resize((224, 224)), (x, y))
-        pen.text((x, y + 227), f"{split} · {items.at[number, 'type'] or 'unknown'}"[:36], "#666666", font)
+        pen.text((x, y + 227), f"{item['split']} · {item['type'] or 'unknown'}"[:36], "#666666", font)
         for line, text in enumerate(textwrap.wrap(prompt.decode(), 36, max_lines=2, placeholder=" …")):
             pen.text((x, y + 243 + 15 * line), text, "black", font)
     out = io.BytesIO()
     sheet.save(out, "JPEG", quality=88)
     return out.getvalue()
-
-
-def items_csv(items) -> bytes:
-    """items.csv: id, split and duplicate group of every item."""
-    out = io.StringIO()
-    writer = common.csv_writer(out)
-    writer.writerow(["id", "split", "group"])
-    writer.writerows(items[["id", "split", "group"]].to_numpy(object).tolist())
-    return out.getvalue().encode()
 
 
 def count_reasons(rejects: list[dict]) -> str:
@@ -850,72 +687,50 @@ def prepare(args: argparse.Namespace, config: PrepConfig) -> int:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # Arrow's own keeps what is freed from all others
     start, world = time.monotonic(), World(None)
-    images = common.images_folder(args.images, args.input)
-    output, fold = args.output, parse_fold(config.fold)
-    if fold and args.keep_split:
-        raise Fail("--fold with --keep-split: the parts of a catalogue are cut anew; leave one of them out", USAGE)
-    with contextlib.nullcontext() if world.main else contextlib.redirect_stdout(None):
-        rows, reasons = read_rows(args, config)
-    check_same_work(args, config, world)
+    images, output = common.images_folder(args.images, args.input), args.output
+    fold = parse_fold(config.fold)
+    rows, reasons = (table[: config.limit] for table in common.read_catalogue(args.input))
+    facts = [photo_settings(config), config.seed, config.limit, [common.file_digest(path) for path in args.input]]
+    if len(set(world.share(common.digest(facts)))) > 1:
+        raise Fail("the processes have different catalogues, settings or versions of Pillow; give all the same", USAGE)
     # Beside the shards, or for S3 beside the CSV, for each process: the lock, and photos or copies of them.
     folder = Path(f"{args.input[0]}.work", str(world.rank)) if is_s3(output) else Path(output, ".work")
     parts = PhotoParts(join(output, ".work"), folder, config)
     if not world.main:
         while (keys := world.deal()) is not None:
             parts.scan(keys, world)
-        write_dataset([], rows[:0], rows, parts, output, config, world)
+        write_dataset([], rows, parts, output, config, world)
         if is_s3(output):
             shutil.rmtree(folder, ignore_errors=True)
         return DONE
-    if is_s3(output):  # a refusal is told now, not after the scan
-        common.upload_atomic(b"", join(output, ".writable"))
-        common.remove(join(output, ".writable"))
-    kept = kept_splits(args.keep_split)
     with common.exclusive(folder / "lock") as held:
         if not held:
             raise Fail(f"{folder}: in use by another 2_prepare.py; wait until it has ended")
-        for old in (old for place in {folder, folder.parent} for old in place.glob("photos.bin")):
-            print(f"{old}: of an earlier version, removed; its photos are scanned again", flush=True)
-            old.unlink()
         items, rejects, wanted = scan(rows, reasons, images, parts, config, world)
-        if not len(items):
+        if items.empty:
             why = count_reasons(rejects) or "it has no rows"
             raise Fail(f"{args.input[0]}: none of {len(rows)} rows is usable ({why}); check --images")
-        same = rows.loc[items["row"], args.group_by].str.strip() if args.group_by else ()
-        items, whole = assign_splits(items, parts, same, config.seed, fold, kept)
-        order = draw_order(items, config.seed)
+        items = assign_splits(items, parts, config.seed, fold)
+        products = items[items["view"] == 0]
+        items = in_order(items if items["view"].any() else items.drop(columns="view"), config.seed)
         common.remove(join(output, "manifest.json"))  # it never describes a folder that is being changed
-        shards = plan_shards(order, config)
-        shown = items if items["view"].any() else items.drop(columns="view")
-        written = write_dataset(shards, shown, rows, parts, output, config, world)
-        sheet = contact_sheet(order, rows, shown, parts, config.seed)
-        records = [written[shard.name] for shard in shards]
-        report = finish(whole, records, rejects, sheet, len(rows), args, config, start)
-        parts.tidy(wanted if config.limit is None else None)  # the next run, without it, wants the others again
+        records = write_dataset(plan_shards(items, config), rows, parts, output, config, world)
+        sheet = contact_sheet(items, rows, parts, config.seed)
+        report = finish(products, records, rejects, sheet, len(rows), args, config, start)
+        parts.tidy(wanted)
     print_report(report)
-    return say_counts(rejects, len(rows), set(whole["id"]), args, config, time.monotonic() - start)
+    return say_counts(rejects, len(rows), set(products["id"]), args, config, time.monotonic() - start)
 
 
-def check_same_work(args: argparse.Namespace, config: PrepConfig, world: World) -> None:
-    """Fail where the processes of torchrun would not make the same of the same."""
-    if world.size == 1:
-        return
-    facts = [photo_settings(config), config.seed, config.limit, [common.file_digest(path) for path in args.input]]
-    if len(set(world.share(common.digest(facts)))) > 1:
-        raise Fail("the processes have different catalogues, settings or versions of Pillow; give all the same", USAGE)
-
-
-def assign_splits(items, parts: PhotoParts, same: Iterable[str], seed: int, fold, kept: dict[str, str]) -> tuple:
-    """(items with group and split, those that are the first photo of a product)."""
+def assign_splits(items, parts: PhotoParts, seed: int, fold: tuple[int, int] | None) -> Any:
+    """The items with group and split."""
     import numpy as np
 
     distinct = np.flatnonzero(~items["source"].duplicated())  # items that share a photo are known by the first
     owners, *views = parts.looks(items.iloc[distinct])
-    items = items.assign(group=group_items(items, (distinct[owners], *views), same))
-    first = items["view"] == 0
-    split = np.array(split_items(items[first], seed, fold, kept))
-    items = items.assign(split=split[np.cumsum(first) - 1])
-    return items, items[items["view"] == 0]
+    items = items.assign(group=group_items(items, (distinct[owners], *views)))
+    first = items["view"] == 0  # of a product; its further photos follow
+    return items.assign(split=split_items(items[first], seed, fold)[np.cumsum(first) - 1])
 
 
 def finish(items, records, rejects, sheet: bytes, count: int, args, config: PrepConfig, start: float) -> dict[str, Any]:
@@ -927,7 +742,8 @@ def finish(items, records, rejects, sheet: bytes, count: int, args, config: Prep
         listed = [{key: record[key] for key in ("name", "samples", "bytes", "sha256")} for record in own]
         splits[split] = {"samples": sum(record["samples"] for record in own), "shards": listed}
     remove_stale(output, splits)
-    report, listing = split_report(items), items_csv(items)
+    report = split_report(items)
+    listing = items[["id", "split", "group"]].to_csv(index=False, lineterminator="\n").encode()
     manifest = {
         "format": FORMAT,
         "settings": {"seed": config.seed, "image_size": config.image_size, "quality": config.quality}
@@ -972,32 +788,21 @@ def verify(output: str) -> int:
     """Compare a shard folder with its manifest; prints each fault and returns the exit code."""
     manifest = common.load_manifest(output)
     present = dict(common.list_files(output))
-    listed = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    listed = {shard["name"]: shard for split in manifest["splits"].values() for shard in split["shards"]}
     faults = []
-    for shard in common.progress(listed, "verify", len(listed), "shard"):
-        name = shard["name"]
+    for name, shard in common.progress(listed.items(), "verify", len(listed), "shard"):
         if name not in present:
             faults.append(f"{name}: missing")
         elif present[name] != shard["bytes"]:
             faults.append(f"{name}: {present[name]} bytes, {shard['bytes']} by the manifest")
-        elif stored_digest(join(output, name)) != shard["sha256"]:
+        elif common.digest(common.read_bytes(join(output, name))) != shard["sha256"]:
             faults.append(f"{name}: content is not that of the manifest")
-    known = {shard["name"] for shard in listed}
-    faults += [f"{name}: not in the manifest" for name in present if name.endswith(".tar") and name not in known]
+    faults += [f"{name}: not in the manifest" for name in present if name.endswith(".tar") and name not in listed]
     for fault in faults:
         print(fault)
     remedy = "; remove those shards and run 2_prepare.py again, which makes them anew" if faults else ""
     print(f"{len(listed)} shards checked, {len(faults)} faults{remedy}")
     return FAILED if faults else DONE
-
-
-def stored_digest(path: str) -> str:
-    """sha256 (hex) of a local file, or of an S3 object, which is copied to a temporary file for that."""
-    if not is_s3(path):
-        return common.file_digest(path)
-    with tempfile.TemporaryDirectory() as folder:
-        common.download_atomic(path, Path(folder, "object"))
-        return common.file_digest(Path(folder, "object"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1010,8 +815,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", help="folder that image_path is relative to (default: the CSV's)")
     parser.add_argument("--output", required=True, help="folder or s3://bucket/prefix for the shards")
     parser.add_argument("--verify", action="store_true", help="compare --output with its manifest, and stop")
-    parser.add_argument("--keep-split", metavar="MANIFEST", help="an older manifest.json: no item of it changes sides")
-    parser.add_argument("--group-by", metavar="COLUMN", help="keep rows equal in this column on one side too")
     common.add_flags(parser, PrepConfig)
     return parser
 

@@ -178,7 +178,7 @@ def plan(count: int) -> None:
     del looks
     items["split"] = prepare.split_items(items, 42)
     show("split")
-    shards = prepare.plan_shards(prepare.draw_order(items, 42), prepare.PrepConfig(image_size=224))
+    shards = prepare.plan_shards(prepare.in_order(items, 42), prepare.PrepConfig(image_size=224))
     show(f"{len(shards):,} shards")
 
 

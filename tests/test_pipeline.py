@@ -239,7 +239,7 @@ def test_made_up_answers_never_pass_for_real_ones(tmp_path):
 def test_pictures_that_the_stages_make_are_no_photos_of_the_shop(tmp_path):
     """However IMAGES and DATA are spelled; and a quote in a variable is a character like any other."""
     variables = [f"CATALOGUE={shop_in(tmp_path)}", f"IMAGES={os.path.relpath(tmp_path, ROOT)}"]
-    variables += ["CLEAN_FLAGS=--max-failed 0.5", "TRAIN_FLAGS=--wandb 'off'", "PREPARE_FLAGS=--group-by brand's"]
+    variables += ["CLEAN_FLAGS=--max-failed 0.5", "TRAIN_FLAGS=--wandb 'off'", "PREPARE_FLAGS=--fold brand's"]
     assert make(tmp_path / "data", "clean-data", *variables).returncode == 0
     (tmp_path / "data/runs").mkdir()
     shutil.copy(tmp_path / "a.png", tmp_path / "data/runs/curves.png")
