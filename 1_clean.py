@@ -31,7 +31,6 @@ import math
 import os
 import re
 import socket
-import ssl
 import struct
 import sys
 import threading
@@ -677,13 +676,11 @@ def build_row(
 # --------------------------------------------------------------------------------------------------------------------
 # Photos at URLs: fetched before anything is sent, once, into WORKSPACE.photos, one file a URL, named by its sha256
 
-HOST_LANES, LANES = 6, 32  # connections at once to one host, and in all
+HOST_LANES, LANES = 6, 32  # connections at once to one host, and transfers under way in all
 FETCH_TIMEOUT, FETCH_LIMIT = 20, 120  # seconds that a connection may be silent, and that a photo may take
 FETCH_ATTEMPTS, REDIRECTS = 4, 5
 FETCH_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second attempt, doubled each time; a server's wish at most
 MAX_FETCHED = 64 << 20  # bytes of a photo
-FETCH_HEADERS = ["User-Agent: Mozilla/5.0 (compatible; catalogue photos)", "Accept: image/*,*/*;q=0.5",
-                 "Accept-Encoding: identity"]  # fmt: skip
 CONDITIONS = {"etag": "If-None-Match", "last-modified": "If-Modified-Since"}  # of an answer -> of a later request
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")  # or ftyp: AVIF, HEIC
 FETCH_ERRORS = {  # libcurl's codes: the reason, and whether another attempt may help; others: a broken connection
@@ -708,144 +705,49 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def is_picture(start: bytes) -> bool:
-    """Whether a file that starts with these 12 bytes may be a picture."""
-    return start.startswith(PICTURE_STARTS) or start[4:8] == b"ftyp"
-
-
-def wire_url(url: str) -> str:
-    """A feed's URL as RFC 3986 has it: what may not stand in one is encoded. Raises ValueError where it is none."""
-    url = url.strip().partition("#")[0]
-    if not re.search(r'[^!-~]|["<>\\^`{|}]', url):
-        return url
-    parts = urllib.parse.urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    quoted = functools.partial(urllib.parse.quote, safe="!$%&'()*+,/:;=?@[]~")
-    host = quoted(user) + at + host.encode("idna").decode()
-    return parts._replace(netloc=host, path=quoted(parts.path), query=quoted(parts.query)).geturl()
-
-
-class NotFetched(Exception):
-    """Why a photo could not be fetched; `pause`: seconds that the server asks for, None where nothing would help."""
-
-    def __init__(self, reason: str, pause: float | None = None):
-        super().__init__(reason)
-        self.pause = pause
-
-
 class Wanted(NamedTuple):
-    """A photo that is asked for."""
+    """A photo that is to be fetched into the file `name`."""
 
     url: str
-    place: str  # the same, or where a redirect led
+    name: str
+    place: str  # the URL, or where a redirect led
     attempt: int = 1
     redirects: int = 0
+    since: float = 0.0  # when it may be asked for
+
+    @property
+    def host(self) -> str:
+        return re.sub(r"\s*\w+://|[/?#].*", "", self.place)
 
 
-class Transfer:
-    """A lane of libcurl's, which brings one photo after the other into a file.
+def new_lane(allow_private: bool) -> Any:
+    """A handle of libcurl, which checks every address as it opens a connection, whatever name or redirect led there."""
+    import certifi
+    import pycurl
 
-    Every address is checked when its connection is opened, whatever name or second look-up led to it.
-    """
+    curl = pycurl.Curl()
 
-    def __init__(self, allow_private: bool):
-        import certifi
-        import pycurl
+    def connect(purpose: int, address: Any) -> Any:
+        curl.refused = not allow_private and not is_public(address.addr[0])
+        with contextlib.suppress(OSError):
+            return pycurl.SOCKET_BAD if curl.refused else socket.socket(*address[:3])
+        return pycurl.SOCKET_BAD
 
-        self.curl, self.allow_private, self.file, self.temporary = pycurl.Curl(), allow_private, None, ""
-        self.errors = {getattr(pycurl, f"E_{name}"): why for name, why in FETCH_ERRORS.items()}
-        options = {"PROTOCOLS": pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS, "NOSIGNAL": 1, "BUFFERSIZE": 256 << 10}
-        options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
-        options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED}
-        options["PROXY"] = ""  # behind a proxy no address could be checked
-        trusted = ssl.get_default_verify_paths()  # as Python trusts; SSL_CERT_FILE and SSL_CERT_DIR say otherwise
-        options["CAINFO"] = trusted.cafile or certifi.where()
-        options |= {"CAPATH": trusted.capath} if trusted.capath else {}
-        options |= {"OPENSOCKETFUNCTION": self._connect, "WRITEFUNCTION": self._write}
-        for name, value in options.items():
-            self.curl.setopt(getattr(pycurl, name), value)
+    def keep_header(line: bytes) -> None:
+        name, _, value = line.decode("latin-1").partition(":")
+        if condition := CONDITIONS.get(name.lower()):
+            curl.conditions[condition] = value.strip()
 
-    def start(self, photo: Wanted, path: str, known: dict[str, Any]) -> None:
-        """Prepare to fetch a photo into `path`. Raises ValueError or pycurl.error where its URL is none."""
-        self.photo, self.path, self.size, self.begin = photo, path, 0, b""
-        self.refused, self.error, self.headers = "", None, []
-        asked = [f"{name}: {known[name]}" for name in CONDITIONS.values() if known.get(name) and os.path.exists(path)]
-        self.curl.setopt(self.curl.URL, wire_url(photo.place))
-        self.curl.setopt(self.curl.HTTPHEADER, FETCH_HEADERS + [line.encode("latin-1") for line in asked])
-        self.curl.setopt(self.curl.HEADERFUNCTION, self.headers.append)
-
-    def _connect(self, purpose: int, address: Any) -> Any:
-        if not self.allow_private and not is_public(address.addr[0]):
-            self.refused = "private address (--allow-private)"
-            return self.curl.SOCKET_BAD
-        self.refused = ""  # what another address of this host was
-        try:
-            return socket.socket(address.family, address.socktype, address.protocol)
-        except OSError:
-            return self.curl.SOCKET_BAD
-
-    def _write(self, block: bytes) -> int | None:
-        """Take a block of an answer; anything but None stops the transfer."""
-        try:
-            if not self.temporary:
-                if self._last_headers()[0].split()[1] != b"200":
-                    return None  # nobody reads what a page of errors says
-                self.temporary = "{}/.{}.tmp".format(*os.path.split(self.path))
-                self.file = open(self.temporary, "wb")
-            self.begin += block[: 12 - len(self.begin)]
-            if len(self.begin) == 12 and not is_picture(self.begin):
-                self.refused = "not an image"
-                return 0
-            self.size += self.file.write(block)
-        except BaseException as error:  # libcurl would print it and go on
-            self.error = error
-            return 0
-
-    def _last_headers(self) -> list[bytes]:
-        """The status line and what follows it, without interim answers such as 100."""
-        starts = [number for number, line in enumerate(self.headers) if re.match(rb"HTTP/[\d.]+ +\d", line, re.I)]
-        return self.headers[starts[-1] :]
-
-    def finish(self, code: int) -> tuple[str, int, dict[str, str]]:
-        """At an end with this code: ("fetched" or "unchanged", bytes, headers for the next, conditional request).
-
-        For a redirect ("moved", 0, {"to": URL}). Raises NotFetched, or what went wrong here, such as a full disk.
-        """
-        try:
-            if self.error:
-                raise self.error
-            if self.file:
-                self.file.close()
-            status = self.curl.getinfo(self.curl.RESPONSE_CODE)
-            if code and (status < 400 or code == self.curl.E_OPERATION_TIMEDOUT):  # else the status says it all
-                why, again = self.errors.get(code, (f"connection broken (libcurl's code {code})", True))
-                raise NotFetched(self.refused or why, None if self.refused or not again else 0.0)
-            if status == 304 and os.path.exists(self.path):
-                os.utime(self.path)
-                return "unchanged", 0, {}
-            if target := self.curl.getinfo(self.curl.REDIRECT_URL):
-                return "moved", 0, {"to": target}
-            if status != 200:
-                again = status in (408, 425, 429) or status >= 500
-                raise NotFetched(f"status {status}", self.curl.getinfo(self.curl.RETRY_AFTER) if again else None)
-            if not is_picture(self.begin):
-                raise NotFetched("not an image" if self.size else "empty answer")
-            os.replace(self.temporary, self.path)
-        finally:
-            self.stop()
-        headers = (line.decode("latin-1").partition(":") for line in self._last_headers())
-        headers = {name.strip().lower(): value.strip() for name, _, value in headers}
-        return "fetched", self.size, {ask: headers[name] for name, ask in CONDITIONS.items() if headers.get(name)}
-
-    def stop(self) -> None:
-        """Leave nothing unfinished behind."""
-        if self.file:
-            with contextlib.suppress(OSError):  # a full disk is told already
-                self.file.close()
-        if self.temporary:
-            with contextlib.suppress(FileNotFoundError):  # it has its name, or was never made
-                os.unlink(self.temporary)
-        self.file, self.temporary = None, ""
+    web = pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS
+    options = {"PROTOCOLS": web, "FAILONERROR": 1, "OPENSOCKETFUNCTION": connect, "HEADERFUNCTION": keep_header}
+    options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
+    options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED, "BUFFERSIZE": 256 << 10}
+    options["USERAGENT"] = "Mozilla/5.0 (compatible; catalogue photos)"
+    options["PROXY"] = ""  # behind a proxy no address could be checked
+    options["CAINFO"] = os.environ.get("SSL_CERT_FILE") or certifi.where()  # as the openai client trusts
+    for name, value in options.items():
+        curl.setopt(getattr(pycurl, name), value)
+    return curl
 
 
 class PhotoFetcher:
@@ -859,9 +761,8 @@ class PhotoFetcher:
         self.folder, self.allow_private = folder, allow_private
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
-        # By host: (time before which it waits, Wanted) of what is to be asked for; transfers; time of being left alone.
-        self.queues: dict[str, deque] = {}
-        self.busy, self.quiet_until = Counter(), Counter()
+        self.queues: dict[str, deque[Wanted]] = {}  # by host, as the next two
+        self.busy, self.quiet_until = Counter(), Counter()  # transfers under way; until when it is left alone
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
@@ -874,14 +775,12 @@ class PhotoFetcher:
         names = {url: common.digest(url.encode()) for url in urls}
         wanted = {url: n for url, n in names.items() if n not in here or (here[n] < begun and n in self.known)}
         counts, failures, size = Counter(), {}, 0
-        with contextlib.closing(self.transfers(wanted)) as outcomes:
-            for url, outcome, got in common.progress(outcomes, "fetch", len(wanted), "photo"):
-                size += got
-                counts[outcome] += 1
-                if outcome not in ("fetched", "unchanged"):
-                    failures[url] = outcome
-        if counts["fetched"]:
-            os.sync()
+        for url, outcome, got in common.progress(self.transfers(wanted), "fetch", len(wanted), "photo"):
+            size += got
+            counts[outcome] += 1
+            if outcome not in ("fetched", "unchanged"):
+                failures[url] = outcome
+        os.sync()
         self.unfinished.unlink()
         here = f"{len(urls) - len(wanted)} were here already, " if len(urls) > len(wanted) else ""
         got = f"{counts['fetched']} fetched ({size / 1e6:.1f} MB), {counts['unchanged']} unchanged"
@@ -896,72 +795,99 @@ class PhotoFetcher:
 
         multi = pycurl.CurlMulti()
         multi.setopt(pycurl.M_MAXCONNECTS, 2 * LANES)  # idle ones included
-        lanes = {lane.curl: lane for lane in (Transfer(self.allow_private) for _ in range(min(LANES, len(names))))}
-        free = [*lanes.values()]
-        for url in names:
-            self.put(Wanted(url, url))
-        try:
-            while len(free) < len(lanes) or self.queues:
-                for photo in self.due(free):
-                    try:
-                        name = names[photo.url]
-                        free[-1].start(photo, f"{self.folder}/{name}", self.known.get(name, {}))
-                        multi.add_handle(free.pop().curl)
-                        self.busy[host_of(photo.place)] += 1
-                    except (ValueError, pycurl.error):
-                        yield photo.url, "not a URL", 0
-                multi.perform()
-                _, done, failed = multi.info_read()
-                for curl, code in [(curl, 0) for curl in done] + [(curl, code) for curl, code, _ in failed]:
-                    multi.remove_handle(curl)
-                    free.append(lanes[curl])
-                    self.busy[host_of(lanes[curl].photo.place)] -= 1
-                    if settled := self.settle(lanes[curl], code):
-                        yield settled
-                if not done and not failed and multi.select(0.1) <= 0:
-                    time.sleep(0.01)  # select does not wait where nothing is under way
-        finally:
-            for lane in lanes.values():
-                lane.stop()
+        free, under_way = [new_lane(self.allow_private) for _ in range(min(LANES, len(names)))], {}
+        for url, name in names.items():
+            self.put(Wanted(url, name, url))
+        while self.queues or under_way:
+            for photo in self.due(free):
+                try:
+                    self.start(free[-1], photo)
+                except ValueError:
+                    yield photo.url, "not a URL", 0
+                    continue
+                multi.add_handle(free[-1])
+                self.busy[photo.host] += 1
+                under_way[free.pop()] = photo
+            multi.perform()
+            _, done, failed = multi.info_read()
+            for curl, code in [(curl, pycurl.E_OK) for curl in done] + [(curl, code) for curl, code, _ in failed]:
+                multi.remove_handle(curl)
+                free.append(curl)
+                photo = under_way.pop(curl)
+                self.busy[photo.host] -= 1
+                if outcome := self.settle(curl, code, photo):
+                    yield photo.url, outcome, curl.body.tell() if outcome == "fetched" else 0
+            if not done and not failed and multi.select(0.1) <= 0:
+                time.sleep(0.01)  # select does not wait where nothing is under way
 
-    def put(self, photo: Wanted, pause: float = 0.0) -> None:
-        """Queue a photo, to be asked for after so many seconds."""
-        self.queues.setdefault(host_of(photo.place), deque()).append((time.monotonic() + pause, photo))
+    def put(self, photo: Wanted) -> None:
+        self.queues.setdefault(photo.host, deque()).append(photo)
 
-    def due(self, free: list[Transfer]) -> Iterator[Wanted]:
+    def due(self, free: list) -> Iterator[Wanted]:
         """What may be asked for now, host by host, while lanes are free."""
         now = time.monotonic()
         for host, queue in list(self.queues.items()) if free else ():
-            while queue and free and self.busy[host] < HOST_LANES and max(queue[0][0], self.quiet_until[host]) <= now:
-                yield queue.popleft()[1]
+            since = self.quiet_until[host]
+            while queue and free and self.busy[host] < HOST_LANES and max(since, queue[0].since) <= now:
+                yield queue.popleft()
             if not queue:
                 del self.queues[host]
 
-    def settle(self, lane: Transfer, code: int) -> tuple[str, str, int] | None:
-        """What came of a transfer that has ended; None where its photo is asked for again."""
-        photo = lane.photo
-        try:
-            outcome, size, more = lane.finish(code)
-            if outcome == "moved":
-                if photo.redirects == REDIRECTS:
-                    raise NotFetched("too many redirects")
-                return self.put(photo._replace(place=more["to"], redirects=photo.redirects + 1))
-        except NotFetched as error:
-            if error.pause is None or error.pause > LONGEST_PAUSE or photo.attempt == FETCH_ATTEMPTS:
-                return photo.url, str(error), 0
-            if error.pause:
-                self.quiet_until[host_of(photo.place)] = time.monotonic() + error.pause
-            return self.put(Wanted(photo.url, photo.url, photo.attempt + 1), FETCH_PAUSE * 2 ** (photo.attempt - 1))
-        if more:
-            line = {"name": os.path.basename(lane.path), "url": photo.url} | more
+    def start(self, curl: Any, photo: Wanted) -> None:
+        """Have a lane ask for a photo, with the conditions that its last answer gave. ValueError: this is no URL."""
+        curl.body, curl.refused, curl.conditions = io.BytesIO(), False, {}
+        known = self.known.get(photo.name, {})
+        asked = [name for name in CONDITIONS.values() if known.get(name) and (self.folder / photo.name).exists()]
+        headers = ["Accept: image/*,*/*;q=0.5", *(f"{name}: {known[name]}" for name in asked)]
+        host = photo.host if photo.host.isascii() else photo.host.encode("idna").decode()
+        place = photo.place.strip().replace(photo.host, host, 1)
+        curl.setopt(curl.URL, urllib.parse.quote(place, safe="!#$%&'()*+,/:;=?@[]~"))
+        curl.setopt(curl.HTTPHEADER, [line.encode("latin-1") for line in headers])
+        curl.setopt(curl.WRITEDATA, curl.body)
+
+    def settle(self, curl: Any, code: int, photo: Wanted) -> str:
+        """What came of a transfer: "fetched", "unchanged" or why not; "" where its photo is asked for again."""
+        if target := curl.getinfo(curl.REDIRECT_URL):
+            if photo.redirects == REDIRECTS:
+                return "too many redirects"
+            self.put(photo._replace(place=target, redirects=photo.redirects + 1))
+            return ""
+        outcome, wish = self.finish(curl, code, photo)
+        if wish is None or wish > LONGEST_PAUSE or photo.attempt == FETCH_ATTEMPTS:
+            return outcome
+        now = time.monotonic()
+        self.quiet_until[photo.host] = max(self.quiet_until[photo.host], now + wish)
+        pause = FETCH_PAUSE * 2 ** (photo.attempt - 1)
+        self.put(Wanted(photo.url, photo.name, photo.url, photo.attempt + 1, since=now + pause))
+        return ""
+
+    def finish(self, curl: Any, code: int, photo: Wanted) -> tuple[str, float | None]:
+        """Keep a photo that has come. ("fetched", "unchanged" or why not; the seconds that the server asks for, None
+        where another attempt would not help)."""
+        status, path, data = curl.getinfo(curl.RESPONSE_CODE), self.folder / photo.name, curl.body.getvalue()
+        if code == curl.E_HTTP_RETURNED_ERROR:
+            again = status in (408, 425, 429) or status >= 500
+            return f"status {status}", curl.getinfo(curl.RETRY_AFTER) if again else None
+        if code and curl.refused:
+            return "private address (--allow-private)", None
+        if code:
+            reasons = {getattr(curl, f"E_{error}"): reason for error, reason in FETCH_ERRORS.items()}
+            why, again = reasons.get(code, (f"connection broken (libcurl's code {code})", True))
+            return why, 0.0 if again else None
+        if status == 304 and path.exists():
+            os.utime(path)
+            return "unchanged", None
+        if status != 200:
+            return f"status {status}", None
+        if not data.startswith(PICTURE_STARTS) and data[4:8] != b"ftyp":
+            return "not an image" if data else "empty answer", None
+        temporary = self.folder / f".{photo.name}.tmp"
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+        if curl.conditions:
             with open(self.index, "a", encoding="utf-8") as index:
-                index.write(json.dumps(line) + "\n")
-        return photo.url, outcome, size
-
-
-def host_of(url: str) -> str:
-    """The part of a URL that says where to ask, "" where it is none."""
-    return (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower()
+                index.write(json.dumps({"name": photo.name, "url": photo.url} | curl.conditions) + "\n")
+        return "fetched", None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -772,7 +772,7 @@ def test_looking_for_placeholders_takes_time_by_the_number_of_products(same):
 def test_hosts_are_not_walked_through_while_no_lane_is_free(tmp_path):
     fetcher = clean.PhotoFetcher(tmp_path, True)
     for i in range(300):
-        fetcher.put(clean.Wanted(f"http://h{i}.de/a", f"http://h{i}.de/a"))
+        fetcher.put(clean.Wanted(f"http://h{i}.de/a", str(i), f"http://h{i}.de/a"))
     assert steps(lambda: list(fetcher.due([]))) < 300
     assert len(list(fetcher.due([None]))) == 300
 
