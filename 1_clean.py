@@ -115,17 +115,11 @@ OTHER_NAMES = (  # of our three columns, in exports that are none of these
     ("imagepath", "image", "images", "imageurl", "imagelink", "imagesrc", "imagefile", "photo", "picture", "bild"),
 )
 FURTHER_NAMES = ("additionalimagelink", "additionalimages", "variantimage", "variantimageurl", "furtherphotos")
-NO_TABLES = {  # how files begin that are no text, or another kind of text
+NO_TABLES = {  # how files begin that shops have beside their CSV
     b"PK\3\4": "a spreadsheet or zip archive", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "gzip",
-    b"PAR1": "a Parquet file", b"%PDF": "a PDF", b"SQLite": "a database", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip", b"\xff\xd8\xff": "a photo", b"\x89PNG": "a photo",
-    b"<": "XML or HTML", b"{": "JSON", b"[": "JSON",
 }  # fmt: skip
-# UTF-8 of western letters and punctuation: what cp1252 would show as Ã¤ or â€“
-UTF8_SIGNS = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80[\x80-\xbf]")
+HEADER_LINES = 1000  # that a header may take at most
 PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
-
-
 # What is no UTF-8, as "surrogateescape" keeps it: Windows-1252, or Latin-1 for the bytes that it leaves undefined.
 WINDOWS = {
     0xDC00 + byte: bytes([byte]).decode("latin-1" if byte in b"\x81\x8d\x8f\x90\x9d" else "cp1252")
@@ -165,45 +159,37 @@ def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
 
 
 def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
-    """Encoding (utf-8 or utf-16), delimiter, our names of the columns, and the export's name ("" of our own header)."""
+    """Encoding, delimiter, our names of the columns, and the export's name ("" where the header is ours)."""
     try:
         with open(path, "rb") as handle:
-            start = handle.read(1 << 20)
-    except FileNotFoundError:
+            start = handle.read(1 << 16).split(b"\n")[0]
+    except (FileNotFoundError, IsADirectoryError):
         raise Fail(f"{path}: no such CSV; check --input", common.USAGE) from None
-    except IsADirectoryError:
-        raise Fail(f"{path}: is a folder, not a CSV; check --input", common.USAGE) from None
-    for mark, what in NO_TABLES.items():
-        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark):
-            raise Fail(f"{path}: is {what}, not a table of text; export it as CSV (UTF-8)", common.USAGE)
-    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
-    headers = {}
-    try:
-        line = next(feed_lines(io.BytesIO(start), encoding, path), "")
-        for mark in ",;\t|":
-            records = csv.reader(feed_lines(io.BytesIO(start), encoding, path), delimiter=mark)
-            header = next((one for one in records if not is_excels_line(one, mark)), [])
-            headers[mark] = [name.strip() for name in header]
-    except UnicodeError as error:
-        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
-    if not line.strip():
-        raise Fail(f"{path}: is empty; a header with {', '.join(common.REQUIRED_COLUMNS)} is needed")
-    if re.search(r"[\0-\x08\x0e-\x1f\x7f\ufffd]", line):
-        what = "UTF-16 without its mark" if "\0" in line else "no text"
-        raise Fail(f"{path}: its first line is {what}; export it as CSV (UTF-8)", common.USAGE)
-    given = dict(re.findall(r'(\w+)=("[^"]*"|[^,]*)(?:,|$)', columns))
-    if columns and (not given or given.keys() - set(common.REQUIRED_COLUMNS)):
+    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    what = next((what for mark, what in NO_TABLES.items() if start.startswith(mark)), "")
+    if encoding != "utf-16" and re.search(rb"[\0-\x08\x0e-\x1f\x7f]", start):
+        what = what or "no text, or UTF-16 without its mark"
+    if what:
+        raise Fail(f"{path}: is {what}; export it as CSV (UTF-8)", common.USAGE)
+    given = {}
+    for pair in filter(None, columns.split(",")):
+        name, _, value = pair.partition("=")
+        given[name.strip()] = value.strip('" ')
+    if given.keys() - set(common.REQUIRED_COLUMNS):
         hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
         raise Fail(f"--columns {columns}: {hint}", common.USAGE)
-    given = {name: value.strip('" ') for name, value in given.items()}
-    found = [(delimiter, header, *find_columns(header, given)) for delimiter, header in headers.items()]
+    found = []
+    for delimiter in ",;\t|":
+        try:
+            records = csv.reader(itertools.islice(feed_lines(path, encoding), HEADER_LINES), delimiter=delimiter)
+            header = [name.strip() for name in next(records, [])]
+        except (UnicodeError, csv.Error) as error:
+            raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
+        found.append((delimiter, header, *find_columns(header, given)))
     delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
+    if not any(header):
+        raise Fail(f"{path}: is empty; a header with {', '.join(common.REQUIRED_COLUMNS)} is needed")
     return encoding, delimiter, our_header(path, header, places, export), export
-
-
-def is_excels_line(values: list[str], delimiter: str) -> bool:
-    """Whether a record is the "sep=;" that Excel writes, and reads, above the header."""
-    return re.fullmatch("(?i)sep=.?", delimiter.join(values)) is not None
 
 
 def plain_name(column: str) -> str:
@@ -218,33 +204,27 @@ def find_columns(header: list[str], given: dict[str, str]) -> tuple[dict[str, li
         return [place for place, name in enumerate(header) if key(name) in names]
 
     ours = {name: places([name], str) or places([name], str.lower) for name in common.REQUIRED_COLUMNS}
-    if given:
-        kind = "columns by --columns"
-    elif all(ours.values()):
-        return ours, ""
-    else:
-        kind = "columns by their names"
-        for export, wanted in EXPORTS.items():
-            found = [next(filter(None, (places([one]) for one in names)), []) for names in wanted]
-            if all(found):
-                return dict(zip(common.REQUIRED_COLUMNS, found, strict=True)), export
+    for export, wanted in EXPORTS.items():
+        found = [next(filter(None, (places([one]) for one in names)), []) for names in wanted]
+        if all(found) and not given and not all(ours.values()):
+            return dict(zip(common.REQUIRED_COLUMNS, found, strict=True)), export
     found = {name: ours[name] or places(some) for name, some in zip(common.REQUIRED_COLUMNS, OTHER_NAMES, strict=True)}
     found |= {name: places([value], str) for name, value in given.items()}
-    return found, "" if found == ours else kind
+    return found, "" if found == ours else "columns by --columns" if given else "columns by their names"
 
 
 def our_header(path: Path, header: list[str], places: dict[str, list[int]], export: str) -> list[str]:
     """The columns' names, ours where they are meant, each once; Fail where one is missing or may be any of several."""
     hint = "say which is which with --columns id=...,name=...,image_path=..."
     if missing := [name for name, found in places.items() if not found]:
-        shown = "".join(c if c.isprintable() else "?" for c in ", ".join(header))[:200]
+        shown = " ".join(", ".join(header).split())[:200]
         raise Fail(f"{path}: no column {', '.join(missing)}; the header has {shown}; {hint}", common.USAGE)
     for name, found in places.items():
-        if len({header[place].lower() for place in found}) < len(found):
+        some = [header[place] for place in found]
+        if len({one.lower() for one in some}) < len(some):
             raise Fail(f"{path}: two columns are called {name}; rename the one that is not meant", common.USAGE)
-        if len(found) > 1:
-            some = ", ".join(header[place] for place in found)
-            raise Fail(f"{path}: {name} may be {some}; {hint}", common.USAGE)
+        if len(some) > 1:
+            raise Fail(f"{path}: {name} may be {', '.join(some)}; {hint}", common.USAGE)
     ours = {found[0]: name for name, found in places.items()}
     if export:
         say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
@@ -255,63 +235,56 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     unique: list[str] = []
     for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
         name = f"shop_{name}" if name in own else name
-        free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
-        free = itertools.chain([name], free)
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        free = itertools.chain([name], (other for other in others if other not in header))
         unique.append(ours.get(place) or next(n for n in free if n not in {*unique, *common.REQUIRED_COLUMNS}))
     return unique
 
 
-def feed_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
-    """The lines of a binary file as text. In UTF-8, what is none is read as Windows-1252, with a warning at the end.
+def feed_lines(path: Path, encoding: str) -> Iterator[str]:
+    """The lines of a feed. What is no UTF-8 is read as Windows-1252, with a warning at the end where other lines are.
 
     A line with both is UTF-8 with single Windows bytes in it.
     """
-    if encoding == "utf-16":
-        yield from io.TextIOWrapper(handle, encoding, newline="")
-        return
     windows, utf8 = [], False
-    for number, line in enumerate(handle, 1):
-        try:
-            text = line.decode()
-            utf8 = utf8 or not text.isascii()
-        except UnicodeDecodeError:
-            signs = UTF8_SIGNS.search(line) is not None
-            text, utf8 = line.decode("utf-8" if signs else "ascii", "surrogateescape").translate(WINDOWS), utf8 or signs
-            windows.append(number)
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
+    errors = "strict" if encoding == "utf-16" else "surrogateescape"
+    with open(path, encoding=encoding, errors=errors, newline="") as handle:
+        for number, line in enumerate(handle, 1):
+            if re.search("[\udc80-\udcff]", line):
+                windows.append(number)
+                if re.search("[\x80-\xff\u2000-\u203f]", line):  # as cp1252 they would be Ã¤ or â€“
+                    utf8 = True
+                else:  # what looks like UTF-8 of rare letters is chance
+                    line = line.encode(errors="surrogateescape").decode("ascii", "surrogateescape")
+                line = line.translate(WINDOWS)
+            elif not line.isascii():
+                utf8 = True
+            yield line
     if windows and utf8:
         shown = ", ".join(map(str, windows[:5])) + (", ..." if len(windows) > 5 else "")
-        count = "1 line is" if len(windows) == 1 else f"{len(windows)} lines are"
-        say(f"warning: {path}: {count} not UTF-8, read as Windows-1252: {shown}")
+        say(f"warning: {path}: {len(windows)} lines are not UTF-8, read as Windows-1252: {shown}")
 
 
 def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -> Iterator[list[str]]:
     """The values of each row; a blank line is none. Raises Fail for what cannot be read, and for stray quotes."""
     lines: list[str] = []  # of the record that is being read
 
-    def keep(text: Iterator[str]) -> Iterator[str]:
-        for line in text:
+    def keep() -> Iterator[str]:
+        for line in itertools.chain(feed_lines(path, encoding), ["\n"]):  # which quotes that are never closed swallow
             lines.append(line)
             yield line
 
-    with open(path, "rb") as handle:
-        reader, begun, last = csv.reader(keep(feed_lines(handle, encoding, path)), delimiter=delimiter), 1, 1
-        above = True  # the rows
-        try:
-            for values in reader:
-                own = reader.line_num - begun + 1
-                del lines[:-own]
-                if own > 1 and are_rows(lines, delimiter, header):
-                    raise Fail(f"{path}, line {begun}: the quotes opened there swallow {own} lines; mend that line")
-                if values and not above:
-                    yield values
-                above = above and is_excels_line(values, delimiter)
-                last, begun = begun, reader.line_num + 1
-        except (csv.Error, UnicodeError) as error:
-            raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
-    if len([*csv.reader([*lines, "end"], delimiter=delimiter)]) == 1:  # no row of its own: swallowed by open quotes
-        raise Fail(f"{path}, line {last}: the quotes opened there are never closed; mend that line")
+    reader = csv.reader(keep(), delimiter=delimiter)
+    try:
+        for place, values in enumerate(reader):
+            begun = reader.line_num - len(lines) + 1
+            if place and len(lines) > 1 and are_rows(lines, delimiter, header):
+                raise Fail(f"{path}, line {begun}: the quotes opened there swallow {len(lines)} lines; mend that line")
+            if place and values:
+                yield values
+            lines.clear()
+    except (csv.Error, UnicodeError) as error:
+        raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
 
 
 def are_rows(lines: list[str], delimiter: str, header: list[str]) -> bool:
@@ -542,39 +515,26 @@ MAX_TITLE = 1000  # characters of a title that are sent
 BYTES_PER_PIXEL = 0.5  # a JPEG above this is encoded anew rather than sent as it is
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG of three 8-bit components without metadata but JFIF's; None for any other file.
-
-    Pillow's way to open a file takes a fifth of all that `prepare` does for a photo.
-    """
-    place, size = 2, None
-    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
-        if marker == 0xDA:  # the pixels begin
-            return size
-        if 0xC0 <= marker <= 0xC2:
-            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
-            size = (width, height) if (bits, components) == (8, 3) else None
-        elif marker not in (0xE0, 0xDB, 0xC4, 0xDD):  # JFIF, tables of quantisation and Huffman, restart interval
-            return None
-        place += 2 + length
-    return None
-
-
 def ready_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
     """The JPEG with its width and height, where it can be sent as it is; else None.
 
-    That is: RGB, at most `side` px, of moderate size, without segments of metadata (they may turn the photo, color it
-    or tell where it was taken), and whole: its only end-of-image marker stands at the end.
+    That is: three 8-bit components, at most `side` px, of moderate size, without segments of metadata (they may turn
+    the photo, color it or tell where it was taken), and whole: its only end-of-image marker stands at the end.
+    Pillow's way to open a file takes a fifth of all that `prepare` does for a photo.
     """
-    if data.find(b"\xff\xd9") != len(data) - 2 or len(data) > BYTES_PER_PIXEL * side * side:
+    if not data.startswith(b"\xff\xd8") or data.find(b"\xff\xd9") != len(data) - 2:
         return None
-    if not (size := jpeg_size(data)):
-        return None
-    width, height = size
+    place, width, height = 2, 0, 0
+    while place + 10 <= len(data) and (marker := data[place + 1]) != 0xDA:  # where the pixels begin
+        if 0xC0 <= marker <= 0xC2:
+            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
+            if (bits, components) != (8, 3):
+                return None
+        elif marker not in (0xE0, 0xDB, 0xC4, 0xDD):  # JFIF, tables of quantisation and Huffman, restart interval
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
     fits = min(width, height) >= common.MIN_SIDE and max(width, height) <= side
-    fits = fits and len(data) <= BYTES_PER_PIXEL * width * height
-    return (data, width, height) if fits else None
+    return (data, width, height) if fits and len(data) <= BYTES_PER_PIXEL * width * height else None
 
 
 def photo_jpeg(data: bytes, side: int) -> tuple[bytes, int, int]:
@@ -589,27 +549,20 @@ def photo_jpeg(data: bytes, side: int) -> tuple[bytes, int, int]:
     return buffer.getvalue(), *image.size
 
 
-@functools.lru_cache(maxsize=64)
-def request_frame(settings: CleaningConfig, token_factor: int) -> list[bytes]:
-    """What stands in a request's line before and after its digest, its title and its photo."""
+def request_line(settings: CleaningConfig, digest: str, title: str, jpeg: bytes, token_factor: int) -> bytes:
+    """One line of a request file, in the API's chat format with a strict schema; `token_factor` multiplies the tokens.
+
+    json, which looks at every letter, sees a mark in place of the photo, which would take a third of the time.
+    """
     image = {"url": "data:image/jpeg;base64,\0", "detail": settings.image_detail}
-    user = [{"type": "text", "text": "Title: \0"}, {"type": "image_url", "image_url": image}]
+    user = [{"type": "text", "text": f"Title: {title}"}, {"type": "image_url", "image_url": image}]
     messages = [{"role": "system", "content": PROMPT}, {"role": "user", "content": user}]
     answer = {"type": "json_schema", "json_schema": {"name": "product", "strict": True, "schema": SCHEMA}}
     body = {"model": settings.model, "messages": messages, "response_format": answer}
     body |= model_parameters(settings, token_factor)
-    line = {"custom_id": "\0", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    return json.dumps(line).encode().split(b"\\u0000")
-
-
-def request_line(settings: CleaningConfig, digest: str, title: str, jpeg: bytes, token_factor: int) -> bytes:
-    """One line of a request file, in the API's chat format with a strict schema; `token_factor` multiplies the tokens.
-
-    Only the title goes through json, which looks at every letter: a photo would take a third of the time.
-    """
-    begin, before_title, before_photo, end = request_frame(settings, token_factor)
-    title = json.dumps(title)[1:-1].encode()
-    return b"".join((begin, digest.encode(), before_title, title, before_photo, base64.b64encode(jpeg), end, b"\n"))
+    line = json.dumps({"custom_id": digest, "method": "POST", "url": "/v1/chat/completions", "body": body})
+    before, after = line.encode().rsplit(b"\\u0000", 1)
+    return b"".join((before, base64.b64encode(jpeg), after, b"\n"))
 
 
 def read_photo(folder: Path, image_path: str) -> bytes:
@@ -914,14 +867,9 @@ class Outcome(NamedTuple):
     output_tokens: int = 0
 
 
-def replace_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold: half a surrogate pair, which JSON allows, becomes a question mark."""
-    return text.encode(errors="replace").decode()
-
-
 def short_text(text: Any, limit: int = 300) -> str:
-    """A server's words on one short line, without key, image data and control characters."""
-    text = CONTROLS.sub("?", replace_surrogates(" ".join(str(text).split())))
+    """A server's words on one short line of UTF-8, without key, image data and control characters."""
+    text = CONTROLS.sub("?", " ".join(str(text).split()).encode(errors="replace").decode())
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if len(key) >= 8:  # servers of one's own take any key: "none", "key", "x" are words and no secrets
         text = re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text)
@@ -937,36 +885,24 @@ def stop_code(status: Any, code: str, message: str) -> str:
     return "unsupported_value" if status == 400 and refused else code if code in STOPS else ""
 
 
-def find_object(content: str) -> Any:
-    """The JSON value that an answer is, or the last object in it with all fields; ValueError where there is none.
+def find_object(content: str) -> dict[str, Any] | None:
+    """The last JSON object in an answer that has all fields, or else the last one; None where there is none.
 
     Servers without strict schemas put it into a code fence, a string, a list or an object, or behind their thoughts.
     """
-    decoder = json.JSONDecoder(strict=False)  # takes a line break within a string
+    decoder, found = json.JSONDecoder(strict=False), []  # takes a line break within a string
     with contextlib.suppress(ValueError, RecursionError):
-        value = decoder.decode(content.strip())
-        value = decoder.decode(value) if isinstance(value, str) else value
-        inner = [*value.values()] if isinstance(value, dict) else value
-        return inner[0] if isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], dict) else value
-    found, end = [], 0
+        content = str(decoder.decode(content.strip())) if content.strip().startswith('"') else content
     for place in itertools.islice(re.finditer("{", content), MAX_OBJECTS):
-        if place.start() >= end:
-            with contextlib.suppress(ValueError, RecursionError):
-                value, end = decoder.raw_decode(content, place.start())
-                found.append(value)
-    if not found:
-        raise ValueError("no JSON")
-    return next((value for value in reversed(found) if value.keys() >= set(FIELDS)), found[-1])
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(decoder.raw_decode(content, place.start())[0])
+    return next((value for value in reversed(found) if value.keys() >= set(FIELDS)), found[-1] if found else None)
 
 
 def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
     """The fields, attributes in their one spelling, or (reason, detail)."""
-    try:
-        values = find_object(content)
-    except ValueError:
+    if (values := find_object(content)) is None:
         return "broken JSON", content[:100]
-    if not isinstance(values, dict):
-        return "wrong type", f"a {type(values).__name__}, not an object"
     for name in FIELDS:
         if name not in values:
             return "missing field", name
@@ -974,45 +910,43 @@ def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
             return "wrong type", f"{name} is a {type(values[name]).__name__}"
         if CONTROLS.search(values[name]):  # often half of a broken escape: the text is not what the model meant
             return "control character", f"{name} is {values[name]!r}"
-    values = {name: replace_surrogates(values[name]) for name in FIELDS}
-    title = " ".join(values["clean_title"].split())
-    if not title:
+    # Half a surrogate pair, which JSON allows and UTF-8 does not, becomes a question mark.
+    title, *attributes = (values[name].encode(errors="replace").decode() for name in FIELDS)
+    if not title.strip():
         return "missing field", "clean_title is empty"
-    return {"clean_title": title} | {name: common.normalise_attribute(values[name]) or "unknown" for name in FIELDS[1:]}
+    known = [common.normalise_attribute(value) or "unknown" for value in attributes]
+    return dict(zip(FIELDS, [" ".join(title.split()), *known], strict=True))
 
 
 def read_answer(body: Any) -> Outcome:
     """The outcome of a chat completion object; never raises."""
-    if not isinstance(body, dict):
-        return Outcome("again", reason="no answer", detail=type(body).__name__)
-    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-    numbers = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    usage = body.get("usage") if isinstance(body, dict) else None
+    numbers = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
     used = [n if isinstance(n, int) and 0 <= n < 1 << 40 else 0 for n in numbers]
 
     def failed(reason: str, detail: Any = "") -> Outcome:
         return Outcome("again", None, reason, short_text(detail), *used)
 
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
+    try:
+        choice, message = body["choices"][0], body["choices"][0]["message"]
+        finish, content, refusal = choice.get("finish_reason"), message.get("content"), message.get("refusal")
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+    except (TypeError, LookupError, AttributeError):
         return failed("no answer", "the response has no choices")
-    finish, content = choice.get("finish_reason"), message.get("content")
     if isinstance(content, list):  # in parts
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    if message.get("refusal"):
-        return failed("refusal", message["refusal"])
+    if refusal:
+        return failed("refusal", refusal)
     if finish == "length":
         return failed("length", "the answer was cut off at the token limit")
     if finish == "content_filter":
         return failed("content_filter")
-    if not isinstance(content, str) or not content.strip():
-        # Some servers take all that a model says for its reasoning, if it may reason.
-        content = message.get("reasoning_content") or message.get("reasoning")
-        if not isinstance(content, str) or not isinstance(read_fields(content), dict):
-            return failed("empty answer", f"finish_reason {finish}")
-    fields = read_fields(content)
-    return Outcome("ok", fields, "", "", *used) if isinstance(fields, dict) else failed(*fields)
+    # Some servers take all that a model says for its reasoning, if it may reason.
+    empty = not isinstance(content, str) or not content.strip()
+    fields = read_fields(str(thoughts) if empty else content)
+    if isinstance(fields, dict):
+        return Outcome("ok", fields, "", "", *used)
+    return failed("empty answer", f"finish_reason {finish}") if empty else failed(*fields)
 
 
 def read_result(line: dict) -> Outcome:

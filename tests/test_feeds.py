@@ -256,18 +256,11 @@ def test_a_wrong_csv_says_what_is_wrong(tmp_path, text, said):
         records(write_csv(tmp_path / "c.csv", text))
 
 
-def test_a_header_may_hold_line_breaks_and_stand_below_a_line_for_excel(tmp_path, capsys):
+def test_a_header_may_hold_line_breaks(tmp_path):
     text = 'id,name,image_path,"Price\n(EUR)",stock\n1,A chair,a.jpg,3,4\n2,B,b.jpg,5,6\n'
     assert [list(row.values()) for row in records(write_csv(tmp_path / "c.csv", text))] == [
         ["1", "A chair", "a.jpg", "3", "4"], ["2", "B", "b.jpg", "5", "6"],
     ]  # fmt: skip
-    for first in ("sep=;", '"sep=;"', "SEP=;"):
-        text = f"{first}\r\nid;name;image_path\r\n1;A;a.jpg\r\n"
-        rows = records(write_csv(tmp_path / "c.csv", text))
-        assert [(row["id"], row["image_path"]) for row in rows] == [("1", "a.jpg")]
-    (tmp_path / "c.csv").write_text('sep=;\nid;name;image_path\n1;"A;a.jpg\n2;B;b.jpg\n')
-    with pytest.raises(common.Fail, match="line 3: the quotes"):
-        records(tmp_path / "c.csv")
 
 
 def test_two_stray_quotes_swallow_no_row(tmp_path):
@@ -300,13 +293,12 @@ def test_single_lines_that_are_not_utf8_leave_the_others_alone(tmp_path, capsys)
 @pytest.mark.parametrize(
     "head, said",
     [
-        (b"PK\3\4\x14\0\6\0", "is a spreadsheet or zip archive, not a table of text; export it as CSV"),
+        (b"PK\3\4\x14\0\6\0", "is a spreadsheet or zip archive; export it as CSV"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1", "is an old Excel file"),
         (b"\x1f\x8b\x08\0", "is gzip"),
-        ("id,name,image_path\n".encode("utf-16-le"), "its first line is UTF-16 without its mark; export it as CSV"),
-        (b"\xef\xbb\xbf<?xml version='1.0'?><rss>", "is XML or HTML"),
-        (b'[{"id": 1}]', "is JSON"),
-        (b"id,\x07name,image_path\n", "its first line is no text"),
+        ("id,name,image_path\n".encode("utf-16-le"), "is no text, or UTF-16 without its mark; export it as"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><rss>", "is no text"),
+        (b"id,\x07name,image_path\n", "is no text"),
     ],
 )
 def test_what_is_no_table_is_named_and_not_printed(tmp_path, head, said):
