@@ -56,14 +56,10 @@ class CleaningConfig:
 
     model: str = setting("auto", "chat model; auto: the first of gpt-5-nano, gpt-6-luna, gpt-5.6-luna that will do")
     reasoning_effort: str | None = setting(None, "effort sent with each request; by default the model's lowest")
-    max_completion_tokens: int | None = setting(
-        None, "tokens an answer may take, by default what the model needs; doubled after one that was cut off", low=1
-    )
+    max_completion_tokens: int | None = setting(None, "of an answer, by default by model; doubled if cut off", low=1)
     image_size: int = setting(512, "longest side of the photo as sent, in px; none is enlarged", low=1, high=10_000)
     image_detail: str = setting("low", "detail at which the model looks at the photo", ("low", "high", "auto"))
-    max_batch_file_size: int = setting(
-        90_000_000, "bytes of a request file; the API takes 200 MB", low=1, high=200 << 20
-    )
+    max_batch_file_size: int = setting(90_000_000, "bytes of a request file (API: 200 MB)", low=1, high=200 << 20)
     max_requests_per_file: int = setting(49_000, "requests in a file; the API takes 50,000", low=1, high=50_000)
     max_concurrent_batches: int = setting(1, "batches in flight at once", low=1, high=10_000)
     poll_interval: float = setting(600, "seconds between two looks at running batches", low=0, high=86_400)
@@ -115,16 +111,10 @@ OTHER_NAMES = (  # of our three columns, in exports that are none of these
     ("imagepath", "image", "images", "imageurl", "imagelink", "imagesrc", "imagefile", "photo", "picture", "bild"),
 )
 FURTHER_NAMES = ("additionalimagelink", "additionalimages", "variantimage", "variantimageurl", "furtherphotos")
-NO_TABLES = {  # how files begin that shops have beside their CSV
-    b"PK\3\4": "a spreadsheet or zip archive", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "gzip",
+NO_TABLES = {  # how files begin that shops have beside their CSV, read as Windows-1252
+    "PK\3\4": "a spreadsheet or zip archive", "\xd0\xcf\x11\xe0": "an old Excel file", "\x1f\u2039": "gzip",
 }  # fmt: skip
-HEADER_LINES = 1000  # that a header may take at most
 PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
-# What is no UTF-8, as "surrogateescape" keeps it: Windows-1252, or Latin-1 for the bytes that it leaves undefined.
-WINDOWS = {
-    0xDC00 + byte: bytes([byte]).decode("latin-1" if byte in b"\x81\x8d\x8f\x90\x9d" else "cp1252")
-    for byte in range(0x80, 0x100)
-}
 
 
 def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
@@ -142,9 +132,9 @@ def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
     csv.field_size_limit(1 << 24)
     parts, surplus, first = [], set(), 1
     for path in map(Path, paths):
-        encoding, delimiter, header, export = feed_dialect(path, columns)
+        delimiter, header, export = feed_dialect(path, columns)
         width, values = len(header), []
-        for record in feed_records(path, encoding, delimiter, header):
+        for record in feed_records(path, delimiter, header):
             if len(record) > width:
                 surplus.add(first + len(values))
             values.append(record[:width] + [""] * (width - len(record)))
@@ -158,38 +148,30 @@ def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
     return rows, common.row_reasons(rows, surplus)
 
 
-def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
-    """Encoding, delimiter, our names of the columns, and the export's name ("" where the header is ours)."""
-    try:
-        with open(path, "rb") as handle:
-            start = handle.read(1 << 16).split(b"\n")[0]
-    except (FileNotFoundError, IsADirectoryError):
-        raise Fail(f"{path}: no such CSV; check --input", common.USAGE) from None
-    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    what = next((what for mark, what in NO_TABLES.items() if start.startswith(mark)), "")
-    if encoding != "utf-16" and re.search(rb"[\0-\x08\x0e-\x1f\x7f]", start):
-        what = what or "no text, or UTF-16 without its mark"
-    if what:
-        raise Fail(f"{path}: is {what}; export it as CSV (UTF-8)", common.USAGE)
-    given = {}
-    for pair in filter(None, columns.split(",")):
-        name, _, value = pair.partition("=")
-        given[name.strip()] = value.strip('" ')
+def feed_dialect(path: Path, columns: str) -> tuple[str, list[str], str]:
+    """Delimiter, our names of the columns, and the export's name ("" where the header is ours)."""
+    pairs = [pair.partition("=") for pair in columns.split(",") if pair]
+    given = {name.strip(): value.strip('" ') for name, _, value in pairs}
     if given.keys() - set(common.REQUIRED_COLUMNS):
         hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
         raise Fail(f"--columns {columns}: {hint}", common.USAGE)
     found = []
-    for delimiter in ",;\t|":
-        try:
-            records = csv.reader(itertools.islice(feed_lines(path, encoding), HEADER_LINES), delimiter=delimiter)
-            header = [name.strip() for name in next(records, [])]
-        except (UnicodeError, csv.Error) as error:
-            raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
-        found.append((delimiter, header, *find_columns(header, given)))
+    try:
+        line = next(feed_lines(path), "")
+        for delimiter in ",;\t|":
+            header = [name.strip() for name in next(csv.reader(feed_lines(path), delimiter=delimiter), [])]
+            found.append((delimiter, header, *find_columns(header, given)))
+    except (FileNotFoundError, IsADirectoryError):
+        raise Fail(f"{path}: no such CSV; check --input", common.USAGE) from None
+    except (UnicodeError, csv.Error) as error:
+        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
+    what = next((what for mark, what in NO_TABLES.items() if line.startswith(mark)), "")
+    if not what and re.search(r"[\0-\x08\x0e-\x1f\x7f]", line):
+        what = "no text, or UTF-16 without its mark"
+    if what or not line.strip():
+        raise Fail(f"{path}: is {what or 'empty'}; export it as CSV (UTF-8)", common.USAGE)
     delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
-    if not any(header):
-        raise Fail(f"{path}: is empty; a header with {', '.join(common.REQUIRED_COLUMNS)} is needed")
-    return encoding, delimiter, our_header(path, header, places, export), export
+    return delimiter, our_header(path, header, places, export), export
 
 
 def plain_name(column: str) -> str:
@@ -220,11 +202,9 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
         shown = " ".join(", ".join(header).split())[:200]
         raise Fail(f"{path}: no column {', '.join(missing)}; the header has {shown}; {hint}", common.USAGE)
     for name, found in places.items():
-        some = [header[place] for place in found]
-        if len({one.lower() for one in some}) < len(some):
-            raise Fail(f"{path}: two columns are called {name}; rename the one that is not meant", common.USAGE)
-        if len(some) > 1:
-            raise Fail(f"{path}: {name} may be {', '.join(some)}; {hint}", common.USAGE)
+        if len(found) > 1:
+            some = ", ".join(header[place] for place in found)
+            raise Fail(f"{path}: {name} may be {some}; {hint}, or rename the others", common.USAGE)
     ours = {found[0]: name for name, found in places.items()}
     if export:
         say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
@@ -241,22 +221,17 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     return unique
 
 
-def feed_lines(path: Path, encoding: str) -> Iterator[str]:
-    """The lines of a feed. What is no UTF-8 is read as Windows-1252, with a warning at the end where other lines are.
-
-    A line with both is UTF-8 with single Windows bytes in it.
-    """
+def feed_lines(path: Path) -> Iterator[str]:
+    """The lines of a feed. One that is no UTF-8 is read as Windows-1252, with a warning where others are UTF-8."""
+    with open(path, "rb") as handle:
+        utf16 = handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8-sig", "surrogateescape")
     windows, utf8 = [], False
-    errors = "strict" if encoding == "utf-16" else "surrogateescape"
     with open(path, encoding=encoding, errors=errors, newline="") as handle:
         for number, line in enumerate(handle, 1):
             if re.search("[\udc80-\udcff]", line):
                 windows.append(number)
-                if re.search("[\x80-\xff\u2000-\u203f]", line):  # as cp1252 they would be Ã¤ or â€“
-                    utf8 = True
-                else:  # what looks like UTF-8 of rare letters is chance
-                    line = line.encode(errors="surrogateescape").decode("ascii", "surrogateescape")
-                line = line.translate(WINDOWS)
+                line = line.encode(errors="surrogateescape").decode("cp1252", "replace")
             elif not line.isascii():
                 utf8 = True
             yield line
@@ -265,12 +240,12 @@ def feed_lines(path: Path, encoding: str) -> Iterator[str]:
         say(f"warning: {path}: {len(windows)} lines are not UTF-8, read as Windows-1252: {shown}")
 
 
-def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -> Iterator[list[str]]:
+def feed_records(path: Path, delimiter: str, header: list[str]) -> Iterator[list[str]]:
     """The values of each row; a blank line is none. Raises Fail for what cannot be read, and for stray quotes."""
     lines: list[str] = []  # of the record that is being read
 
     def keep() -> Iterator[str]:
-        for line in itertools.chain(feed_lines(path, encoding), ["\n"]):  # which quotes that are never closed swallow
+        for line in itertools.chain(feed_lines(path), ["\n"]):  # which quotes that are never closed swallow
             lines.append(line)
             yield line
 
@@ -465,15 +440,15 @@ def estimate(settings: CleaningConfig, load: dict, measured: Iterable[float] = (
 
     At the highest, an answer of a model that may reason takes all of its limit, as does one whose limit was doubled.
     """
-    model, parameters = known_model(settings.model), model_parameters(settings)
+    model, parameters, (plain, high) = known_model(settings.model), model_parameters(settings), ANSWER_TOKENS
     limit = parameters.get("max_completion_tokens") or parameters["max_tokens"]
+    high = high if parameters.get("reasoning_effort") in model.efforts[:1] else limit
+    tokens = [
+        [load["tokens"] + model.patch_factor * load["patches"], load["requests"] * plain],
+        [load["tokens"] + HIGHEST_FACTOR * load["patches"], load["requests"] * high],
+    ]
     if measured:
         tokens = [[load["requests"] * used for used in measured] for _ in range(2)]
-    else:
-        plain, high = ANSWER_TOKENS
-        high = high if parameters.get("reasoning_effort") in model.efforts[:1] else limit
-        pairs = ((model.patch_factor, plain), (HIGHEST_FACTOR, high))
-        tokens = [[load["tokens"] + factor * load["patches"], load["requests"] * answer] for factor, answer in pairs]
     tokens[1][1] += load["enlarged"] * limit
     usd = [cost(settings, settings.model, settings.sync, *used) for used in tokens]
     if math.isnan(usd[-1]):
@@ -565,17 +540,6 @@ def request_line(settings: CleaningConfig, digest: str, title: str, jpeg: bytes,
     return b"".join((before, base64.b64encode(jpeg), after, b"\n"))
 
 
-def read_photo(folder: Path, image_path: str) -> bytes:
-    """The bytes of a row's photo. Raises common.BadImage."""
-    path = common.resolve_image(folder, image_path)
-    try:
-        if (size := path.stat().st_size) > 2 * common.MAX_PIXELS:
-            raise common.BadImage("image too large", f"{size} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise common.BadImage("unreadable file", error.strerror or str(error)) from None
-
-
 def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], products: list[tuple]) -> list[tuple]:
     """(number, *what build_row gives) of the rows of products (rows of common.products, known, token_factor).
 
@@ -609,15 +573,15 @@ def build_row(
     title, *older = dict.fromkeys(text[:MAX_TITLE] for text in (common.plain_text(name), " ".join(name.split())))
     for place, photo in enumerate(names, 1):
         try:
-            data = read_photo(folder, photo)
+            data = common.resolve_image(folder, photo).read_bytes()
             source = common.digest(data)
             asked = [(model, text) for text in (title, *older) for model in (settings.model, *earlier)]
             digests = [common.digest([model, PROMPT_VERSION, text, source]) for model, text in asked]
             if known in (digests[:1] if settings.ask_again else digests):
                 return digests, source, "", "", 0, 0, photo, names[place:], None
             jpeg, width, height = photo_jpeg(data, settings.image_size)
-        except common.BadImage as bad:
-            failed = failed or bad
+        except (common.BadImage, OSError) as bad:
+            failed = failed or (common.BadImage("unreadable file", str(bad)) if isinstance(bad, OSError) else bad)
             continue
         patches = min(math.ceil(width / PATCH) * math.ceil(height / PATCH), MAX_PATCHES)
         line = request_line(settings, digests[0], title, jpeg, token_factor)
@@ -636,16 +600,12 @@ FETCH_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second attempt, dou
 MAX_FETCHED = 64 << 20  # bytes of a photo
 CONDITIONS = {"etag": "If-None-Match", "last-modified": "If-Modified-Since"}  # of an answer -> of a later request
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")  # or ftyp: AVIF, HEIC
-FETCH_ERRORS = {  # libcurl's codes: the reason, and whether another attempt may help; others: a broken connection
-    "UNSUPPORTED_PROTOCOL": ("not http or https", False),
-    "URL_MALFORMAT": ("not a URL", False),
-    "COULDNT_RESOLVE_HOST": ("unknown host", False),
-    "COULDNT_CONNECT": ("no connection", True),
-    "PARTIAL_FILE": ("answer cut", True),
-    "OPERATION_TIMEDOUT": ("too slow", True),
-    "FILESIZE_EXCEEDED": ("too large", False),
-    "PEER_FAILED_VERIFICATION": ("certificate refused", False),
-}
+FETCH_ERRORS = {  # libcurl's codes; others: a broken connection
+    "UNSUPPORTED_PROTOCOL": "not http or https", "URL_MALFORMAT": "not a URL", "COULDNT_RESOLVE_HOST": "unknown host",
+    "FILESIZE_EXCEEDED": "too large", "PEER_FAILED_VERIFICATION": "certificate refused",
+    "COULDNT_CONNECT": "no connection", "PARTIAL_FILE": "answer cut", "OPERATION_TIMEDOUT": "too slow",
+}  # fmt: skip
+PASSING = ("no connection", "answer cut", "too slow")  # those that another attempt may mend
 
 
 def is_public(address: str) -> bool:
@@ -694,7 +654,7 @@ def new_lane(allow_private: bool) -> Any:
     web = pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS
     options = {"PROTOCOLS": web, "FAILONERROR": 1, "OPENSOCKETFUNCTION": connect, "HEADERFUNCTION": keep_header}
     options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
-    options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED, "BUFFERSIZE": 256 << 10}
+    options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED}
     options["USERAGENT"] = "Mozilla/5.0 (compatible; catalogue photos)"
     options["PROXY"] = ""  # behind a proxy no address could be checked
     options["CAINFO"] = os.environ.get("SSL_CERT_FILE") or certifi.where()  # as the openai client trusts
@@ -747,17 +707,12 @@ class PhotoFetcher:
         import pycurl
 
         multi = pycurl.CurlMulti()
-        multi.setopt(pycurl.M_MAXCONNECTS, 2 * LANES)  # idle ones included
         free, under_way = [new_lane(self.allow_private) for _ in range(min(LANES, len(names)))], {}
         for url, name in names.items():
             self.put(Wanted(url, name, url))
         while self.queues or under_way:
             for photo in self.due(free):
-                try:
-                    self.start(free[-1], photo)
-                except ValueError:
-                    yield photo.url, "not a URL", 0
-                    continue
+                self.start(free[-1], photo)
                 multi.add_handle(free[-1])
                 self.busy[photo.host] += 1
                 under_way[free.pop()] = photo
@@ -787,13 +742,14 @@ class PhotoFetcher:
                 del self.queues[host]
 
     def start(self, curl: Any, photo: Wanted) -> None:
-        """Have a lane ask for a photo, with the conditions that its last answer gave. ValueError: this is no URL."""
+        """Have a lane ask for a photo, with the conditions that its last answer gave."""
         curl.body, curl.refused, curl.conditions = io.BytesIO(), False, {}
         known = self.known.get(photo.name, {})
         asked = [name for name in CONDITIONS.values() if known.get(name) and (self.folder / photo.name).exists()]
         headers = ["Accept: image/*,*/*;q=0.5", *(f"{name}: {known[name]}" for name in asked)]
-        host = photo.host if photo.host.isascii() else photo.host.encode("idna").decode()
-        place = photo.place.strip().replace(photo.host, host, 1)
+        place = photo.place.strip()
+        with contextlib.suppress(UnicodeError):  # no host's name: libcurl will say so
+            place = place if photo.host.isascii() else place.replace(photo.host, photo.host.encode("idna").decode(), 1)
         curl.setopt(curl.URL, urllib.parse.quote(place, safe="!#$%&'()*+,/:;=?@[]~"))
         curl.setopt(curl.HTTPHEADER, [line.encode("latin-1") for line in headers])
         curl.setopt(curl.WRITEDATA, curl.body)
@@ -824,9 +780,9 @@ class PhotoFetcher:
         if code and curl.refused:
             return "private address (--allow-private)", None
         if code:
-            reasons = {getattr(curl, f"E_{error}"): reason for error, reason in FETCH_ERRORS.items()}
-            why, again = reasons.get(code, (f"connection broken (libcurl's code {code})", True))
-            return why, 0.0 if again else None
+            known = {getattr(curl, f"E_{error}"): reason for error, reason in FETCH_ERRORS.items()}
+            reason = known.get(code, f"connection broken (libcurl's code {code})")
+            return reason, 0.0 if code not in known or reason in PASSING else None
         if status == 304 and path.exists():
             os.utime(path)
             return "unchanged", None

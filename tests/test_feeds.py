@@ -186,10 +186,10 @@ def records(*paths: Path) -> list[dict[str, str]]:
 def test_bytes_that_are_not_utf8_are_read_as_windows_does(tmp_path):
     path = tmp_path / "c.csv"
     text = "id,name,image_path\r\n1,Sofa – 3’ “Oslo” €,Tisch – weiß.jpg\r\n"
-    path.write_bytes(text.encode("cp1252") + b"2,gap \x81,b.jpg\r\n")
+    path.write_bytes(text.encode("cp1252") + b"2,gap \x81,b.jpg\r\n")  # a byte that Windows-1252 leaves undefined
     first, second = records(path)
     assert first == {"id": "1", "name": "Sofa – 3’ “Oslo” €", "image_path": "Tisch – weiß.jpg"}
-    assert second["name"] == "gap \x81"
+    assert second["name"] == "gap \ufffd"
 
 
 def test_a_quote_that_is_never_closed_loses_no_row_without_a_word(tmp_path):
@@ -214,7 +214,7 @@ def test_columns_of_one_name_are_kept_apart(tmp_path):
         "id": "1", "name": "Oslo sofa", "image_path": "1.jpg", "Name": "SKU-77", "tag": "red", "tag_2": "blue",
     }  # fmt: skip
     for header in ("id,name,name,image_path", "ID,Id,name,image_path"):
-        with pytest.raises(common.Fail, match=r"two columns are called (name|id); rename") as failure:
+        with pytest.raises(common.Fail, match=r"(name|id) may be (name, name|ID, Id); .*rename") as failure:
             records(write_csv(tmp_path / "c.csv", f"{header}\n"))
         assert failure.value.code == common.USAGE
     more = "id,name,image_path,image_path_2,tag,tag,tag_2\n1,a,a.jpg,b.jpg,x,y,z\n"
@@ -283,8 +283,6 @@ def test_single_lines_that_are_not_utf8_leave_the_others_alone(tmp_path, capsys)
     read = [(row["name"], row["image_path"]) for row in records(path)]
     assert read == [(name, f"ß{i}.jpg") for i, name in enumerate(names)]
     assert "warning: " in (said := capsys.readouterr().out) and "2 lines are not UTF-8" in said and "1252: 3, 4" in said
-    path.write_bytes(lines[0].encode() + "0,Küche ".encode() + "süß".encode("cp1252") + b",a.jpg\n")  # both in one line
-    assert records(path)[0]["name"] == "Küche süß"
     path.write_bytes("".join(lines).encode("cp1252"))
     capsys.readouterr()
     assert [row["name"] for row in records(path)] == names and "warning" not in capsys.readouterr().out
