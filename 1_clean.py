@@ -500,7 +500,11 @@ def ready_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
     if not data.startswith(b"\xff\xd8") or data.find(b"\xff\xd9") != len(data) - 2:
         return None
     place, width, height = 2, 0, 0
-    while place + 10 <= len(data) and (marker := data[place + 1]) != 0xDA:  # where the pixels begin
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xDA:  # the pixels begin
+            fits = min(width, height) >= common.MIN_SIDE and max(width, height) <= side
+            return (data, width, height) if fits and len(data) <= BYTES_PER_PIXEL * width * height else None
         if 0xC0 <= marker <= 0xC2:
             bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
             if (bits, components) != (8, 3):
@@ -508,8 +512,7 @@ def ready_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
         elif marker not in (0xE0, 0xDB, 0xC4, 0xDD):  # JFIF, tables of quantisation and Huffman, restart interval
             return None
         place += 2 + int.from_bytes(data[place + 2 : place + 4])
-    fits = min(width, height) >= common.MIN_SIDE and max(width, height) <= side
-    return (data, width, height) if fits and len(data) <= BYTES_PER_PIXEL * width * height else None
+    return None
 
 
 def photo_jpeg(data: bytes, side: int) -> tuple[bytes, int, int]:
@@ -548,46 +551,47 @@ def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], prod
     built = []
     for rows, known, token_factor in products:
         for place, (number, name, cells) in enumerate(rows, 1):
-            *made, names, line = build_row(settings, folder, earlier, name, cells, known, token_factor)
-            if usable := bool(made[0]):
-                same = [cell for _, other, more in rows[place:] if other == name for cell in more]
-                names = dict.fromkeys([*names, *photo_names(folder, same)])
-                names = [photo for photo in names if photo != made[-1] and not common.is_url(photo)]  # was not fetched
-            built.append((number, *made, further_cell(names), line))
-            if usable:
+            more = [cell for _, other, some in rows[place:] if other == name for cell in some]
+            row = build_row(settings, folder, earlier, name, cells, more, known, token_factor)
+            built.append((number, *row))
+            if row[0]:
                 break
     return built
 
 
 def build_row(
-    settings: CleaningConfig, folder: Path, earlier: list[str], name: str, cells: list[str], known: str,
-    token_factor: int,
+    settings: CleaningConfig, folder: Path, earlier: list[str], name: str, cells: list[str], more: list[str],
+    known: str, token_factor: int,
 ) -> tuple:  # fmt: skip
-    """(digests, source, reason, detail, tokens, patches, photo, names of further ones, line) of the first usable photo.
+    """(digests, source, reason, detail, tokens, patches, photo, further_photos, line) of the first usable photo.
 
     `digests` are that of the present model and those of the `earlier` ones, and of versions that sent titles as they
     were; `source` is the photo's. A row without a usable photo has a reason and none; no line is made where the digest
-    `known` is among them. `token_factor` multiplies the tokens for the answer.
+    `known` is among them. `more`: cells of further photos. `token_factor` multiplies the tokens for the answer.
     """
-    names, failed = photo_names(folder, cells), None
+    names, failures = photo_names(folder, cells), []
     title, *older = dict.fromkeys(text[:MAX_TITLE] for text in (common.plain_text(name), " ".join(name.split())))
+    asked = [(model, text) for text in (title, *older) for model in (settings.model, *earlier)]
     for place, photo in enumerate(names, 1):
         try:
             data = common.resolve_image(folder, photo).read_bytes()
-            source = common.digest(data)
-            asked = [(model, text) for text in (title, *older) for model in (settings.model, *earlier)]
+            source, tokens, patches, line = common.digest(data), 0, 0, None
             digests = [common.digest([model, PROMPT_VERSION, text, source]) for model, text in asked]
-            if known in (digests[:1] if settings.ask_again else digests):
-                return digests, source, "", "", 0, 0, photo, names[place:], None
-            jpeg, width, height = photo_jpeg(data, settings.image_size)
-        except (common.BadImage, OSError) as bad:
-            failed = failed or (common.BadImage("unreadable file", str(bad)) if isinstance(bad, OSError) else bad)
-            continue
-        patches = min(math.ceil(width / PATCH) * math.ceil(height / PATCH), MAX_PATCHES)
-        line = request_line(settings, digests[0], title, jpeg, token_factor)
-        return digests, source, "", "", PROMPT_TOKENS + len(title) // 4, patches, photo, names[place:], line
-    failed = failed or common.BadImage("missing image_path")
-    return [], "", failed.reason, failed.detail, 0, 0, "", [], None
+            if known not in (digests[:1] if settings.ask_again else digests):
+                jpeg, width, height = photo_jpeg(data, settings.image_size)
+                tokens = PROMPT_TOKENS + len(title) // 4
+                patches = min(math.ceil(width / PATCH) * math.ceil(height / PATCH), MAX_PATCHES)
+                line = request_line(settings, digests[0], title, jpeg, token_factor)
+        except OSError as error:
+            failures.append(common.BadImage("unreadable file", str(error)))
+        except common.BadImage as bad:
+            failures.append(bad)
+        else:
+            further = dict.fromkeys([*names[place:], *photo_names(folder, more)])
+            further = [one for one in further if one != photo and not common.is_url(one)]  # a URL was not fetched
+            return digests, source, "", "", tokens, patches, photo, further_cell(further), line
+    failed = failures[0] if failures else common.BadImage("missing image_path")
+    return [], "", failed.reason, failed.detail, 0, 0, "", "", None
 
 
 # --------------------------------------------------------------------------------------------------------------------
