@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import heapq
 import io
 import ipaddress
 import itertools
@@ -37,7 +38,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class CleaningConfig:
 
     model: str = setting("auto", "chat model; auto: the first of gpt-5-nano, gpt-6-luna, gpt-5.6-luna that will do")
     reasoning_effort: str | None = setting(None, "effort sent with each request; by default the model's lowest")
-    max_completion_tokens: int | None = setting(None, "of an answer, by default by model; doubled if cut off", low=1)
+    max_completion_tokens: int | None = setting(None, "tokens of an answer (default: by model), doubled if cut", low=1)
     image_size: int = setting(512, "longest side of the photo as sent, in px; none is enlarged", low=1, high=10_000)
     image_detail: str = setting("low", "detail at which the model looks at the photo", ("low", "high", "auto"))
     max_batch_file_size: int = setting(90_000_000, "bytes of a request file (API: 200 MB)", low=1, high=200 << 20)
@@ -597,8 +598,8 @@ def build_row(
 # --------------------------------------------------------------------------------------------------------------------
 # Photos at URLs: fetched before anything is sent, once, into WORKSPACE.photos, one file a URL, named by its sha256
 
-HOST_LANES, LANES = 6, 32  # connections at once to one host, and transfers under way in all
-FETCH_TIMEOUT, FETCH_LIMIT = 20, 120  # seconds that a connection may be silent, and that a photo may take
+HOST_LANES, LANES = 6, 32  # connections at once to one host, and transfers under way or waiting for one in all
+FETCH_TIMEOUT, SLOWEST = 20, 1000  # seconds that a connection may take, or bring fewer bytes a second than this
 FETCH_ATTEMPTS, REDIRECTS = 4, 5
 FETCH_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second attempt, doubled each time; a server's wish at most
 MAX_FETCHED = 64 << 20  # bytes of a photo
@@ -606,7 +607,8 @@ CONDITIONS = {"etag": "If-None-Match", "last-modified": "If-Modified-Since"}  # 
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")  # or ftyp: AVIF, HEIC
 FETCH_ERRORS = {  # libcurl's codes; others: a broken connection
     "UNSUPPORTED_PROTOCOL": "not http or https", "URL_MALFORMAT": "not a URL", "COULDNT_RESOLVE_HOST": "unknown host",
-    "FILESIZE_EXCEEDED": "too large", "PEER_FAILED_VERIFICATION": "certificate refused",
+    "TOO_MANY_REDIRECTS": "too many redirects", "FILESIZE_EXCEEDED": "too large",
+    "PEER_FAILED_VERIFICATION": "certificate refused",
     "COULDNT_CONNECT": "no connection", "PARTIAL_FILE": "answer cut", "OPERATION_TIMEDOUT": "too slow",
 }  # fmt: skip
 PASSING = ("no connection", "answer cut", "too slow")  # those that another attempt may mend
@@ -620,21 +622,6 @@ def is_public(address: str) -> bool:
         inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if nat64 else None)
         ip = inner or ip
     return ip.is_global and not ip.is_multicast
-
-
-class Wanted(NamedTuple):
-    """A photo that is to be fetched into the file `name`."""
-
-    url: str
-    name: str
-    place: str  # the URL, or where a redirect led
-    attempt: int = 1
-    redirects: int = 0
-    since: float = 0.0  # when it may be asked for
-
-    @property
-    def host(self) -> str:
-        return re.sub(r"\s*\w+://|[/?#].*", "", self.place)
 
 
 def new_lane(allow_private: bool) -> Any:
@@ -652,19 +639,25 @@ def new_lane(allow_private: bool) -> Any:
 
     def keep_header(line: bytes) -> None:
         name, _, value = line.decode("latin-1").partition(":")
-        if condition := CONDITIONS.get(name.lower()):
+        if name.lower().startswith("http/"):  # another answer begins, after a redirect
+            curl.conditions = {}
+        elif condition := CONDITIONS.get(name.lower()):
             curl.conditions[condition] = value.strip()
 
     web = pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS
-    options = {"PROTOCOLS": web, "FAILONERROR": 1, "OPENSOCKETFUNCTION": connect, "HEADERFUNCTION": keep_header}
-    options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
-    options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED}
+    options = {"PROTOCOLS": web, "REDIR_PROTOCOLS": web, "FOLLOWLOCATION": 1, "MAXREDIRS": REDIRECTS, "FAILONERROR": 1}
+    options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": SLOWEST, "LOW_SPEED_TIME": FETCH_TIMEOUT}
+    options |= {"MAXFILESIZE_LARGE": MAX_FETCHED, "OPENSOCKETFUNCTION": connect, "HEADERFUNCTION": keep_header}
     options["USERAGENT"] = "Mozilla/5.0 (compatible; catalogue photos)"
     options["PROXY"] = ""  # behind a proxy no address could be checked
     options["CAINFO"] = os.environ.get("SSL_CERT_FILE") or certifi.where()  # as the openai client trusts
     for name, value in options.items():
         curl.setopt(getattr(pycurl, name), value)
     return curl
+
+
+def host_of(url: str) -> str:
+    return url.split("/", 3)[2]
 
 
 class PhotoFetcher:
@@ -678,8 +671,6 @@ class PhotoFetcher:
         self.folder, self.allow_private = folder, allow_private
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
-        self.queues: dict[str, deque[Wanted]] = {}  # by host, as the next two
-        self.busy, self.quiet_until = Counter(), Counter()  # transfers under way; until when it is left alone
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
@@ -711,73 +702,53 @@ class PhotoFetcher:
         import pycurl
 
         multi = pycurl.CurlMulti()
+        multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, HOST_LANES)
         free, under_way = [new_lane(self.allow_private) for _ in range(min(LANES, len(names)))], {}
-        for url, name in names.items():
-            self.put(Wanted(url, name, url))
-        while self.queues or under_way:
-            for photo in self.due(free):
-                self.start(free[-1], photo)
+        # A heap of (when it may be asked for, file name, URL, attempt). By the names, digests, all hosts are mixed.
+        waiting, quiet_until = [(0.0, name, url, 1) for url, name in names.items()], Counter()  # the latter by host
+        heapq.heapify(waiting)
+        while waiting or under_way:
+            while free and waiting and waiting[0][0] <= time.monotonic():
+                _, name, url, attempt = heapq.heappop(waiting)
+                if (since := quiet_until[host_of(url)]) > time.monotonic():
+                    heapq.heappush(waiting, (since, name, url, attempt))
+                    continue
+                self.start(free[-1], name, url)
                 multi.add_handle(free[-1])
-                self.busy[photo.host] += 1
-                under_way[free.pop()] = photo
+                under_way[free.pop()] = name, url, attempt
             multi.perform()
             _, done, failed = multi.info_read()
             for curl, code in [(curl, pycurl.E_OK) for curl in done] + [(curl, code) for curl, code, _ in failed]:
                 multi.remove_handle(curl)
                 free.append(curl)
-                photo = under_way.pop(curl)
-                self.busy[photo.host] -= 1
-                if outcome := self.settle(curl, code, photo):
-                    yield photo.url, outcome, curl.body.tell() if outcome == "fetched" else 0
+                name, url, attempt = under_way.pop(curl)
+                outcome, wish = self.finish(curl, code, name, url)
+                if wish is None or wish > LONGEST_PAUSE or attempt == FETCH_ATTEMPTS:
+                    yield url, outcome, curl.body.tell() if outcome == "fetched" else 0
+                    continue
+                now = time.monotonic()
+                quiet_until[host_of(url)] = max(quiet_until[host_of(url)], now + wish)
+                heapq.heappush(waiting, (now + FETCH_PAUSE * 2 ** (attempt - 1), name, url, attempt + 1))
             if not done and not failed and multi.select(0.1) <= 0:
                 time.sleep(0.01)  # select does not wait where nothing is under way
 
-    def put(self, photo: Wanted) -> None:
-        self.queues.setdefault(photo.host, deque()).append(photo)
-
-    def due(self, free: list) -> Iterator[Wanted]:
-        """What may be asked for now, host by host, while lanes are free."""
-        now = time.monotonic()
-        for host, queue in list(self.queues.items()) if free else ():
-            since = self.quiet_until[host]
-            while queue and free and self.busy[host] < HOST_LANES and max(since, queue[0].since) <= now:
-                yield queue.popleft()
-            if not queue:
-                del self.queues[host]
-
-    def start(self, curl: Any, photo: Wanted) -> None:
+    def start(self, curl: Any, name: str, url: str) -> None:
         """Have a lane ask for a photo, with the conditions that its last answer gave."""
         curl.body, curl.refused, curl.conditions = io.BytesIO(), False, {}
-        known = self.known.get(photo.name, {})
-        asked = [name for name in CONDITIONS.values() if known.get(name) and (self.folder / photo.name).exists()]
-        headers = ["Accept: image/*,*/*;q=0.5", *(f"{name}: {known[name]}" for name in asked)]
-        place = photo.place.strip()
+        known = self.known.get(name, {})
+        asked = [header for header in CONDITIONS.values() if known.get(header) and (self.folder / name).exists()]
+        headers = ["Accept: image/*,*/*;q=0.5", *(f"{header}: {known[header]}" for header in asked)]
+        host = host_of(url)
         with contextlib.suppress(UnicodeError):  # no host's name: libcurl will say so
-            place = place if photo.host.isascii() else place.replace(photo.host, photo.host.encode("idna").decode(), 1)
-        curl.setopt(curl.URL, urllib.parse.quote(place, safe="!#$%&'()*+,/:;=?@[]~"))
+            url = url if host.isascii() else url.replace(host, host.encode("idna").decode(), 1)
+        curl.setopt(curl.URL, urllib.parse.quote(url.strip(), safe="!#$%&'()*+,/:;=?@[]~"))
         curl.setopt(curl.HTTPHEADER, [line.encode("latin-1") for line in headers])
         curl.setopt(curl.WRITEDATA, curl.body)
 
-    def settle(self, curl: Any, code: int, photo: Wanted) -> str:
-        """What came of a transfer: "fetched", "unchanged" or why not; "" where its photo is asked for again."""
-        if target := curl.getinfo(curl.REDIRECT_URL):
-            if photo.redirects == REDIRECTS:
-                return "too many redirects"
-            self.put(photo._replace(place=target, redirects=photo.redirects + 1))
-            return ""
-        outcome, wish = self.finish(curl, code, photo)
-        if wish is None or wish > LONGEST_PAUSE or photo.attempt == FETCH_ATTEMPTS:
-            return outcome
-        now = time.monotonic()
-        self.quiet_until[photo.host] = max(self.quiet_until[photo.host], now + wish)
-        pause = FETCH_PAUSE * 2 ** (photo.attempt - 1)
-        self.put(Wanted(photo.url, photo.name, photo.url, photo.attempt + 1, since=now + pause))
-        return ""
-
-    def finish(self, curl: Any, code: int, photo: Wanted) -> tuple[str, float | None]:
+    def finish(self, curl: Any, code: int, name: str, url: str) -> tuple[str, float | None]:
         """Keep a photo that has come. ("fetched", "unchanged" or why not; the seconds that the server asks for, None
         where another attempt would not help)."""
-        status, path, data = curl.getinfo(curl.RESPONSE_CODE), self.folder / photo.name, curl.body.getvalue()
+        status, path, data = curl.getinfo(curl.RESPONSE_CODE), self.folder / name, curl.body.getvalue()
         if code == curl.E_HTTP_RETURNED_ERROR:
             again = status in (408, 425, 429) or status >= 500
             return f"status {status}", curl.getinfo(curl.RETRY_AFTER) if again else None
@@ -794,12 +765,12 @@ class PhotoFetcher:
             return f"status {status}", None
         if not data.startswith(PICTURE_STARTS) and data[4:8] != b"ftyp":
             return "not an image" if data else "empty answer", None
-        temporary = self.folder / f".{photo.name}.tmp"
+        temporary = self.folder / f".{name}.tmp"
         temporary.write_bytes(data)
         os.replace(temporary, path)
         if curl.conditions:
             with open(self.index, "a", encoding="utf-8") as index:
-                index.write(json.dumps({"name": photo.name, "url": photo.url} | curl.conditions) + "\n")
+                index.write(json.dumps({"name": name, "url": url} | curl.conditions) + "\n")
         return "fetched", None
 
 

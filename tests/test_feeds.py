@@ -759,14 +759,6 @@ def test_looking_for_placeholders_takes_time_by_the_number_of_products(same):
     assert steps(clean.shared_photos, *world(400)) < 3 * steps(clean.shared_photos, *world(200))
 
 
-def test_hosts_are_not_walked_through_while_no_lane_is_free(tmp_path):
-    fetcher = clean.PhotoFetcher(tmp_path, True)
-    for i in range(300):
-        fetcher.put(clean.Wanted(f"http://h{i}.de/a", str(i), f"http://h{i}.de/a"))
-    assert steps(lambda: list(fetcher.due([]))) < 300
-    assert len(list(fetcher.due([None]))) == 300
-
-
 def test_a_cell_of_spaces_is_read_at_once():
     """Cubic in the number of spaces, it would take hours."""
     assert clean.cell_urls(f"https://x.de/a.jpg{' ' * 20_000}b") == [f"https://x.de/a.jpg{' ' * 20_000}b"]
@@ -837,7 +829,7 @@ def test_many_hosts_that_lead_to_one_wait_for_its_few_connections(photos, tmp_pa
             under_way[status] -= 1
 
     monkeypatch.setattr(Photos, "answer", slowly)
-    monkeypatch.setattr(clean, "FETCH_LIMIT", 4)  # less than all of them take together, much more than one
+    monkeypatch.setattr(clean, "FETCH_TIMEOUT", 2)  # less than all of them take together, much more than one
     photos.target = f"http://localhost:{photos.server_port}/shared.jpg"
     urls = [f"http://127.0.0.{1 + i % 8}:{photos.server_port}/moved{i}.jpg" for i in range(96)]
     assert not fetch(tmp_path, urls) and photos.asked["/shared.jpg"] == 96 and most[200] <= clean.HOST_LANES
