@@ -337,13 +337,10 @@ def photo_names(folder: Path, cells: list[str]) -> list[str]:
     for cell in map(str.strip, cells):
         if common.is_url(cell):
             names += cell_urls(cell)
-            continue
-        parts = [part.strip() for part in re.split("[,;|]", cell)]
-        if len(parts) > 1:
-            with contextlib.suppress(common.BadImage):
-                common.resolve_image(folder, cell)
-                parts = [cell]
-        names += parts
+        elif os.path.isfile(folder / cell):  # with a comma in its name
+            names.append(cell)
+        else:
+            names += map(str.strip, re.split("[,;|]", cell))
     return list(dict.fromkeys(filter(None, names)))
 
 
