@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import heapq
 import io
 import ipaddress
 import itertools
@@ -31,14 +32,13 @@ import math
 import os
 import re
 import socket
-import ssl
 import struct
 import sys
 import threading
 import time
 import urllib.parse
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +57,10 @@ class CleaningConfig:
 
     model: str = setting("auto", "chat model; auto: the first of gpt-5-nano, gpt-6-luna, gpt-5.6-luna that will do")
     reasoning_effort: str | None = setting(None, "effort sent with each request; by default the model's lowest")
-    max_completion_tokens: int | None = setting(
-        None, "tokens an answer may take, by default what the model needs; doubled after one that was cut off", low=1
-    )
+    max_completion_tokens: int | None = setting(None, "tokens of an answer (default: by model), doubled if cut", low=1)
     image_size: int = setting(512, "longest side of the photo as sent, in px; none is enlarged", low=1, high=10_000)
     image_detail: str = setting("low", "detail at which the model looks at the photo", ("low", "high", "auto"))
-    max_batch_file_size: int = setting(
-        90_000_000, "bytes of a request file; the API takes 200 MB", low=1, high=200 << 20
-    )
+    max_batch_file_size: int = setting(90_000_000, "bytes of a request file (API: 200 MB)", low=1, high=200 << 20)
     max_requests_per_file: int = setting(49_000, "requests in a file; the API takes 50,000", low=1, high=50_000)
     max_concurrent_batches: int = setting(1, "batches in flight at once", low=1, high=10_000)
     poll_interval: float = setting(600, "seconds between two looks at running batches", low=0, high=86_400)
@@ -116,22 +112,10 @@ OTHER_NAMES = (  # of our three columns, in exports that are none of these
     ("imagepath", "image", "images", "imageurl", "imagelink", "imagesrc", "imagefile", "photo", "picture", "bild"),
 )
 FURTHER_NAMES = ("additionalimagelink", "additionalimages", "variantimage", "variantimageurl", "furtherphotos")
-NO_TABLES = {  # how files begin that are no text, or another kind of text
-    b"PK\3\4": "a spreadsheet or zip archive", b"\xd0\xcf\x11\xe0": "an old Excel file", b"\x1f\x8b": "gzip",
-    b"PAR1": "a Parquet file", b"%PDF": "a PDF", b"SQLite": "a database", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7-Zip", b"\xff\xd8\xff": "a photo", b"\x89PNG": "a photo",
-    b"<": "XML or HTML", b"{": "JSON", b"[": "JSON",
+NO_TABLES = {  # how files begin that shops have beside their CSV, read as Windows-1252
+    "PK\3\4": "a spreadsheet or zip archive", "\xd0\xcf\x11\xe0": "an old Excel file", "\x1f\u2039": "gzip",
 }  # fmt: skip
-# UTF-8 of western letters and punctuation: what cp1252 would show as Ã¤ or â€“
-UTF8_SIGNS = re.compile(rb"[\xc2\xc3][\x80-\xbf]|\xe2\x80[\x80-\xbf]")
 PICTURE_NAME = re.compile(r"\s*https?://|.*\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])\b", re.IGNORECASE)
-
-
-# What is no UTF-8, as "surrogateescape" keeps it: Windows-1252, or Latin-1 for the bytes that it leaves undefined.
-WINDOWS = {
-    0xDC00 + byte: bytes([byte]).decode("latin-1" if byte in b"\x81\x8d\x8f\x90\x9d" else "cp1252")
-    for byte in range(0x80, 0x100)
-}
 
 
 def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
@@ -149,9 +133,9 @@ def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
     csv.field_size_limit(1 << 24)
     parts, surplus, first = [], set(), 1
     for path in map(Path, paths):
-        encoding, delimiter, header, export = feed_dialect(path, columns)
+        delimiter, header, export = feed_dialect(path, columns)
         width, values = len(header), []
-        for record in feed_records(path, encoding, delimiter, header):
+        for record in feed_records(path, delimiter, header):
             if len(record) > width:
                 surplus.add(first + len(values))
             values.append(record[:width] + [""] * (width - len(record)))
@@ -165,46 +149,30 @@ def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
     return rows, common.row_reasons(rows, surplus)
 
 
-def feed_dialect(path: Path, columns: str) -> tuple[str, str, list[str], str]:
-    """Encoding (utf-8 or utf-16), delimiter, our names of the columns, and the export's name ("" of our own header)."""
-    try:
-        with open(path, "rb") as handle:
-            start = handle.read(1 << 20)
-    except FileNotFoundError:
-        raise Fail(f"{path}: no such CSV; check --input", common.USAGE) from None
-    except IsADirectoryError:
-        raise Fail(f"{path}: is a folder, not a CSV; check --input", common.USAGE) from None
-    for mark, what in NO_TABLES.items():
-        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(mark):
-            raise Fail(f"{path}: is {what}, not a table of text; export it as CSV (UTF-8)", common.USAGE)
-    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
-    headers = {}
-    try:
-        line = next(feed_lines(io.BytesIO(start), encoding, path), "")
-        for mark in ",;\t|":
-            records = csv.reader(feed_lines(io.BytesIO(start), encoding, path), delimiter=mark)
-            header = next((one for one in records if not is_excels_line(one, mark)), [])
-            headers[mark] = [name.strip() for name in header]
-    except UnicodeError as error:
-        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
-    if not line.strip():
-        raise Fail(f"{path}: is empty; a header with {', '.join(common.REQUIRED_COLUMNS)} is needed")
-    if re.search(r"[\0-\x08\x0e-\x1f\x7f\ufffd]", line):
-        what = "UTF-16 without its mark" if "\0" in line else "no text"
-        raise Fail(f"{path}: its first line is {what}; export it as CSV (UTF-8)", common.USAGE)
-    given = dict(re.findall(r'(\w+)=("[^"]*"|[^,]*)(?:,|$)', columns))
-    if columns and (not given or given.keys() - set(common.REQUIRED_COLUMNS)):
+def feed_dialect(path: Path, columns: str) -> tuple[str, list[str], str]:
+    """Delimiter, our names of the columns, and the export's name ("" where the header is ours)."""
+    pairs = [pair.partition("=") for pair in columns.split(",") if pair]
+    given = {name.strip(): value.strip('" ') for name, _, value in pairs}
+    if given.keys() - set(common.REQUIRED_COLUMNS):
         hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
         raise Fail(f"--columns {columns}: {hint}", common.USAGE)
-    given = {name: value.strip('" ') for name, value in given.items()}
-    found = [(delimiter, header, *find_columns(header, given)) for delimiter, header in headers.items()]
+    found = []
+    try:
+        line = next(feed_lines(path), "")
+        for delimiter in ",;\t|":
+            header = [name.strip() for name in next(csv.reader(feed_lines(path), delimiter=delimiter), [])]
+            found.append((delimiter, header, *find_columns(header, given)))
+    except (FileNotFoundError, IsADirectoryError):
+        raise Fail(f"{path}: no such CSV; check --input", common.USAGE) from None
+    except (UnicodeError, csv.Error) as error:
+        raise Fail(f"{path}: not readable as text ({error}); export it again as UTF-8") from None
+    what = next((what for mark, what in NO_TABLES.items() if line.startswith(mark)), "")
+    if not what and re.search(r"[\0-\x08\x0e-\x1f\x7f]", line):
+        what = "no text, or UTF-16 without its mark"
+    if what or not line.strip():
+        raise Fail(f"{path}: is {what or 'empty'}; export it as CSV (UTF-8)", common.USAGE)
     delimiter, header, places, export = max(found, key=lambda one: (all(one[2].values()), len(one[1])))
-    return encoding, delimiter, our_header(path, header, places, export), export
-
-
-def is_excels_line(values: list[str], delimiter: str) -> bool:
-    """Whether a record is the "sep=;" that Excel writes, and reads, above the header."""
-    return re.fullmatch("(?i)sep=.?", delimiter.join(values)) is not None
+    return delimiter, our_header(path, header, places, export), export
 
 
 def plain_name(column: str) -> str:
@@ -219,33 +187,25 @@ def find_columns(header: list[str], given: dict[str, str]) -> tuple[dict[str, li
         return [place for place, name in enumerate(header) if key(name) in names]
 
     ours = {name: places([name], str) or places([name], str.lower) for name in common.REQUIRED_COLUMNS}
-    if given:
-        kind = "columns by --columns"
-    elif all(ours.values()):
-        return ours, ""
-    else:
-        kind = "columns by their names"
-        for export, wanted in EXPORTS.items():
-            found = [next(filter(None, (places([one]) for one in names)), []) for names in wanted]
-            if all(found):
-                return dict(zip(common.REQUIRED_COLUMNS, found, strict=True)), export
+    for export, wanted in EXPORTS.items():
+        found = [next(filter(None, (places([one]) for one in names)), []) for names in wanted]
+        if all(found) and not given and not all(ours.values()):
+            return dict(zip(common.REQUIRED_COLUMNS, found, strict=True)), export
     found = {name: ours[name] or places(some) for name, some in zip(common.REQUIRED_COLUMNS, OTHER_NAMES, strict=True)}
     found |= {name: places([value], str) for name, value in given.items()}
-    return found, "" if found == ours else kind
+    return found, "" if found == ours else "columns by --columns" if given else "columns by their names"
 
 
 def our_header(path: Path, header: list[str], places: dict[str, list[int]], export: str) -> list[str]:
     """The columns' names, ours where they are meant, each once; Fail where one is missing or may be any of several."""
     hint = "say which is which with --columns id=...,name=...,image_path=..."
     if missing := [name for name, found in places.items() if not found]:
-        shown = "".join(c if c.isprintable() else "?" for c in ", ".join(header))[:200]
+        shown = " ".join(", ".join(header).split())[:200]
         raise Fail(f"{path}: no column {', '.join(missing)}; the header has {shown}; {hint}", common.USAGE)
     for name, found in places.items():
-        if len({header[place].lower() for place in found}) < len(found):
-            raise Fail(f"{path}: two columns are called {name}; rename the one that is not meant", common.USAGE)
         if len(found) > 1:
             some = ", ".join(header[place] for place in found)
-            raise Fail(f"{path}: {name} may be {some}; {hint}", common.USAGE)
+            raise Fail(f"{path}: {name} may be {some}; {hint}, or rename the others", common.USAGE)
     ours = {found[0]: name for name, found in places.items()}
     if export:
         say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
@@ -256,63 +216,51 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     unique: list[str] = []
     for place, name in enumerate(header):  # a second "tag" is "tag_2", or whatever number is free
         name = f"shop_{name}" if name in own else name
-        free = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in header)
-        free = itertools.chain([name], free)
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        free = itertools.chain([name], (other for other in others if other not in header))
         unique.append(ours.get(place) or next(n for n in free if n not in {*unique, *common.REQUIRED_COLUMNS}))
     return unique
 
 
-def feed_lines(handle: Any, encoding: str, path: Path) -> Iterator[str]:
-    """The lines of a binary file as text. In UTF-8, what is none is read as Windows-1252, with a warning at the end.
-
-    A line with both is UTF-8 with single Windows bytes in it.
-    """
-    if encoding == "utf-16":
-        yield from io.TextIOWrapper(handle, encoding, newline="")
-        return
+def feed_lines(path: Path) -> Iterator[str]:
+    """The lines of a feed. One that is no UTF-8 is read as Windows-1252, with a warning where others are UTF-8."""
+    with open(path, "rb") as handle:
+        utf16 = handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8-sig", "surrogateescape")
     windows, utf8 = [], False
-    for number, line in enumerate(handle, 1):
-        try:
-            text = line.decode()
-            utf8 = utf8 or not text.isascii()
-        except UnicodeDecodeError:
-            signs = UTF8_SIGNS.search(line) is not None
-            text, utf8 = line.decode("utf-8" if signs else "ascii", "surrogateescape").translate(WINDOWS), utf8 or signs
-            windows.append(number)
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
+    with open(path, encoding=encoding, errors=errors, newline="") as handle:
+        for number, line in enumerate(handle, 1):
+            if re.search("[\udc80-\udcff]", line):
+                windows.append(number)
+                line = line.encode(errors="surrogateescape").decode("cp1252", "replace")
+            elif not line.isascii():
+                utf8 = True
+            yield line
     if windows and utf8:
         shown = ", ".join(map(str, windows[:5])) + (", ..." if len(windows) > 5 else "")
-        count = "1 line is" if len(windows) == 1 else f"{len(windows)} lines are"
-        say(f"warning: {path}: {count} not UTF-8, read as Windows-1252: {shown}")
+        say(f"warning: {path}: {len(windows)} lines are not UTF-8, read as Windows-1252: {shown}")
 
 
-def feed_records(path: Path, encoding: str, delimiter: str, header: list[str]) -> Iterator[list[str]]:
+def feed_records(path: Path, delimiter: str, header: list[str]) -> Iterator[list[str]]:
     """The values of each row; a blank line is none. Raises Fail for what cannot be read, and for stray quotes."""
     lines: list[str] = []  # of the record that is being read
 
-    def keep(text: Iterator[str]) -> Iterator[str]:
-        for line in text:
+    def keep() -> Iterator[str]:
+        for line in itertools.chain(feed_lines(path), ["\n"]):  # which quotes that are never closed swallow
             lines.append(line)
             yield line
 
-    with open(path, "rb") as handle:
-        reader, begun, last = csv.reader(keep(feed_lines(handle, encoding, path)), delimiter=delimiter), 1, 1
-        above = True  # the rows
-        try:
-            for values in reader:
-                own = reader.line_num - begun + 1
-                del lines[:-own]
-                if own > 1 and are_rows(lines, delimiter, header):
-                    raise Fail(f"{path}, line {begun}: the quotes opened there swallow {own} lines; mend that line")
-                if values and not above:
-                    yield values
-                above = above and is_excels_line(values, delimiter)
-                last, begun = begun, reader.line_num + 1
-        except (csv.Error, UnicodeError) as error:
-            raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
-    if len([*csv.reader([*lines, "end"], delimiter=delimiter)]) == 1:  # no row of its own: swallowed by open quotes
-        raise Fail(f"{path}, line {last}: the quotes opened there are never closed; mend that line")
+    reader = csv.reader(keep(), delimiter=delimiter)
+    try:
+        for place, values in enumerate(reader):
+            begun = reader.line_num - len(lines) + 1
+            if place and len(lines) > 1 and are_rows(lines, delimiter, header):
+                raise Fail(f"{path}, line {begun}: the quotes opened there swallow {len(lines)} lines; mend that line")
+            if place and values:
+                yield values
+            lines.clear()
+    except (csv.Error, UnicodeError) as error:
+        raise Fail(f"{path}, line {reader.line_num}: {error}; mend that line") from None
 
 
 def are_rows(lines: list[str], delimiter: str, header: list[str]) -> bool:
@@ -389,13 +337,10 @@ def photo_names(folder: Path, cells: list[str]) -> list[str]:
     for cell in map(str.strip, cells):
         if common.is_url(cell):
             names += cell_urls(cell)
-            continue
-        parts = [part.strip() for part in re.split("[,;|]", cell)]
-        if len(parts) > 1:
-            with contextlib.suppress(common.BadImage):
-                common.resolve_image(folder, cell)
-                parts = [cell]
-        names += parts
+        elif os.path.isfile(folder / cell):  # with a comma in its name
+            names.append(cell)
+        else:
+            names += map(str.strip, re.split("[,;|]", cell))
     return list(dict.fromkeys(filter(None, names)))
 
 
@@ -493,15 +438,15 @@ def estimate(settings: CleaningConfig, load: dict, measured: Iterable[float] = (
 
     At the highest, an answer of a model that may reason takes all of its limit, as does one whose limit was doubled.
     """
-    model, parameters = known_model(settings.model), model_parameters(settings)
+    model, parameters, (plain, high) = known_model(settings.model), model_parameters(settings), ANSWER_TOKENS
     limit = parameters.get("max_completion_tokens") or parameters["max_tokens"]
+    high = high if parameters.get("reasoning_effort") in model.efforts[:1] else limit
+    tokens = [
+        [load["tokens"] + model.patch_factor * load["patches"], load["requests"] * plain],
+        [load["tokens"] + HIGHEST_FACTOR * load["patches"], load["requests"] * high],
+    ]
     if measured:
         tokens = [[load["requests"] * used for used in measured] for _ in range(2)]
-    else:
-        plain, high = ANSWER_TOKENS
-        high = high if parameters.get("reasoning_effort") in model.efforts[:1] else limit
-        pairs = ((model.patch_factor, plain), (HIGHEST_FACTOR, high))
-        tokens = [[load["tokens"] + factor * load["patches"], load["requests"] * answer] for factor, answer in pairs]
     tokens[1][1] += load["enlarged"] * limit
     usd = [cost(settings, settings.model, settings.sync, *used) for used in tokens]
     if math.isnan(usd[-1]):
@@ -543,39 +488,29 @@ MAX_TITLE = 1000  # characters of a title that are sent
 BYTES_PER_PIXEL = 0.5  # a JPEG above this is encoded anew rather than sent as it is
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG of three 8-bit components without metadata but JFIF's; None for any other file.
-
-    Pillow's way to open a file takes a fifth of all that `prepare` does for a photo.
-    """
-    place, size = 2, None
-    while data[:2] == b"\xff\xd8" and place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
-        if marker == 0xDA:  # the pixels begin
-            return size
-        if 0xC0 <= marker <= 0xC2:
-            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
-            size = (width, height) if (bits, components) == (8, 3) else None
-        elif marker not in (0xE0, 0xDB, 0xC4, 0xDD):  # JFIF, tables of quantisation and Huffman, restart interval
-            return None
-        place += 2 + length
-    return None
-
-
 def ready_jpeg(data: bytes, side: int) -> tuple[bytes, int, int] | None:
     """The JPEG with its width and height, where it can be sent as it is; else None.
 
-    That is: RGB, at most `side` px, of moderate size, without segments of metadata (they may turn the photo, color it
-    or tell where it was taken), and whole: its only end-of-image marker stands at the end.
+    That is: three 8-bit components, at most `side` px, of moderate size, without segments of metadata (they may turn
+    the photo, color it or tell where it was taken), and whole: its only end-of-image marker stands at the end.
+    Pillow's way to open a file takes a fifth of all that `prepare` does for a photo.
     """
-    if data.find(b"\xff\xd9") != len(data) - 2 or len(data) > BYTES_PER_PIXEL * side * side:
+    if not data.startswith(b"\xff\xd8") or data.find(b"\xff\xd9") != len(data) - 2:
         return None
-    if not (size := jpeg_size(data)):
-        return None
-    width, height = size
-    fits = min(width, height) >= common.MIN_SIDE and max(width, height) <= side
-    fits = fits and len(data) <= BYTES_PER_PIXEL * width * height
-    return (data, width, height) if fits else None
+    place, width, height = 2, 0, 0
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xDA:  # the pixels begin
+            fits = min(width, height) >= common.MIN_SIDE and max(width, height) <= side
+            return (data, width, height) if fits and len(data) <= BYTES_PER_PIXEL * width * height else None
+        if 0xC0 <= marker <= 0xC2:
+            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
+            if (bits, components) != (8, 3):
+                return None
+        elif marker not in (0xE0, 0xDB, 0xC4, 0xDD):  # JFIF, tables of quantisation and Huffman, restart interval
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return None
 
 
 def photo_jpeg(data: bytes, side: int) -> tuple[bytes, int, int]:
@@ -590,38 +525,20 @@ def photo_jpeg(data: bytes, side: int) -> tuple[bytes, int, int]:
     return buffer.getvalue(), *image.size
 
 
-@functools.lru_cache(maxsize=64)
-def request_frame(settings: CleaningConfig, token_factor: int) -> list[bytes]:
-    """What stands in a request's line before and after its digest, its title and its photo."""
+def request_line(settings: CleaningConfig, digest: str, title: str, jpeg: bytes, token_factor: int) -> bytes:
+    """One line of a request file, in the API's chat format with a strict schema; `token_factor` multiplies the tokens.
+
+    json, which looks at every letter, sees a mark in place of the photo, which would take a third of the time.
+    """
     image = {"url": "data:image/jpeg;base64,\0", "detail": settings.image_detail}
-    user = [{"type": "text", "text": "Title: \0"}, {"type": "image_url", "image_url": image}]
+    user = [{"type": "text", "text": f"Title: {title}"}, {"type": "image_url", "image_url": image}]
     messages = [{"role": "system", "content": PROMPT}, {"role": "user", "content": user}]
     answer = {"type": "json_schema", "json_schema": {"name": "product", "strict": True, "schema": SCHEMA}}
     body = {"model": settings.model, "messages": messages, "response_format": answer}
     body |= model_parameters(settings, token_factor)
-    line = {"custom_id": "\0", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    return json.dumps(line).encode().split(b"\\u0000")
-
-
-def request_line(settings: CleaningConfig, digest: str, title: str, jpeg: bytes, token_factor: int) -> bytes:
-    """One line of a request file, in the API's chat format with a strict schema; `token_factor` multiplies the tokens.
-
-    Only the title goes through json, which looks at every letter: a photo would take a third of the time.
-    """
-    begin, before_title, before_photo, end = request_frame(settings, token_factor)
-    title = json.dumps(title)[1:-1].encode()
-    return b"".join((begin, digest.encode(), before_title, title, before_photo, base64.b64encode(jpeg), end, b"\n"))
-
-
-def read_photo(folder: Path, image_path: str) -> bytes:
-    """The bytes of a row's photo. Raises common.BadImage."""
-    path = common.resolve_image(folder, image_path)
-    try:
-        if (size := path.stat().st_size) > 2 * common.MAX_PIXELS:
-            raise common.BadImage("image too large", f"{size} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise common.BadImage("unreadable file", error.strerror or str(error)) from None
+    line = json.dumps({"custom_id": digest, "method": "POST", "url": "/v1/chat/completions", "body": body})
+    before, after = line.encode().rsplit(b"\\u0000", 1)
+    return b"".join((before, base64.b64encode(jpeg), after, b"\n"))
 
 
 def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], products: list[tuple]) -> list[tuple]:
@@ -632,70 +549,66 @@ def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], prod
     built = []
     for rows, known, token_factor in products:
         for place, (number, name, cells) in enumerate(rows, 1):
-            *made, names, line = build_row(settings, folder, earlier, name, cells, known, token_factor)
-            if usable := bool(made[0]):
-                same = [cell for _, other, more in rows[place:] if other == name for cell in more]
-                names = dict.fromkeys([*names, *photo_names(folder, same)])
-                names = [photo for photo in names if photo != made[-1] and not common.is_url(photo)]  # was not fetched
-            built.append((number, *made, further_cell(names), line))
-            if usable:
+            more = [cell for _, other, some in rows[place:] if other == name for cell in some]
+            row = build_row(settings, folder, earlier, name, cells, more, known, token_factor)
+            built.append((number, *row))
+            if row[0]:
                 break
     return built
 
 
 def build_row(
-    settings: CleaningConfig, folder: Path, earlier: list[str], name: str, cells: list[str], known: str,
-    token_factor: int,
+    settings: CleaningConfig, folder: Path, earlier: list[str], name: str, cells: list[str], more: list[str],
+    known: str, token_factor: int,
 ) -> tuple:  # fmt: skip
-    """(digests, source, reason, detail, tokens, patches, photo, names of further ones, line) of the first usable photo.
+    """(digests, source, reason, detail, tokens, patches, photo, further_photos, line) of the first usable photo.
 
     `digests` are that of the present model and those of the `earlier` ones, and of versions that sent titles as they
     were; `source` is the photo's. A row without a usable photo has a reason and none; no line is made where the digest
-    `known` is among them. `token_factor` multiplies the tokens for the answer.
+    `known` is among them. `more`: cells of further photos. `token_factor` multiplies the tokens for the answer.
     """
-    names, failed = photo_names(folder, cells), None
+    names, failures = photo_names(folder, cells), []
     title, *older = dict.fromkeys(text[:MAX_TITLE] for text in (common.plain_text(name), " ".join(name.split())))
+    asked = [(model, text) for text in (title, *older) for model in (settings.model, *earlier)]
     for place, photo in enumerate(names, 1):
         try:
-            data = read_photo(folder, photo)
-            source = common.digest(data)
-            asked = [(model, text) for text in (title, *older) for model in (settings.model, *earlier)]
+            data = common.resolve_image(folder, photo).read_bytes()
+            source, tokens, patches, line = common.digest(data), 0, 0, None
             digests = [common.digest([model, PROMPT_VERSION, text, source]) for model, text in asked]
-            if known in (digests[:1] if settings.ask_again else digests):
-                return digests, source, "", "", 0, 0, photo, names[place:], None
-            jpeg, width, height = photo_jpeg(data, settings.image_size)
+            if known not in (digests[:1] if settings.ask_again else digests):
+                jpeg, width, height = photo_jpeg(data, settings.image_size)
+                tokens = PROMPT_TOKENS + len(title) // 4
+                patches = min(math.ceil(width / PATCH) * math.ceil(height / PATCH), MAX_PATCHES)
+                line = request_line(settings, digests[0], title, jpeg, token_factor)
+        except OSError as error:
+            failures.append(common.BadImage("unreadable file", str(error)))
         except common.BadImage as bad:
-            failed = failed or bad
-            continue
-        patches = min(math.ceil(width / PATCH) * math.ceil(height / PATCH), MAX_PATCHES)
-        line = request_line(settings, digests[0], title, jpeg, token_factor)
-        return digests, source, "", "", PROMPT_TOKENS + len(title) // 4, patches, photo, names[place:], line
-    failed = failed or common.BadImage("missing image_path")
-    return [], "", failed.reason, failed.detail, 0, 0, "", [], None
+            failures.append(bad)
+        else:
+            further = dict.fromkeys([*names[place:], *photo_names(folder, more)])
+            further = [one for one in further if one != photo and not common.is_url(one)]  # a URL was not fetched
+            return digests, source, "", "", tokens, patches, photo, further_cell(further), line
+    failed = failures[0] if failures else common.BadImage("missing image_path")
+    return [], "", failed.reason, failed.detail, 0, 0, "", "", None
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Photos at URLs: fetched before anything is sent, once, into WORKSPACE.photos, one file a URL, named by its sha256
 
-HOST_LANES, LANES = 6, 32  # connections at once to one host, and in all
-FETCH_TIMEOUT, FETCH_LIMIT = 20, 120  # seconds that a connection may be silent, and that a photo may take
+HOST_LANES, LANES = 6, 32  # connections at once to one host, and transfers under way or waiting for one in all
+FETCH_TIMEOUT, SLOWEST = 20, 1000  # seconds that a connection may take, or bring fewer bytes a second than this
 FETCH_ATTEMPTS, REDIRECTS = 4, 5
 FETCH_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second attempt, doubled each time; a server's wish at most
 MAX_FETCHED = 64 << 20  # bytes of a photo
-FETCH_HEADERS = ["User-Agent: Mozilla/5.0 (compatible; catalogue photos)", "Accept: image/*,*/*;q=0.5",
-                 "Accept-Encoding: identity"]  # fmt: skip
 CONDITIONS = {"etag": "If-None-Match", "last-modified": "If-Modified-Since"}  # of an answer -> of a later request
 PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")  # or ftyp: AVIF, HEIC
-FETCH_ERRORS = {  # libcurl's codes: the reason, and whether another attempt may help; others: a broken connection
-    "UNSUPPORTED_PROTOCOL": ("not http or https", False),
-    "URL_MALFORMAT": ("not a URL", False),
-    "COULDNT_RESOLVE_HOST": ("unknown host", False),
-    "COULDNT_CONNECT": ("no connection", True),
-    "PARTIAL_FILE": ("answer cut", True),
-    "OPERATION_TIMEDOUT": ("too slow", True),
-    "FILESIZE_EXCEEDED": ("too large", False),
-    "PEER_FAILED_VERIFICATION": ("certificate refused", False),
-}
+FETCH_ERRORS = {  # libcurl's codes; others: a broken connection
+    "UNSUPPORTED_PROTOCOL": "not http or https", "URL_MALFORMAT": "not a URL", "COULDNT_RESOLVE_HOST": "unknown host",
+    "TOO_MANY_REDIRECTS": "too many redirects", "FILESIZE_EXCEEDED": "too large",
+    "PEER_FAILED_VERIFICATION": "certificate refused",
+    "COULDNT_CONNECT": "no connection", "PARTIAL_FILE": "answer cut", "OPERATION_TIMEDOUT": "too slow",
+}  # fmt: skip
+PASSING = ("no connection", "answer cut", "too slow")  # those that another attempt may mend
 
 
 def is_public(address: str) -> bool:
@@ -708,144 +621,40 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def is_picture(start: bytes) -> bool:
-    """Whether a file that starts with these 12 bytes may be a picture."""
-    return start.startswith(PICTURE_STARTS) or start[4:8] == b"ftyp"
+def new_lane(allow_private: bool) -> Any:
+    """A handle of libcurl, which checks every address as it opens a connection, whatever name or redirect led there."""
+    import certifi
+    import pycurl
+
+    curl = pycurl.Curl()
+
+    def connect(purpose: int, address: Any) -> Any:
+        curl.refused = not allow_private and not is_public(address.addr[0])
+        with contextlib.suppress(OSError):
+            return pycurl.SOCKET_BAD if curl.refused else socket.socket(*address[:3])
+        return pycurl.SOCKET_BAD
+
+    def keep_header(line: bytes) -> None:
+        name, _, value = line.decode("latin-1").partition(":")
+        if name.lower().startswith("http/"):  # another answer begins, after a redirect
+            curl.conditions = {}
+        elif condition := CONDITIONS.get(name.lower()):
+            curl.conditions[condition] = value.strip()
+
+    web = pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS
+    options = {"PROTOCOLS": web, "REDIR_PROTOCOLS": web, "FOLLOWLOCATION": 1, "MAXREDIRS": REDIRECTS, "FAILONERROR": 1}
+    options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": SLOWEST, "LOW_SPEED_TIME": FETCH_TIMEOUT}
+    options |= {"MAXFILESIZE_LARGE": MAX_FETCHED, "OPENSOCKETFUNCTION": connect, "HEADERFUNCTION": keep_header}
+    options["USERAGENT"] = "Mozilla/5.0 (compatible; catalogue photos)"
+    options["PROXY"] = ""  # behind a proxy no address could be checked
+    options["CAINFO"] = os.environ.get("SSL_CERT_FILE") or certifi.where()  # as the openai client trusts
+    for name, value in options.items():
+        curl.setopt(getattr(pycurl, name), value)
+    return curl
 
 
-def wire_url(url: str) -> str:
-    """A feed's URL as RFC 3986 has it: what may not stand in one is encoded. Raises ValueError where it is none."""
-    url = url.strip().partition("#")[0]
-    if not re.search(r'[^!-~]|["<>\\^`{|}]', url):
-        return url
-    parts = urllib.parse.urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    quoted = functools.partial(urllib.parse.quote, safe="!$%&'()*+,/:;=?@[]~")
-    host = quoted(user) + at + host.encode("idna").decode()
-    return parts._replace(netloc=host, path=quoted(parts.path), query=quoted(parts.query)).geturl()
-
-
-class NotFetched(Exception):
-    """Why a photo could not be fetched; `pause`: seconds that the server asks for, None where nothing would help."""
-
-    def __init__(self, reason: str, pause: float | None = None):
-        super().__init__(reason)
-        self.pause = pause
-
-
-class Wanted(NamedTuple):
-    """A photo that is asked for."""
-
-    url: str
-    place: str  # the same, or where a redirect led
-    attempt: int = 1
-    redirects: int = 0
-
-
-class Transfer:
-    """A lane of libcurl's, which brings one photo after the other into a file.
-
-    Every address is checked when its connection is opened, whatever name or second look-up led to it.
-    """
-
-    def __init__(self, allow_private: bool):
-        import certifi
-        import pycurl
-
-        self.curl, self.allow_private, self.file, self.temporary = pycurl.Curl(), allow_private, None, ""
-        self.errors = {getattr(pycurl, f"E_{name}"): why for name, why in FETCH_ERRORS.items()}
-        options = {"PROTOCOLS": pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS, "NOSIGNAL": 1, "BUFFERSIZE": 256 << 10}
-        options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
-        options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED}
-        options["PROXY"] = ""  # behind a proxy no address could be checked
-        trusted = ssl.get_default_verify_paths()  # as Python trusts; SSL_CERT_FILE and SSL_CERT_DIR say otherwise
-        options["CAINFO"] = trusted.cafile or certifi.where()
-        options |= {"CAPATH": trusted.capath} if trusted.capath else {}
-        options |= {"OPENSOCKETFUNCTION": self._connect, "WRITEFUNCTION": self._write}
-        for name, value in options.items():
-            self.curl.setopt(getattr(pycurl, name), value)
-
-    def start(self, photo: Wanted, path: str, known: dict[str, Any]) -> None:
-        """Prepare to fetch a photo into `path`. Raises ValueError or pycurl.error where its URL is none."""
-        self.photo, self.path, self.size, self.begin = photo, path, 0, b""
-        self.refused, self.error, self.headers = "", None, []
-        asked = [f"{name}: {known[name]}" for name in CONDITIONS.values() if known.get(name) and os.path.exists(path)]
-        self.curl.setopt(self.curl.URL, wire_url(photo.place))
-        self.curl.setopt(self.curl.HTTPHEADER, FETCH_HEADERS + [line.encode("latin-1") for line in asked])
-        self.curl.setopt(self.curl.HEADERFUNCTION, self.headers.append)
-
-    def _connect(self, purpose: int, address: Any) -> Any:
-        if not self.allow_private and not is_public(address.addr[0]):
-            self.refused = "private address (--allow-private)"
-            return self.curl.SOCKET_BAD
-        self.refused = ""  # what another address of this host was
-        try:
-            return socket.socket(address.family, address.socktype, address.protocol)
-        except OSError:
-            return self.curl.SOCKET_BAD
-
-    def _write(self, block: bytes) -> int | None:
-        """Take a block of an answer; anything but None stops the transfer."""
-        try:
-            if not self.temporary:
-                if self._last_headers()[0].split()[1] != b"200":
-                    return None  # nobody reads what a page of errors says
-                self.temporary = "{}/.{}.tmp".format(*os.path.split(self.path))
-                self.file = open(self.temporary, "wb")
-            self.begin += block[: 12 - len(self.begin)]
-            if len(self.begin) == 12 and not is_picture(self.begin):
-                self.refused = "not an image"
-                return 0
-            self.size += self.file.write(block)
-        except BaseException as error:  # libcurl would print it and go on
-            self.error = error
-            return 0
-
-    def _last_headers(self) -> list[bytes]:
-        """The status line and what follows it, without interim answers such as 100."""
-        starts = [number for number, line in enumerate(self.headers) if re.match(rb"HTTP/[\d.]+ +\d", line, re.I)]
-        return self.headers[starts[-1] :]
-
-    def finish(self, code: int) -> tuple[str, int, dict[str, str]]:
-        """At an end with this code: ("fetched" or "unchanged", bytes, headers for the next, conditional request).
-
-        For a redirect ("moved", 0, {"to": URL}). Raises NotFetched, or what went wrong here, such as a full disk.
-        """
-        try:
-            if self.error:
-                raise self.error
-            if self.file:
-                self.file.close()
-            status = self.curl.getinfo(self.curl.RESPONSE_CODE)
-            if code and (status < 400 or code == self.curl.E_OPERATION_TIMEDOUT):  # else the status says it all
-                why, again = self.errors.get(code, (f"connection broken (libcurl's code {code})", True))
-                raise NotFetched(self.refused or why, None if self.refused or not again else 0.0)
-            if status == 304 and os.path.exists(self.path):
-                os.utime(self.path)
-                return "unchanged", 0, {}
-            if target := self.curl.getinfo(self.curl.REDIRECT_URL):
-                return "moved", 0, {"to": target}
-            if status != 200:
-                again = status in (408, 425, 429) or status >= 500
-                raise NotFetched(f"status {status}", self.curl.getinfo(self.curl.RETRY_AFTER) if again else None)
-            if not is_picture(self.begin):
-                raise NotFetched("not an image" if self.size else "empty answer")
-            os.replace(self.temporary, self.path)
-        finally:
-            self.stop()
-        headers = (line.decode("latin-1").partition(":") for line in self._last_headers())
-        headers = {name.strip().lower(): value.strip() for name, _, value in headers}
-        return "fetched", self.size, {ask: headers[name] for name, ask in CONDITIONS.items() if headers.get(name)}
-
-    def stop(self) -> None:
-        """Leave nothing unfinished behind."""
-        if self.file:
-            with contextlib.suppress(OSError):  # a full disk is told already
-                self.file.close()
-        if self.temporary:
-            with contextlib.suppress(FileNotFoundError):  # it has its name, or was never made
-                os.unlink(self.temporary)
-        self.file, self.temporary = None, ""
+def host_of(url: str) -> str:
+    return url.split("/", 3)[2]
 
 
 class PhotoFetcher:
@@ -859,9 +668,6 @@ class PhotoFetcher:
         self.folder, self.allow_private = folder, allow_private
         self.index, self.unfinished = folder / "index.jsonl", folder / "unfinished"
         self.known = {str(line.get("name")): line for line in read_lines(self.index)} if self.index.exists() else {}
-        # By host: (time before which it waits, Wanted) of what is to be asked for; transfers; time of being left alone.
-        self.queues: dict[str, deque] = {}
-        self.busy, self.quiet_until = Counter(), Counter()
 
     def fetch(self, urls: list[str]) -> dict[str, str]:
         """Fetch what is missing or may have changed; gives {URL: reason} of the failures."""
@@ -874,14 +680,12 @@ class PhotoFetcher:
         names = {url: common.digest(url.encode()) for url in urls}
         wanted = {url: n for url, n in names.items() if n not in here or (here[n] < begun and n in self.known)}
         counts, failures, size = Counter(), {}, 0
-        with contextlib.closing(self.transfers(wanted)) as outcomes:
-            for url, outcome, got in common.progress(outcomes, "fetch", len(wanted), "photo"):
-                size += got
-                counts[outcome] += 1
-                if outcome not in ("fetched", "unchanged"):
-                    failures[url] = outcome
-        if counts["fetched"]:
-            os.sync()
+        for url, outcome, got in common.progress(self.transfers(wanted), "fetch", len(wanted), "photo"):
+            size += got
+            counts[outcome] += 1
+            if outcome not in ("fetched", "unchanged"):
+                failures[url] = outcome
+        os.sync()
         self.unfinished.unlink()
         here = f"{len(urls) - len(wanted)} were here already, " if len(urls) > len(wanted) else ""
         got = f"{counts['fetched']} fetched ({size / 1e6:.1f} MB), {counts['unchanged']} unchanged"
@@ -895,73 +699,76 @@ class PhotoFetcher:
         import pycurl
 
         multi = pycurl.CurlMulti()
-        multi.setopt(pycurl.M_MAXCONNECTS, 2 * LANES)  # idle ones included
-        lanes = {lane.curl: lane for lane in (Transfer(self.allow_private) for _ in range(min(LANES, len(names))))}
-        free = [*lanes.values()]
-        for url in names:
-            self.put(Wanted(url, url))
-        try:
-            while len(free) < len(lanes) or self.queues:
-                for photo in self.due(free):
-                    try:
-                        name = names[photo.url]
-                        free[-1].start(photo, f"{self.folder}/{name}", self.known.get(name, {}))
-                        multi.add_handle(free.pop().curl)
-                        self.busy[host_of(photo.place)] += 1
-                    except (ValueError, pycurl.error):
-                        yield photo.url, "not a URL", 0
-                multi.perform()
-                _, done, failed = multi.info_read()
-                for curl, code in [(curl, 0) for curl in done] + [(curl, code) for curl, code, _ in failed]:
-                    multi.remove_handle(curl)
-                    free.append(lanes[curl])
-                    self.busy[host_of(lanes[curl].photo.place)] -= 1
-                    if settled := self.settle(lanes[curl], code):
-                        yield settled
-                if not done and not failed and multi.select(0.1) <= 0:
-                    time.sleep(0.01)  # select does not wait where nothing is under way
-        finally:
-            for lane in lanes.values():
-                lane.stop()
+        multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, HOST_LANES)
+        free, under_way = [new_lane(self.allow_private) for _ in range(min(LANES, len(names)))], {}
+        # A heap of (when it may be asked for, file name, URL, attempt). By the names, digests, all hosts are mixed.
+        waiting, quiet_until = [(0.0, name, url, 1) for url, name in names.items()], Counter()  # the latter by host
+        heapq.heapify(waiting)
+        while waiting or under_way:
+            while free and waiting and waiting[0][0] <= time.monotonic():
+                _, name, url, attempt = heapq.heappop(waiting)
+                if (since := quiet_until[host_of(url)]) > time.monotonic():
+                    heapq.heappush(waiting, (since, name, url, attempt))
+                    continue
+                self.start(free[-1], name, url)
+                multi.add_handle(free[-1])
+                under_way[free.pop()] = name, url, attempt
+            multi.perform()
+            _, done, failed = multi.info_read()
+            for curl, code in [(curl, pycurl.E_OK) for curl in done] + [(curl, code) for curl, code, _ in failed]:
+                multi.remove_handle(curl)
+                free.append(curl)
+                name, url, attempt = under_way.pop(curl)
+                outcome, wish = self.finish(curl, code, name, url)
+                if wish is None or wish > LONGEST_PAUSE or attempt == FETCH_ATTEMPTS:
+                    yield url, outcome, curl.body.tell() if outcome == "fetched" else 0
+                    continue
+                now = time.monotonic()
+                quiet_until[host_of(url)] = max(quiet_until[host_of(url)], now + wish)
+                heapq.heappush(waiting, (now + FETCH_PAUSE * 2 ** (attempt - 1), name, url, attempt + 1))
+            if not done and not failed and multi.select(0.1) <= 0:
+                time.sleep(0.01)  # select does not wait where nothing is under way
 
-    def put(self, photo: Wanted, pause: float = 0.0) -> None:
-        """Queue a photo, to be asked for after so many seconds."""
-        self.queues.setdefault(host_of(photo.place), deque()).append((time.monotonic() + pause, photo))
+    def start(self, curl: Any, name: str, url: str) -> None:
+        """Have a lane ask for a photo, with the conditions that its last answer gave."""
+        curl.body, curl.refused, curl.conditions = io.BytesIO(), False, {}
+        known = self.known.get(name, {})
+        asked = [header for header in CONDITIONS.values() if known.get(header) and (self.folder / name).exists()]
+        headers = ["Accept: image/*,*/*;q=0.5", *(f"{header}: {known[header]}" for header in asked)]
+        host = host_of(url)
+        with contextlib.suppress(UnicodeError):  # no host's name: libcurl will say so
+            url = url if host.isascii() else url.replace(host, host.encode("idna").decode(), 1)
+        curl.setopt(curl.URL, urllib.parse.quote(url.strip(), safe="!#$%&'()*+,/:;=?@[]~"))
+        curl.setopt(curl.HTTPHEADER, [line.encode("latin-1") for line in headers])
+        curl.setopt(curl.WRITEDATA, curl.body)
 
-    def due(self, free: list[Transfer]) -> Iterator[Wanted]:
-        """What may be asked for now, host by host, while lanes are free."""
-        now = time.monotonic()
-        for host, queue in list(self.queues.items()) if free else ():
-            while queue and free and self.busy[host] < HOST_LANES and max(queue[0][0], self.quiet_until[host]) <= now:
-                yield queue.popleft()[1]
-            if not queue:
-                del self.queues[host]
-
-    def settle(self, lane: Transfer, code: int) -> tuple[str, str, int] | None:
-        """What came of a transfer that has ended; None where its photo is asked for again."""
-        photo = lane.photo
-        try:
-            outcome, size, more = lane.finish(code)
-            if outcome == "moved":
-                if photo.redirects == REDIRECTS:
-                    raise NotFetched("too many redirects")
-                return self.put(photo._replace(place=more["to"], redirects=photo.redirects + 1))
-        except NotFetched as error:
-            if error.pause is None or error.pause > LONGEST_PAUSE or photo.attempt == FETCH_ATTEMPTS:
-                return photo.url, str(error), 0
-            if error.pause:
-                self.quiet_until[host_of(photo.place)] = time.monotonic() + error.pause
-            return self.put(Wanted(photo.url, photo.url, photo.attempt + 1), FETCH_PAUSE * 2 ** (photo.attempt - 1))
-        if more:
-            line = {"name": os.path.basename(lane.path), "url": photo.url} | more
+    def finish(self, curl: Any, code: int, name: str, url: str) -> tuple[str, float | None]:
+        """Keep a photo that has come. ("fetched", "unchanged" or why not; the seconds that the server asks for, None
+        where another attempt would not help)."""
+        status, path, data = curl.getinfo(curl.RESPONSE_CODE), self.folder / name, curl.body.getvalue()
+        if code == curl.E_HTTP_RETURNED_ERROR:
+            again = status in (408, 425, 429) or status >= 500
+            return f"status {status}", curl.getinfo(curl.RETRY_AFTER) if again else None
+        if code and curl.refused:
+            return "private address (--allow-private)", None
+        if code:
+            known = {getattr(curl, f"E_{error}"): reason for error, reason in FETCH_ERRORS.items()}
+            reason = known.get(code, f"connection broken (libcurl's code {code})")
+            return reason, 0.0 if code not in known or reason in PASSING else None
+        if status == 304 and path.exists():
+            os.utime(path)
+            return "unchanged", None
+        if status != 200:
+            return f"status {status}", None
+        if not data.startswith(PICTURE_STARTS) and data[4:8] != b"ftyp":
+            return "not an image" if data else "empty answer", None
+        temporary = self.folder / f".{name}.tmp"
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+        if curl.conditions:
             with open(self.index, "a", encoding="utf-8") as index:
-                index.write(json.dumps(line) + "\n")
-        return photo.url, outcome, size
-
-
-def host_of(url: str) -> str:
-    """The part of a URL that says where to ask, "" where it is none."""
-    return (re.match(r"\s*\w+://([^/?#]*)", url) or [""] * 2)[1].lower()
+                index.write(json.dumps({"name": name, "url": url} | curl.conditions) + "\n")
+        return "fetched", None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -988,14 +795,9 @@ class Outcome(NamedTuple):
     output_tokens: int = 0
 
 
-def replace_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold: half a surrogate pair, which JSON allows, becomes a question mark."""
-    return text.encode(errors="replace").decode()
-
-
 def short_text(text: Any, limit: int = 300) -> str:
-    """A server's words on one short line, without key, image data and control characters."""
-    text = CONTROLS.sub("?", replace_surrogates(" ".join(str(text).split())))
+    """A server's words on one short line of UTF-8, without key, image data and control characters."""
+    text = CONTROLS.sub("?", " ".join(str(text).split()).encode(errors="replace").decode())
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if len(key) >= 8:  # servers of one's own take any key: "none", "key", "x" are words and no secrets
         text = re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "***", text)
@@ -1011,36 +813,24 @@ def stop_code(status: Any, code: str, message: str) -> str:
     return "unsupported_value" if status == 400 and refused else code if code in STOPS else ""
 
 
-def find_object(content: str) -> Any:
-    """The JSON value that an answer is, or the last object in it with all fields; ValueError where there is none.
+def find_object(content: str) -> dict[str, Any] | None:
+    """The last JSON object in an answer that has all fields, or else the last one; None where there is none.
 
     Servers without strict schemas put it into a code fence, a string, a list or an object, or behind their thoughts.
     """
-    decoder = json.JSONDecoder(strict=False)  # takes a line break within a string
+    decoder, found = json.JSONDecoder(strict=False), []  # takes a line break within a string
     with contextlib.suppress(ValueError, RecursionError):
-        value = decoder.decode(content.strip())
-        value = decoder.decode(value) if isinstance(value, str) else value
-        inner = [*value.values()] if isinstance(value, dict) else value
-        return inner[0] if isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], dict) else value
-    found, end = [], 0
+        content = str(decoder.decode(content.strip())) if content.strip().startswith('"') else content
     for place in itertools.islice(re.finditer("{", content), MAX_OBJECTS):
-        if place.start() >= end:
-            with contextlib.suppress(ValueError, RecursionError):
-                value, end = decoder.raw_decode(content, place.start())
-                found.append(value)
-    if not found:
-        raise ValueError("no JSON")
-    return next((value for value in reversed(found) if value.keys() >= set(FIELDS)), found[-1])
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(decoder.raw_decode(content, place.start())[0])
+    return next((value for value in reversed(found) if value.keys() >= set(FIELDS)), found[-1] if found else None)
 
 
 def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
     """The fields, attributes in their one spelling, or (reason, detail)."""
-    try:
-        values = find_object(content)
-    except ValueError:
+    if (values := find_object(content)) is None:
         return "broken JSON", content[:100]
-    if not isinstance(values, dict):
-        return "wrong type", f"a {type(values).__name__}, not an object"
     for name in FIELDS:
         if name not in values:
             return "missing field", name
@@ -1048,45 +838,43 @@ def read_fields(content: str) -> dict[str, str] | tuple[str, str]:
             return "wrong type", f"{name} is a {type(values[name]).__name__}"
         if CONTROLS.search(values[name]):  # often half of a broken escape: the text is not what the model meant
             return "control character", f"{name} is {values[name]!r}"
-    values = {name: replace_surrogates(values[name]) for name in FIELDS}
-    title = " ".join(values["clean_title"].split())
-    if not title:
+    # Half a surrogate pair, which JSON allows and UTF-8 does not, becomes a question mark.
+    title, *attributes = (values[name].encode(errors="replace").decode() for name in FIELDS)
+    if not title.strip():
         return "missing field", "clean_title is empty"
-    return {"clean_title": title} | {name: common.normalise_attribute(values[name]) or "unknown" for name in FIELDS[1:]}
+    known = [common.normalise_attribute(value) or "unknown" for value in attributes]
+    return dict(zip(FIELDS, [" ".join(title.split()), *known], strict=True))
 
 
 def read_answer(body: Any) -> Outcome:
     """The outcome of a chat completion object; never raises."""
-    if not isinstance(body, dict):
-        return Outcome("again", reason="no answer", detail=type(body).__name__)
-    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-    numbers = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    usage = body.get("usage") if isinstance(body, dict) else None
+    numbers = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
     used = [n if isinstance(n, int) and 0 <= n < 1 << 40 else 0 for n in numbers]
 
     def failed(reason: str, detail: Any = "") -> Outcome:
         return Outcome("again", None, reason, short_text(detail), *used)
 
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
+    try:
+        choice, message = body["choices"][0], body["choices"][0]["message"]
+        finish, content, refusal = choice.get("finish_reason"), message.get("content"), message.get("refusal")
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+    except (TypeError, LookupError, AttributeError):
         return failed("no answer", "the response has no choices")
-    finish, content = choice.get("finish_reason"), message.get("content")
     if isinstance(content, list):  # in parts
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    if message.get("refusal"):
-        return failed("refusal", message["refusal"])
+    if refusal:
+        return failed("refusal", refusal)
     if finish == "length":
         return failed("length", "the answer was cut off at the token limit")
     if finish == "content_filter":
         return failed("content_filter")
-    if not isinstance(content, str) or not content.strip():
-        # Some servers take all that a model says for its reasoning, if it may reason.
-        content = message.get("reasoning_content") or message.get("reasoning")
-        if not isinstance(content, str) or not isinstance(read_fields(content), dict):
-            return failed("empty answer", f"finish_reason {finish}")
-    fields = read_fields(content)
-    return Outcome("ok", fields, "", "", *used) if isinstance(fields, dict) else failed(*fields)
+    # Some servers take all that a model says for its reasoning, if it may reason.
+    empty = not isinstance(content, str) or not content.strip()
+    fields = read_fields(str(thoughts) if empty else content)
+    if isinstance(fields, dict):
+        return Outcome("ok", fields, "", "", *used)
+    return failed("empty answer", f"finish_reason {finish}") if empty else failed(*fields)
 
 
 def read_result(line: dict) -> Outcome:

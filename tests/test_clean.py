@@ -1451,7 +1451,7 @@ FIELDS_TEXT = json.dumps(dict.fromkeys(clean.FIELDS, "oak"))
         (FIELDS_TEXT.replace('"oak"', '"oak\n"', 1), ""),
         (f"<think>{{</think>{FIELDS_TEXT}", ""), ("no object", "broken JSON"), (FIELDS_TEXT[:-3], "broken JSON"),
         ("```json\n{}\n```", "missing field"), ("{" * 100_000, "broken JSON"), ('{"a":' * 100_000, "broken JSON"),
-        ("7", "wrong type"), (FIELDS_TEXT.replace("oak", "o\\u0000e9k", 1), "control character"),
+        ("7", "broken JSON"), (FIELDS_TEXT.replace("oak", "o\\u0000e9k", 1), "control character"),
         (FIELDS_TEXT.replace("oak", "o\\u009fk", 1), "control character"), ("\0{", "broken JSON"),
         (FIELDS_TEXT.replace("oak", "o\\u000bk", 1), ""),
     ],
