@@ -1294,16 +1294,8 @@ def validate_batch(batch: Any) -> Any:
 # StateManager: state.json, which alone knows the batches
 
 FACTS = {"sha256": "", "pilot": False} | dict.fromkeys(LOAD, 0)  # of a request file
-BATCH = FACTS | {
-    "input_file": "",
-    "model": "",  # that it asks
-    "effort": "",  # that its requests were sent with
-    "status": "",
-    "output_file_id": "",
-    "local_output_path": "",
-    "counts": {},
-    "created_at": 0,
-}
+BATCH = FACTS | {"input_file": "", "model": "", "effort": "", "status": "", "counts": {}, "created_at": 0,
+                 "output_file_id": "", "local_output_path": ""}  # fmt: skip
 STATE = {  # with what a new workspace begins
     "state": "Initial",  # of the whole: Initial, Prepared, In Progress, Completed or Failed, Finalized
     "batches": {},  # id -> BATCH and more
@@ -1636,7 +1628,6 @@ class DataProcessor:
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
             # Each of Arrow's threads would keep memory of its own, 300 bytes a row in all.
             plan = pd.read_parquet(self.plan_path, page_checksum_verification=True, use_threads=False)
-            plan = plan.assign(**{name: plan.get(name, "") for name in self.PLANNED[-3:]})
             self.plan = plan[["id", *self.PLANNED]]
 
     @property
@@ -1720,21 +1711,20 @@ class DataProcessor:
         """What build_block gives for every product's rows, or with `again` for those that are wanted."""
         fetched_from = os.path.relpath(self.fetched.resolve(), self.folder)
 
-        def local(url: str) -> str:
+        def local(name: str) -> str:
             """A URL's local copy, relative to the images folder, where it has one."""
-            name = common.digest(url.encode())
-            return os.path.join(fetched_from, name) if (self.fetched / name).exists() else url
+            copy = common.digest(name.encode())
+            return os.path.join(fetched_from, copy) if common.is_url(name) and (self.fetched / copy).exists() else name
+
+        def names(cells: list[str]) -> list[str]:
+            return [local(name) for cell in cells for name in (cell_urls(cell) if common.is_url(cell) else [cell])]
 
         def products() -> Iterator[tuple]:
             for id, rows in common.products(*self.catalogue):
                 digest = known.get(id, "")
                 if is_wanted(digest) or not again:
-                    rows = [(number, name, [*local_cells(cells)]) for number, name, cells in rows]
+                    rows = [(number, name, names(cells)) for number, name, cells in rows]
                     yield rows, "" if is_wanted(digest) else digest, self.answers.token_factor(digest)
-
-        def local_cells(cells: list[str]) -> Iterator[str]:
-            for cell in cells:
-                yield from map(local, cell_urls(cell)) if common.is_url(cell) else [cell]
 
         work = functools.partial(build_block, self.settings, self.folder, self.earlier_models())
         blocks, workers = common.batches(products(), BLOCK), self.settings.workers or os.cpu_count() or 1
@@ -1859,7 +1849,6 @@ class BatchRunner:
         self.auto = self.given.model == AUTO
         self.replan = replan  # whether all photos are looked at, though the plan is that of today's catalogue
         self.checked = False  # whether the model was looked at in this call
-        self.looked_up: dict[str, tuple] = {}  # model -> what look_up found
         self.failed = False  # whether the last step is to be tried again soon
 
     @functools.cached_property
@@ -1937,18 +1926,14 @@ class BatchRunner:
 
     def look_up(self, name: str) -> tuple[str, str, float]:
         """Why a model is not to be had, or ""; the day on which it ends, and in how many days."""
-        if name not in self.looked_up:
-            offline = not os.environ.get("OPENAI_API_KEY") and not os.environ.get(
-                "OPENAI_BASE_URL"
-            )  # only `prepare` is
-            try:
-                facts = {} if offline else self.client.model(name)
-                date, days = shutdown_date(name, facts)
-                told = self.auto or facts.get("shutdown_date")  # a server may go on with what the table says has ended
-                self.looked_up[name] = (f"was shut down on {date}" if days <= 0 and told else "", date, days)
-            except NotFound:
-                self.looked_up[name] = ("is not there for this key", "", 0)
-        return self.looked_up[name]
+        offline = not os.environ.get("OPENAI_API_KEY") and not os.environ.get("OPENAI_BASE_URL")  # only `prepare` is
+        try:
+            facts = {} if offline else self.client.model(name)
+        except NotFound:
+            return "is not there for this key", "", 0
+        date, days = shutdown_date(name, facts)
+        told = self.auto or facts.get("shutdown_date")  # a server may go on with what the table says has ended
+        return f"was shut down on {date}" if days <= 0 and told else "", date, days
 
     def choose_model(self) -> str:
         """In an auto run: take the first of AUTO_MODELS that the key has and that lives until the work may be done.
@@ -1996,20 +1981,21 @@ class BatchRunner:
 
     def look_through_account(self) -> None:
         """Take over the account's batches of this workspace that the state does not know, the oldest first."""
-        batches, files, intent = dict(self.state["batches"]), dict(self.state["files"]), self.state["intent"]
+        batches, before = self.state["batches"], len(self.state["batches"])
         for batch in reversed(self.client.batches()):
             about = batch.metadata or {}
             if about.get("workspace") != self.state.identity or batch.id in batches:
                 continue
             name = about.get("file") or batch.id
             say(f"found {batch.id} for {name}, whose answer was lost")
-            files.pop(name, None)
             known = {fact: about.get(fact, "") for fact in ("sha256", "model", "effort")} | {"input_file": name}
             known |= {fact: int(about.get(fact) or 0) for fact in LOAD} | {"pilot": about.get("pilot") == "1"}
             batches[batch.id] = BATCH | known | describe_batch(batch)
-            intent = {} if intent and about.get("intent") == intent["id"] else intent
-        if len(batches) > len(self.state["batches"]):
-            self.state.set(batches=batches, files=files, intent=intent)
+            self.state["files"].pop(name, None)
+            if self.state["intent"] and about.get("intent") == self.state["intent"]["id"]:
+                self.state.data["intent"] = {}
+        if len(batches) > before:
+            self.state.set()
             self.processor.answers.load()  # what is in their raw files comes in when they are collected
 
     # -- collecting
@@ -2159,12 +2145,13 @@ class BatchRunner:
         others = queue_tokens(total_load(batch for batch in live if batch["status"] not in ENDED))
         found = re.search(r"[Ll]imit:? ([\d,]+)", message)
         stated = int(found[1].replace(",", "")) if found else 0
-        limit = min(filter(None, (stated or max(own, others), self.state["queue_limit"])))
-        say(f"{known['input_file']}: the queue is full ({message}); at most {limit} tokens in flight from now on")
+        limit = stated or (max(own, others) if others else 0)
+        limit = min(filter(None, (limit, self.state["queue_limit"])), default=0)
+        say(f"{known['input_file']}: the queue is full ({message}); at most {limit or own} tokens in flight from now")
         self.state.set(queue_limit=limit)
         # Alone and refused twice it may be too big as the server counts, or others of the account fill the queue.
         again = not others and sum(one["sha256"] == known["sha256"] for one in batches) > 1
-        if known["requests"] > 1 and (own > limit or (again and stated > 0 and own > stated / 2)):
+        if known["requests"] > 1 and (0 < limit < own or (again and stated > 0 and own > stated / 2)):
             self.state.set(queue_limit=min(limit, own // 2), files={})  # files are written anew, smaller
         elif not others:
             raise TryLater("the queue is full with other work of the account; a lower --max-requests-per-file may help")
@@ -2179,9 +2166,6 @@ class BatchRunner:
             self.state.set(models=[*(one for one in self.state["models"] if one != model), model])
         if self.replan and self.given.ask_again:
             self.state.set(ask_again=model)
-        known = known_model(model).efforts
-        if (effort := self.given.reasoning_effort) and known and effort not in known:
-            raise Fail(f"--reasoning-effort {effort}: {model} accepts {', '.join(known)}", common.USAGE)
         if self.replan or not processor.is_planned():
             requests = processor.prepare()
             self.state.set(state="In Progress" if self.state.live() else "Prepared")
@@ -2325,8 +2309,8 @@ def describe_batch(batch: Any) -> dict[str, Any]:
 # The output: cleaned CSV, rejects, report and sidecar
 
 
-def write_outputs(processor: DataProcessor, started: float) -> str | None:
-    """Write all four, the CSV last; gives what is wrong where too many rows were rejected."""
+def write_outputs(processor: DataProcessor, started: float) -> None:
+    """Write all four, the CSV last. Raises Fail where too many rows were rejected."""
     args, settings, output, counts = processor.args, processor.settings, Path(processor.args.output), processor.counts()
     if processor.inputs != processor.input_digests():
         raise Fail(f"{', '.join(args.input)} changed while the command ran; run it again")
@@ -2349,11 +2333,11 @@ def write_outputs(processor: DataProcessor, started: float) -> str | None:
     found = {id for id, status in zip(processor.plan["id"], processor.statuses(), strict=True) if status == "cleaned"}
     lost = sum(id not in found for ids in rejected.values() for id in ids)
     if lost > settings.max_failed * counts["input"]:
-        more = f"{lost} of {counts['input']} rows were rejected, more than --max-failed {settings.max_failed}"
+        processor.state.set(state="Failed", ask_again="")
+        many = f"{lost} of {counts['input']} rows were rejected, more than --max-failed {settings.max_failed}"
         hint = "mend the rows, ask again with `run --retry-failed`, or raise --max-failed"
-        return f"{more}; see {rejects_path}, then {hint}"
-    processor.state.set(written=output_signature(processor))
-    return None
+        raise Fail(f"{many}; see {rejects_path}, then {hint}")
+    processor.state.set(state="Finalized", ask_again="", written=output_signature(processor))
 
 
 def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path) -> tuple[dict, Counter]:
@@ -2440,15 +2424,6 @@ def show_status(processor: DataProcessor) -> None:
         say(f"stopped: {state['stopped']}; `dispatch` or `run` goes on")
 
 
-def run_until_settled(runner: BatchRunner) -> None:
-    """Step until every row is settled."""
-    pause = runner.settings.poll_interval
-    while not runner.step():
-        if pause >= 1:
-            say(counts_line(runner.processor.counts()))
-        time.sleep(min(RETRY_PAUSE, max(pause, 1.0)) if runner.failed else pause)
-
-
 def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
     """Everything but status, with the workspace to itself."""
     started, state = time.time(), StateManager(Path(args.workspace), settings)
@@ -2462,7 +2437,11 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
         if args.command in ("prepare", "finalize"):
             runner.make_plan()
         elif args.command == "run":
-            run_until_settled(runner)
+            while not runner.step():
+                if settings.poll_interval >= 1:
+                    say(counts_line(processor.counts()))
+                soon = min(RETRY_PAUSE, max(settings.poll_interval, 1.0))
+                time.sleep(soon if runner.failed else settings.poll_interval)
         elif not processor.is_settled():
             runner.step()
         if args.command == "prepare":
@@ -2475,10 +2454,7 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
             say(f"{args.output} is written; nothing to do here")
             return common.DONE
         state.set(state="Completed")
-        wrong = write_outputs(processor, started)
-        state.set(state="Failed" if wrong else "Finalized", ask_again="")
-        if wrong:
-            raise Fail(wrong)
+        write_outputs(processor, started)
         return common.DONE
     except (Stop, TryLater) as error:  # outside of a step
         raise Fail(f"{error}; mend the cause, then run again") from None
