@@ -904,9 +904,9 @@ def read_result(line: dict) -> Outcome:
 class TryLater(Exception):
     """What time may heal. `doubtful`: the call may have worked; `unreachable`: there may be no such server."""
 
-    def __init__(self, why: str, seconds: float | None = None, doubtful: bool = False, unreachable: bool = False):
+    def __init__(self, why: str, doubtful: bool = False, unreachable: bool = False):
         super().__init__(why)
-        self.seconds, self.doubtful, self.unreachable = seconds, doubtful, unreachable
+        self.doubtful, self.unreachable = doubtful, unreachable
 
 
 class NotFound(Exception):
@@ -922,7 +922,11 @@ class Refused(Fail):
 
 
 class Stop(Exception):
-    """An error whose code is one of STOPS: the code, and the server's words."""
+    """An error whose code is one of STOPS, with the server's words."""
+
+    def __init__(self, code: str, detail: str):
+        super().__init__(f"{STOPS[code]} ({code}: {detail})")
+        self.code, self.detail = code, detail
 
 
 class BatchAPIClient:
@@ -935,22 +939,25 @@ class BatchAPIClient:
 
         for name in ("openai", "httpx", "httpx2"):  # OPENAI_LOG=debug would write keys and images to the log
             logging.getLogger(name).setLevel(logging.WARNING)
-        self.openai, self.settings = openai, settings
+        self.openai = openai
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not key and not os.environ.get("OPENAI_BASE_URL"):
             raise Fail("OPENAI_API_KEY is not set; put it into .env, or OPENAI_BASE_URL for a server of your own")
         if not re.fullmatch(r"[!-~]*", key):
             raise Fail("OPENAI_API_KEY holds spaces or characters that no key has; copy it again")
         os.environ["OPENAI_API_KEY"] = key or "none"
-        with explain_surroundings():
+        try:
             self.client = openai.OpenAI(max_retries=SYNC_RETRIES if settings.sync else RETRIES, timeout=TIMEOUT)
+        except Exception as error:  # what the layers below say of proxies and certificates
+            if not (found := surroundings()):
+                raise
+            raise Fail(f"{found}: {short_text(error)}; correct it, or unset it where it is not needed") from None
         self.url = hide_password(str(self.client.base_url)).rstrip("/")
         self.reached = False  # whether the server ever answered
-        self.listed: list[str] = []  # models that the server has, once one was not found
 
     def call(self, what: str, function: Callable[[], Any], route: str = "") -> Any:
         """Run one call. Raises Fail (a person must act), Stop, NotFound or TryLater."""
-        openai = self.openai
+        openai, check = self.openai, "check OPENAI_BASE_URL and the network"
         try:
             value = function()
             self.reached = True
@@ -959,57 +966,52 @@ class BatchAPIClient:
             status, code, message = error.status_code, error.code or "", short_text(error.message)
         except openai.APIConnectionError as error:
             cause = type(error).__name__ if error.__cause__ is None else str(error.__cause__)
-            proxies = f" (with {told})" if (told := variables(PROXIES)) else ""
-            raise TryLater(f"{self.url}: {short_text(cause)}{proxies}", doubtful=True, unreachable=True) from None
+            found = f" (with {found})" if (found := surroundings()) else ""
+            why = f"{self.url}: {short_text(cause)}{found}; {check}"
+            raise TryLater(why, doubtful=True, unreachable=True) from None
         except (ValueError, AttributeError, TypeError):  # a page in HTML, or JSON of something else
-            why = f"{self.url}: {what} brought an answer that is not the API's"
+            why = f"{self.url}: {what} brought an answer that is not the API's; {check}"
             raise TryLater(why, doubtful=True, unreachable=not self.reached) from None
         except Exception as error:
             if not type(error).__module__.startswith("http"):  # a download that broke off comes from the layer below
                 raise
             raise TryLater(f"{what}: {short_text(error)}") from None
+        if stop := stop_code(status, code, message):
+            raise Stop(stop, message)
         if status == 401:
             raise Fail(f"{self.url}: the key was refused (401); check OPENAI_API_KEY")
-        if status in (403, 404) and code == "model_not_found":  # 403: the project may not use it
-            self.reached = True
-            raise NotFound(message, code)
         if status == 403:
             raise Fail(f"{self.url}: access denied (403 {short_text(code)}); check the key's project and rights")
         if status == 404:
-            hint = "where the server has no Batch API, use `run --sync`"
-            raise Fail(f"{self.url}/{route} is not there (404); {hint}") if route else NotFound(message)
+            hint = "check OPENAI_BASE_URL; where the server has no Batch API, use `run --sync`"
+            raise Fail(f"{self.url}/{route} is not there (404 {message}); {hint}") if route else NotFound(message)
         self.reached = True
-        if stop := stop_code(status, code, message):
-            raise Stop(stop, message)
         if status not in (408, 409, 429) and status < 500:
-            raise Refused(f"{what} was refused ({status}): {message}", status)
+            hint = "; lower --max-batch-file-size" if status == 413 else ""
+            raise Refused(f"{what} was refused ({status}): {message}{hint}", status)
         raise TryLater(f"{what}: status {status}", doubtful=status == 408 or status >= 500)
 
     def model(self, name: str) -> dict[str, Any]:
-        """A model's description. Raises NotFound where the server does not have the model."""
-        with contextlib.suppress(NotFound):
+        """A model's description. Raises NotFound where the server does not have the model for this key."""
+        try:
             return self.call("models", lambda: self.client.models.retrieve(name).model_dump())
+        except (NotFound, Stop) as error:
+            if isinstance(error, Stop) and error.code != "model_not_found":
+                raise
         try:  # some servers only have the list
-            self.listed = self.call("models", lambda: [model.id for model in self.client.models.list().data])
+            listed = self.call("models", lambda: [model.id for model in self.client.models.list().data])
         except NotFound:
             hint = "" if self.url.endswith("/v1") else f", most likely to {self.url}/v1"
             raise Fail(f"OPENAI_BASE_URL {self.url}: /models is not there (404); correct the address{hint}") from None
-        if name in self.listed:
-            return {"id": name}
-        raise NotFound(f"{self.url} has no model {name!r} for this key")
+        if name not in listed:
+            raise NotFound(name)
+        return {}
 
     def upload(self, path: Path) -> str:
         """Upload a request file; gives its id."""
         with open(path, "rb") as handle:  # streamed, not read whole
-            file = (path.name, handle, "application/jsonl")
-            create = self.client.files.create
-            try:
-                return self.call(f"upload of {path.name}", lambda: create(file=file, purpose="batch").id, "files")
-            except Refused as refused:
-                if refused.status != 413:
-                    raise
-                size = path.stat().st_size
-        raise Fail(f"{path.name} with {size} bytes is too large for {self.url} (413); lower --max-batch-file-size")
+            file, create = (path.name, handle, "application/jsonl"), self.client.files.create
+            return self.call(f"upload of {path.name}", lambda: create(file=file, purpose="batch").id, "files")
 
     def create(self, file_id: str, metadata: dict[str, str], route: str) -> Any:
         """Create a batch. Never repeated: it is what costs money."""
@@ -1019,9 +1021,6 @@ class BatchAPIClient:
 
     def retrieve(self, batch: str) -> Any:
         return self.call(f"batch {batch}", lambda: validate_batch(self.client.batches.retrieve(batch)))
-
-    def cancel(self, batch: str) -> Any:
-        return self.call(f"cancelling {batch}", lambda: self.client.batches.cancel(batch))
 
     def batches(self) -> list[Any]:
         """Every batch of the account made in the last 30 days (files live no longer), newest first."""
@@ -1038,43 +1037,39 @@ class BatchAPIClient:
         self.call(f"file {file_id}", read)
 
     def chat(self, body: dict) -> dict:
-        """One chat completion (for --sync), as the server sent it."""
+        """What is kept of one chat completion (for --sync), in the form of a raw answer line."""
         create = self.client.chat.completions.with_raw_response.create
         try:
-            return self.call("a request", lambda: json.loads(create(**body).text))
-        except NotFound as error:
-            if error.args[1:] == ("model_not_found",):
-                raise Stop("model_not_found", error.args[0]) from None
-            raise Fail(f"{self.url}/chat/completions: {error}; check OPENAI_BASE_URL and --model") from None
+            answer = self.call("a request", lambda: json.loads(create(**body).text), "chat/completions")
+            return {"response": {"status_code": 200, "body": answer}}
+        except Stop as stop:
+            return as_error(stop.code, stop.detail)
+        except Refused as refused:
+            return as_refusal("", str(refused), refused.status)
+        except TryLater as later:
+            if later.unreachable:
+                raise
+            return as_error("server error", str(later))
+
+
+def as_error(code: str, message: str = "") -> dict:
+    """A raw answer line's content for a request without an answer."""
+    return {"error": {"code": code, "message": message}}
+
+
+def as_refusal(code: str, message: str, status: int = 400) -> dict:
+    """A raw answer line's content for a request that is not to be asked again."""
+    return {"response": {"status_code": status, "body": as_error(code, message)}}
 
 
 def hide_password(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
-PROXIES, CERTIFICATES = "(?i)^(all|https?)_proxy$", "^SSL_CERT_(FILE|DIR)$"  # names of variables
-
-
-def variables(pattern: str) -> str:
-    """Variables of the environment that are set, as NAME=value, without passwords."""
-    found = sorted((name, value) for name, value in os.environ.items() if value and re.search(pattern, name))
-    return ", ".join(f"{name}={hide_password(value)}" for name, value in found)
-
-
-@contextlib.contextmanager
-def explain_surroundings() -> Iterator[None]:
-    """Turn what the client says of proxies and certificates into one line with the variable that they come from."""
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if os.environ.get(name) and not os.path.exists(os.environ[name]):
-            raise Fail(f"{name}={os.environ[name]}: not there; correct it, or unset it where it is not needed")
-    try:
-        yield
-    except Exception as error:
-        if not (told := variables(CERTIFICATES if isinstance(error, OSError) else PROXIES)):
-            raise
-        socks = "SOCKS needs a package (pip install socksio)"
-        why = socks if isinstance(error, ImportError) else short_text(error)
-        raise Fail(f"{told}: {why}; correct it, or unset it where it is not needed") from None
+def surroundings() -> str:
+    """The variables of proxies and certificates that are set, as NAME=value, without passwords."""
+    names = [name for name in sorted(os.environ) if re.search("(?i)^(all|https?)_proxy$|^ssl_cert_(file|dir)$", name)]
+    return ", ".join(f"{name}={hide_password(os.environ[name])}" for name in names if os.environ[name])
 
 
 def validate_batch(batch: Any) -> Any:
@@ -1087,15 +1082,8 @@ def validate_batch(batch: Any) -> Any:
 # StateManager: state.json, which alone knows the batches
 
 FACTS = {"sha256": "", "pilot": False} | dict.fromkeys(LOAD, 0)  # of a request file
-BATCH = FACTS | {
-    "input_file": "",
-    "effort": "",  # that its requests were sent with
-    "status": "",
-    "output_file_id": "",
-    "local_output_path": "",
-    "counts": {},
-    "created_at": 0,
-}
+BATCH = FACTS | {"input_file": "", "model": "", "effort": "", "status": "", "counts": {}, "created_at": 0,
+                 "output_file_id": "", "local_output_path": ""}  # fmt: skip
 STATE = {  # with what a new workspace begins
     "state": "Initial",  # of the whole: Initial, Prepared, In Progress, Completed or Failed, Finalized
     "batches": {},  # id -> BATCH and more
@@ -1106,45 +1094,19 @@ STATE = {  # with what a new workspace begins
     "doubt_since": 0,  # when a batch was first looked for without being found, or 0
     "plan": "",  # what the plan and the waiting files were made from
     "written": "",  # what the finished output was made from
-    "prompt": "",  # version of the prompt that the plan was made for
     "models": [],  # that this workspace has worked with, the present one last
     "gone": {},  # models that an auto run has left -> why
     "efforts": {},  # model -> reasoning effort that it was found to accept; "" where it takes none
     "ask_again": "",  # model that is asked also for rows that another one has answered
+    "forgiven": [],  # sources of answers whose failures --retry-failed does not count
     "sound": "",  # model and prompt whose pilot came back sound
     "stopped": "",  # why nothing more is sent
     "queue_limit": 0,  # tokens that may be in flight, as learned from refusals; 0: not known
-    "max_file_tokens": 0,  # tokens of a request file, where the queue takes no larger one
-    "refused_alone": 0,  # times that the queue was full for one file, with nothing else of ours in it
-    "started": 0, "settled_before": 0,  # for the expected end
-}  # fmt: skip
+}
 
 
-def filled(first: dict[str, Any], value: Any, what: str) -> dict[str, Any]:
-    """A JSON object with the values of `first` where it has none; ValueError where one has another type."""
-    if not isinstance(value, dict):
-        raise ValueError(f"not {what}")
-    value = first | {name: found for name, found in value.items() if found is not None}
-    for name, example in first.items():
-        if not isinstance(value[name], int | float if isinstance(example, int) else type(example)):
-            raise ValueError(f"{what} with a wrong {name}")
-    return value
-
-
-def read_dict(path: Path, what: str, kind: type, *names: str) -> dict[str, Any]:
-    """A JSON object with these names from a file, all its values of one type; Fail where it is something else."""
-    value = common.read_json(path, what)
-    if not isinstance(value, dict) or {*names} - {*value} or any(type(one) is not kind for one in value.values()):
-        raise Fail(f"{path}: not a readable {what}; remove it and run again")
-    return value
-
-
-def request_model(path: Path) -> str:
-    """The model that a request file asks, or "" where it is not here any more."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as handle:
-        if found := re.match(rb'\{"custom_id": "\w*", .{0,99}?"model": ("[^"]*")', handle.read(4096)):
-            return json.loads(found[1])
-    return ""
+def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: found for name, found in value.items() if found is not None}
 
 
 class StateManager:
@@ -1152,28 +1114,16 @@ class StateManager:
     the account's batches of this workspace are found again by the id in workspace.json."""
 
     def __init__(self, workspace: Path, given: CleaningConfig = CleaningConfig()):
-        self.given = given
+        self.given, self.data = given, copy.deepcopy(STATE)
         self.path, self.identity_path = workspace / "state.json", workspace / "workspace.json"
-        self.requests = workspace / "requests"
-        self.old_store = workspace / "results.sqlite"  # of versions that kept more than the batches in a database
-        self.data = copy.deepcopy(STATE)
         try:
-            data = filled(self.data, json.loads(self.path.read_text(encoding="utf-8")), "a state file")
-            data["batches"] = {id: filled(BATCH, batch, "a batch") for id, batch in data["batches"].items()}
-            data["files"] = {name: filled(FACTS, facts, "a request file") for name, facts in data["files"].items()}
-            data["intent"] = data["intent"] and filled(
-                {"id": "", "file": "", "sha256": ""}, data["intent"], "an intent"
-            )
-            names = [*data["models"], *data["gone"].values(), *data["efforts"].values()]
-            if not all(isinstance(name, str) for name in names):
-                raise ValueError("a model's name that is no text")
-            if not all(batch["input_file"] for batch in data["batches"].values()):
-                raise ValueError("a batch without its file")  # what is in flight would be sent again
-            self.data = data
+            self.data |= without_nulls(json.loads(self.path.read_text(encoding="utf-8")))
+            for name, known in (("batches", BATCH), ("files", FACTS)):
+                self.data[name] = {key: known | without_nulls(one) for key, one in self[name].items()}
         except FileNotFoundError:
-            if self.identity_path.exists() or self.old_store.exists():  # something may have been sent
+            if self.identity_path.exists():  # something may have been sent
                 self.data["doubt_since"] = time.time()
-        except (ValueError, RecursionError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             hint = "remove it and run again: the batches are looked up in the account"
             raise Fail(f"{self.path}: damaged ({error}); {hint}") from None
 
@@ -1187,14 +1137,9 @@ class StateManager:
 
     @functools.cached_property
     def settings(self) -> CleaningConfig:
-        """As given, with what the workspace knows: its model in place of `auto`, and the effort that this one accepts.
-
-        Workspaces of versions that noted no model have it in their last request file.
-        """
+        """As given, with what the workspace knows: its model in place of `auto`, and the effort that it accepts."""
         model, effort = self.given.model, self.given.reasoning_effort
-        if model == AUTO:
-            kept = self["models"] or [request_model(path) for path in sorted(self.requests.glob("*.jsonl"))[-1:]]
-            model = (kept and kept[-1]) or AUTO
+        model = self["models"][-1] if model == AUTO and self["models"] else model
         effort = self["efforts"].get(model) if effort is None else effort
         ask_again = self["ask_again"] == model
         return dataclasses.replace(self.given, model=model, reasoning_effort=effort, ask_again=ask_again)
@@ -1202,16 +1147,20 @@ class StateManager:
     @functools.cached_property
     def identity(self) -> str:
         """What the batches carry. With it on disk, a missing state.json means that some may be in flight."""
-        if self.identity_path.exists():
-            return read_dict(self.identity_path, "workspace identity", str, "id")["id"]
-        found = {"workspace": self.data.get("workspace") or uuid.uuid4().hex}
-        if self.old_store.exists():
-            import sqlite3
+        if not self.identity_path.exists():  # versions before had it in state.json
+            common.write_json(self.identity_path, {"id": self.data.get("workspace") or uuid.uuid4().hex})
+        known = common.read_json(self.identity_path, "workspace identity")
+        if not isinstance(known, dict) or not isinstance(known.get("id"), str):
+            raise Fail(f"{self.identity_path}: not a readable workspace identity; remove it and run again")
+        return known["id"]
 
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.old_store)) as store:
-                found |= dict(store.execute("SELECT key, value FROM meta WHERE key = 'workspace'"))
-        common.write_json(self.identity_path, {"id": found["workspace"]})
-        return found["workspace"]
+    def sound_key(self) -> str:
+        """What a pilot speaks for."""
+        return f"{self.settings.model} {PROMPT_VERSION}"
+
+    def is_piloting(self) -> bool:
+        """Whether the present model's pilot is still to come back sound before the rest is sent."""
+        return self.settings.pilot > 0 and self["sound"] != self.sound_key()
 
     def live(self) -> dict[str, dict]:
         """Batches whose results are still to come or to be stored."""
@@ -1220,52 +1169,35 @@ class StateManager:
     def in_flight(self) -> list[dict]:
         """{input_file, sha256, ...} of the request files that are, or may be, in flight."""
         intent = self.data["intent"]
-        return [
-            *self.live().values(),
-            *([{"input_file": intent["file"], "sha256": intent["sha256"]}] if intent else []),
-        ]
-
-
-def describe_batch(batch: Any) -> dict[str, Any]:
-    """What state.json keeps of a batch, beside input_file and the facts of that file."""
-    counts = batch.request_counts
-    counts = {name: getattr(counts, name) for name in ("total", "completed", "failed")} if counts else {}
-    ids = {"output_file_id": batch.output_file_id or "", "error_file_id": batch.error_file_id or ""}
-    return ids | {"status": batch.status, "created_at": batch.created_at or 0, "counts": counts}
+        doubtful = [{"input_file": intent["file"], "sha256": intent["sha256"]}] if intent else []
+        return [*self.live().values(), *doubtful]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Answers: the raw answer files, the only place where answers are kept, and an index of them in memory
 
 RAW_KINDS = ("output", "error", "unanswered")  # raw/BATCH.KIND.jsonl; the last is written by us: see BatchRunner.store
+UNUSABLE = "unreadable, unknown or repeated result"
 
 
 class Answers:
-    """What the raw answer files hold, by digest. A source is a batch, or a call with --sync: raw/sync-TIME.jsonl."""
+    """What the raw answer files hold, by digest. A source is a batch or, with --sync, a request file: raw/sync-TIME."""
 
     def __init__(self, workspace: Path, state: StateManager):
         self.raw, self.state = workspace / "raw", state
-        self.retries_path = workspace / "retries.json"  # digest -> failures that --retry-failed made up for
-        self.forgiven = read_dict(self.retries_path, "list of retries", int) if self.retries_path.exists() else {}
         self.load()
 
     def load(self) -> None:
-        """Read every source anew, the oldest first, but not the batches that are still to be collected."""
+        """Read every source anew, but not the batches that are still to be collected."""
         self.cleaned: dict[str, tuple[str, ...]] = {}  # digest -> values of FIELDS, and the model
-        self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer
-        self.reasons = Counter()  # of all results that are no answer
+        self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer, and that count
         self.stops: dict[str, str] = {}  # code of STOPS -> the server's words
         self.usage: dict[tuple[str, bool], Counter] = {}  # (model, sync) -> prompt_tokens, output_tokens, answers
         self.results: dict[str, Counter] = {}  # source -> reason, or "ok" -> results
 
         batches = self.state["batches"]
-
-        def made_at(source: str) -> float:
-            created = batches.get(source, {}).get("created_at")
-            return created or min((path.stat().st_mtime for path in self.files(source)), default=0.0)
-
-        others = sorted({path.name.split(".")[0] for path in self.raw.glob("*.jsonl")} - batches.keys())
-        for source in sorted([*(id for id, batch in batches.items() if batch.get("collected")), *others], key=made_at):
+        others = {path.name.split(".")[0] for path in self.raw.glob("*.jsonl")} - batches.keys()
+        for source in [*(id for id, batch in batches.items() if batch.get("collected")), *sorted(others)]:
             self.read(source)
 
     def files(self, source: str) -> list[Path]:
@@ -1282,7 +1214,7 @@ class Answers:
                 self.add(digest, line, source)
                 seen.add(digest)
             else:
-                self.results[source]["unreadable, unknown or repeated result"] += 1
+                self.results[source][UNUSABLE] += 1
         return seen
 
     def add(self, digest: str, line: dict, source: str) -> Outcome:
@@ -1296,29 +1228,23 @@ class Answers:
             self.usage.setdefault((model, sync), Counter()).update(used)
         if outcome.kind == "ok":
             self.cleaned.setdefault(digest, (*outcome.fields.values(), model))
-            return outcome
-        self.reasons[outcome.reason] += 1
-        if outcome.kind == "stop":
+        elif outcome.kind == "stop":
             self.stops[outcome.reason] = outcome.detail
-        else:
+        elif source not in self.state["forgiven"]:
             self.failures.setdefault(digest, []).append(outcome)
         return outcome
-
-    def attempts(self, digest: str) -> list[Outcome]:
-        """The failures that count."""
-        return self.failures[digest][self.forgiven.get(digest, 0) :] if digest in self.failures else []
 
     def status(self, digest: str, answered: str = "") -> str:
         """cleaned, rejected (no digest, or no attempts left and no digest `answered` by another model) or pending."""
         if digest in self.cleaned:
             return "cleaned"
-        attempts = self.attempts(digest)
+        attempts = self.failures.get(digest, ())
         used_up = len(attempts) >= self.state.settings.max_attempts or any(one.kind == "final" for one in attempts)
         return "pending" if digest and not used_up else "cleaned" if answered in self.cleaned else "rejected"
 
     def token_factor(self, digest: str) -> int:
         """What a row's token limit is multiplied by: doubled after each answer that was cut off."""
-        return 2 ** sum(one.reason == "length" for one in self.attempts(digest))
+        return 2 ** sum(one.reason == "length" for one in self.failures.get(digest, ()))
 
     def load_of(self, digest: str, tokens: int, patches: int) -> dict[str, int]:
         """The load of one request."""
@@ -1326,9 +1252,9 @@ class Answers:
         return {"requests": 1, "tokens": tokens, "patches": patches, "enlarged": factor if factor > 1 else 0}
 
     def forgive(self) -> None:
-        """Give rows whose attempts are used up their attempts again."""
-        self.forgiven |= {key: len(all) for key, all in self.failures.items() if self.status(key) == "rejected"}
-        common.write_json(self.retries_path, self.forgiven)
+        """Give every row its attempts again."""
+        self.state.set(forgiven=[*self.results])
+        self.failures.clear()
 
     def spent(self) -> dict[str, float]:
         """US dollars (NaN where a model has no price) and tokens of every answer that ever came back, by its usage."""
@@ -1405,16 +1331,27 @@ def request_key(line: bytes) -> str:
     return found[1].decode() if found else ""
 
 
-class RequestWriter:
-    """Writes request files, one after another, each below the limits of bytes, requests and tokens."""
+@functools.cache
+def request_keys(path: Path, sha256: str, changed: int) -> list[str] | None:
+    """See DataProcessor.keys_of; `changed` is the file's time."""
+    if sha256 and common.file_digest(path) != sha256:
+        return None
+    with open(path, "rb") as handle:
+        return [request_key(line) for line in handle]
 
-    def __init__(self, stack: contextlib.ExitStack, folder: Path, state: StateManager):
-        self.stack, self.folder, self.settings = stack, folder, state.settings
-        self.max_tokens = state["max_file_tokens"] or math.inf
-        self.pilot = 0 if state["sound"] == sound_key(self.settings) else self.settings.pilot  # of the first file
+
+class RequestWriter:
+    """Writes request files, one after another, each below the limits of bytes, requests and tokens.
+
+    A file counts once it stands in state.json; what a killed call leaves behind is removed by the next.
+    """
+
+    def __init__(self, folder: Path, state: StateManager):
+        self.folder, self.settings, self.handle = folder, state.settings, None
+        self.max_tokens = state["queue_limit"] or math.inf
+        self.pilot = self.settings.pilot if state.is_piloting() else 0  # requests of the first file
         self.files: dict[str, dict] = {}  # name -> FACTS
         self.digests: set[str] = set()
-        self.name = ""  # of the open file
         names = [path.name for path in folder.iterdir()] + [batch["input_file"] for batch in state["batches"].values()]
         numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"(\d+)\.jsonl", name))]
         self.number = max(numbers, default=0)  # of the last request file
@@ -1424,16 +1361,15 @@ class RequestWriter:
         if digest in self.digests:
             return
         self.digests.add(digest)
-        if self.name:
+        if self.handle:
             most = min(self.pilot if self.facts["pilot"] else math.inf, self.settings.max_requests_per_file)
             full = self.facts["requests"] >= most or self.bytes + len(line) >= self.settings.max_batch_file_size
             if full or queue_tokens(self.facts) + queue_tokens(load) > self.max_tokens:
                 self.close()
-        if not self.name:
+        if not self.handle:
             self.number += 1
-            self.name = f"{self.number:06d}.jsonl"
-            path = self.stack.enter_context(common.atomic_file(self.folder / self.name))
-            self.handle, self.hash, self.bytes = self.stack.enter_context(open(path, "wb")), hashlib.sha256(), 0
+            self.handle = open(self.folder / f"{self.number:06d}.jsonl", "wb")
+            self.hash, self.bytes = hashlib.sha256(), 0
             self.facts = dict.fromkeys(LOAD, 0) | {"pilot": bool(self.pilot) and not self.files}
         self.handle.write(line)
         self.hash.update(line)
@@ -1441,38 +1377,21 @@ class RequestWriter:
         self.facts |= {name: self.facts[name] + load[name] for name in LOAD}
 
     def close(self) -> None:
-        """Move the open file to its name."""
-        self.stack.close()
-        if self.name:
-            self.files[self.name] = self.facts | {"sha256": self.hash.hexdigest()}
-            self.name = ""
+        if self.handle:
+            self.handle.close()
+            self.files[f"{self.number:06d}.jsonl"] = self.facts | {"sha256": self.hash.hexdigest()}
+            self.handle = None
 
     def remove(self, digests: set[str], loads: dict[str, dict]) -> None:
         """Write the closed files anew without these requests. `loads`: of those that stay."""
-        if not digests & self.digests:
-            return
-        old, self.files, self.digests = self.files, {}, set()
-        for path in [self.folder / name for name in old]:
-            with open(path, "rb") as handle:
-                for line in handle:
+        paths, self.files, self.digests = [self.folder / name for name in self.files], {}, set()
+        for path in paths:
+            with open(path, "rb") as lines:
+                for line in lines:
                     if (digest := request_key(line)) not in digests:
                         self.add(digest, line, loads[digest])
             path.unlink()
         self.close()
-
-
-def sound_key(settings: CleaningConfig) -> str:
-    """What a pilot speaks for."""
-    return f"{settings.model} {PROMPT_VERSION}"
-
-
-@functools.cache
-def request_keys(path: Path, sha256: str, changed: int) -> list[str] | None:
-    """See DataProcessor.keys_of; `changed` is the file's time."""
-    if sha256 and common.file_digest(path) != sha256:
-        return None
-    with open(path, "rb") as handle:
-        return [request_key(line) for line in handle]
 
 
 class DataProcessor:
@@ -1491,12 +1410,12 @@ class DataProcessor:
         self.args, self.state, workspace = args, state, Path(args.workspace)
         self.requests, self.raw, self.plan_path = (workspace / name for name in ("requests", "raw", "plan.parquet"))
         self.fetched, self.unfetched = Path(f"{os.path.abspath(workspace)}.photos"), {}  # URL -> why it is not here
+        self.folder = common.images_folder(args.images, args.input)
         self.answers = Answers(workspace, state)
         self.plan = pd.DataFrame(columns=["id", *self.PLANNED])
         with contextlib.suppress(ValueError, OSError, KeyError):  # a plan that is not there or damaged is made anew
             # Each of Arrow's threads would keep memory of its own, 300 bytes a row in all.
             plan = pd.read_parquet(self.plan_path, page_checksum_verification=True, use_threads=False)
-            plan = plan.assign(**{name: plan.get(name, "") for name in self.PLANNED[-3:]})
             self.plan = plan[["id", *self.PLANNED]]
 
     @property
@@ -1511,11 +1430,6 @@ class DataProcessor:
         whole = read_feeds(self.args.input, self.args.columns)
         return tuple(part.head(self.settings.limit or len(part)) for part in whole)
 
-    @functools.cached_property
-    def fetched_from(self) -> str:
-        """Path of the fetched photos from the images folder."""
-        return os.path.relpath(self.fetched.resolve(), common.images_folder(self.args.images, self.args.input))
-
     def input_digests(self) -> dict[str, str]:
         return {str(path): common.file_digest(path) for path in self.args.input}
 
@@ -1527,11 +1441,10 @@ class DataProcessor:
     @property
     def signature(self) -> str:
         """What the plan and the request files are made from."""
-        settings, folder = self.settings, common.images_folder(self.args.images, self.args.input)
-        line = request_line(settings, "", "", b"", 1).decode()
+        settings, line = self.settings, request_line(self.settings, "", "", b"", 1).decode()
         sizes = [settings.max_batch_file_size, settings.max_requests_per_file, settings.pilot, settings.image_size]
         inputs = [self.inputs[str(path)] for path in self.args.input]
-        return common.digest([inputs, str(folder), line, sizes, settings.limit, self.args.columns])
+        return common.digest([inputs, str(self.folder), line, sizes, settings.limit, self.args.columns])
 
     def is_planned(self) -> bool:
         """Whether the plan is that of today's catalogue and settings."""
@@ -1555,9 +1468,8 @@ class DataProcessor:
         if not again:
             self.fetch_photos()
         self.remove_waiting()
-        old, loads = self.plan, self.loads()
-        known = {id: key for id, key in zip(old["id"], old["digest"], strict=True) if key}
-        flying, sources = self.keys_in_flight(), {}
+        old, loads, flying, sources = self.plan, self.loads(), self.keys_in_flight(), {}
+        known = dict(zip(old["id"], old["digest"], strict=True))
         entries = {number: ("", reason, "", 0, 0, "", "", "") for number, reason in reasons.items()}
         if again:
             entries = dict(zip(old.index, old[list(self.PLANNED)].itertuples(index=False, name=None), strict=True))
@@ -1565,18 +1477,17 @@ class DataProcessor:
         def is_wanted(digest: str) -> bool:
             return digest not in flying and self.answers.status(digest) == "pending"
 
-        with contextlib.ExitStack() as stack:
-            writer = RequestWriter(stack, self.requests, self.state)
-            for number, digests, sources[number], entry, line in self.built_rows(known, is_wanted, again):
-                digest, answered = self.choose_digest(digests, flying)
-                if line and digest == digests[0] and is_wanted(digest):
-                    writer.add(digest, line, self.answers.load_of(digest, *entry[2:4]))
-                elif not line and digest in loads:  # not encoded again
-                    entry[2:4] = loads[digest]["tokens"], loads[digest]["patches"]
-                entries[number] = (digest, *entry, answered)
-            writer.close()
-            if not again:
-                self.reject_placeholders(entries, sources, writer)
+        writer = RequestWriter(self.requests, self.state)
+        for number, digests, sources[number], *entry, line in self.built_rows(known, is_wanted, again):
+            digest, answered = self.choose_digest(digests, flying)
+            if line and digest == digests[0] and is_wanted(digest):
+                writer.add(digest, line, self.answers.load_of(digest, *entry[2:4]))
+            elif not line and digest in loads:  # not encoded again
+                entry[2:4] = loads[digest]["tokens"], loads[digest]["patches"]
+            entries[number] = (digest, *entry, answered)
+        writer.close()
+        if not again:
+            self.reject_placeholders(entries, sources, writer)
         self.plan = pd.DataFrame.from_dict(entries, orient="index", columns=self.PLANNED)
         self.plan.insert(0, "id", rows["id"])
         with common.atomic_file(self.plan_path) as temporary:
@@ -1585,24 +1496,32 @@ class DataProcessor:
         return len(writer.digests)
 
     def built_rows(self, known: dict[str, str], is_wanted: Callable[[str], bool], again: bool) -> Iterator[tuple]:
-        """(number, digests, source, entry, line) of every product's rows, or with `again` of those that are wanted."""
+        """What build_block gives for every product's rows, or with `again` for those that are wanted."""
+        fetched_from = os.path.relpath(self.fetched.resolve(), self.folder)
+
+        def local(name: str) -> str:
+            """A URL's local copy, relative to the images folder, where it has one."""
+            copy = common.digest(name.encode())
+            return os.path.join(fetched_from, copy) if common.is_url(name) and (self.fetched / copy).exists() else name
+
+        def names(cells: list[str]) -> list[str]:
+            return [local(name) for cell in cells for name in (cell_urls(cell) if common.is_url(cell) else [cell])]
 
         def products() -> Iterator[tuple]:
             for id, rows in common.products(*self.catalogue):
                 digest = known.get(id, "")
                 if is_wanted(digest) or not again:
-                    rows = [(number, name, self.local_cells(cells)) for number, name, cells in rows]
+                    rows = [(number, name, names(cells)) for number, name, cells in rows]
                     yield rows, "" if is_wanted(digest) else digest, self.answers.token_factor(digest)
 
-        folder = common.images_folder(self.args.images, self.args.input)
-        work = functools.partial(build_block, self.settings, folder, self.earlier_models())
+        work = functools.partial(build_block, self.settings, self.folder, self.earlier_models())
         blocks, workers = common.batches(products(), BLOCK), self.settings.workers or os.cpu_count() or 1
-        built = common.progress(common.photo_pool(work, blocks, workers), "prepare")
-        for number, digests, source, *entry, line in built:
-            if common.is_url(entry[1]):
-                entry[1] = entry[1].partition(": not fetched")[0]
-                entry[0] = f"photo not fetched: {self.unfetched.get(entry[1], 'not tried')}"
-            yield number, digests, source, entry, line
+        for built in common.progress(common.photo_pool(work, blocks, workers), "prepare"):
+            number, digests, source, reason, detail, *entry = built
+            if common.is_url(detail):
+                detail = detail.partition(": not fetched")[0]
+                reason = f"photo not fetched: {self.unfetched.get(detail, 'not tried')}"
+            yield number, digests, source, reason, detail, *entry
 
     def fetch_photos(self) -> None:
         """Fetch the photos that stand at URLs, if there are such."""
@@ -1610,15 +1529,6 @@ class DataProcessor:
         urls = dict.fromkeys(url for cell in cells if common.is_url(cell) for url in cell_urls(cell))
         if urls:
             self.unfetched = PhotoFetcher(self.fetched, self.settings.allow_private).fetch([*urls])
-
-    def local_cells(self, cells: list[str]) -> list[str]:
-        """Photo cells with a URL's local copy, relative to the images folder, in its place, where it has one."""
-
-        def local(url: str) -> str:
-            path = self.fetched / common.digest(url.encode())
-            return os.path.join(self.fetched_from, path.name) if path.exists() else url
-
-        return [name for cell in cells for name in (map(local, cell_urls(cell)) if common.is_url(cell) else [cell])]
 
     def reject_placeholders(self, entries: dict[int, tuple], sources: dict[int, str], writer: RequestWriter) -> None:
         """Give rows whose photo shows no product a reason in place of their digests, and ask nothing for them."""
@@ -1638,14 +1548,14 @@ class DataProcessor:
                 detail = f"one photo for {count} different titles"
                 entries[number] = ("", "placeholder photo", detail, 0, 0, "", "", "")
         loads = {key: self.answers.load_of(key, *load[:2]) for key, _, _, *load in entries.values()}
-        writer.remove(removed - loads.keys(), loads)
+        if removed := (removed - loads.keys()) & writer.digests:
+            writer.remove(removed, loads)
 
     def earlier_models(self) -> list[str]:
         """Models that may have been asked for these rows before; what they answered is not bought again."""
         if not (self.answers.results or self.state.in_flight()):
             return []
-        answered = self.answers.models()
-        asked = [request_model(path) for path in self.requests.glob("*.jsonl")]
+        asked, answered = [one["model"] for one in self.state["batches"].values()], self.answers.models()
         names = [*self.state["models"][::-1], *asked, *answered, *map(undated, answered), *MODELS]
         return [name for name in dict.fromkeys(names) if name and name != self.settings.model]
 
@@ -1666,14 +1576,13 @@ class DataProcessor:
 
     def remove_waiting(self) -> None:
         """Forget and remove the request files that were never sent, and what a killed call left behind."""
-        intent = {self.state["intent"]["file"]} if self.state["intent"] else set()
-        sent = {batch["input_file"] for batch in self.state["batches"].values()} | intent
-        files = {name: facts for name, facts in self.state["files"].items() if name in intent}
+        sent = {batch["input_file"] for batch in self.state.in_flight()}
+        sent |= {batch["input_file"] for batch in self.state["batches"].values()}
+        files = {name: facts for name, facts in self.state["files"].items() if name == self.state["intent"].get("file")}
         self.state.set(files=files, plan="", written="")
         self.requests.mkdir(parents=True, exist_ok=True)
         for path in self.requests.iterdir():
-            # While a lost state.json is in doubt, any request file may be in flight.
-            if path.suffix == ".tmp" or (path.name not in sent and not self.state["doubt_since"]):
+            if path.name not in sent and not self.state["doubt_since"]:  # in doubt, any of them may be in flight
                 path.unlink()
 
     def keys_of(self, batch: dict) -> list[str] | None:
@@ -1681,13 +1590,12 @@ class DataProcessor:
         path = self.requests / batch["input_file"]
         return request_keys(path, batch["sha256"], path.stat().st_mtime_ns) if path.is_file() else None
 
-    def model_of(self, batch: dict) -> str:
-        """The model that a batch asks, or "" where its request file is not here any more."""
-        return request_model(self.requests / batch["input_file"])
-
     def keys_in_flight(self) -> set[str]:
-        """The digests that are, or may be, in flight, as far as their request files are still here."""
-        return {key for batch in self.state.in_flight() for key in self.keys_of(batch) or ()}
+        """The digests that are, or may be, in flight, as far as their request files are still here.
+
+        With --sync nothing is: at most one batch may be there, at a server that this one is not.
+        """
+        return {key for batch in self.state.in_flight() for key in self.keys_of(batch) or () if not self.settings.sync}
 
     # -- counts
     def counts(self) -> dict[str, int]:
@@ -1721,25 +1629,15 @@ class DataProcessor:
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
-def as_error(code: str, message: str = "") -> dict:
-    """A raw answer line's content for a request without an answer."""
-    return {"error": {"code": code, "message": message}}
-
-
-def as_refusal(code: str, message: str, status: int = 400) -> dict:
-    """A raw answer line's content for a request that is not to be asked again."""
-    return {"response": {"status_code": status, "body": as_error(code, message)}}
-
-
 class BatchRunner:
-    """Brings the workspace forward through the Batch API."""
+    """Brings the workspace forward, through the Batch API or, with --sync, request by request."""
 
     def __init__(self, processor: DataProcessor, replan: bool):
         self.processor, self.state, self.given = processor, processor.state, processor.state.given
         self.auto = self.given.model == AUTO
         self.replan = replan  # whether all photos are looked at, though the plan is that of today's catalogue
-        self.checked, self.found = False, {}  # model -> its description, as chosen in this call
-        self.retry_in: float | None = None  # seconds, after a step that failed
+        self.checked = False  # whether the model was looked at in this call
+        self.failed = False  # whether the last step is to be tried again soon
 
     @functools.cached_property
     def client(self) -> BatchAPIClient:
@@ -1752,25 +1650,27 @@ class BatchRunner:
 
     def step(self) -> bool:
         """Do what can be done now; gives whether every row is settled. Fails where only a person can help."""
-        self.retry_in = None
+        self.failed = False
         try:
             self.find_lost_batches()
+            if self.given.sync and self.state.live():
+                raise Fail("batches of this workspace are in flight; collect them with `poll` before using --sync")
             for id in list(self.state.live()):
                 self.refresh(id)
             self.make_plan()
             while not self.state["stopped"] and (name := self.next_file()):
-                if not self.preflight():
-                    self.make_plan()  # for another model
-                    continue
-                self.check_budget(total_load([*self.state.live().values(), *self.state["files"].values()]))
-                self.send(name)
+                if self.preflight():
+                    self.check_budget(total_load([*self.state.live().values(), *self.state["files"].values()]))
+                    self.ask(name) if self.given.sync else self.send(name)
+                self.make_plan()  # for another model or effort, if need be
         except TryLater as later:
-            if later.unreachable and not self.client.reached and not self.state.live() and not self.state["intent"]:
-                raise Fail(f"{later}; check OPENAI_BASE_URL and the network, then run again") from None
-            self.retry_in = later.seconds or min(RETRY_PAUSE, max(self.settings.poll_interval, 1.0))
+            known = self.client.reached or self.state.live() or self.state["intent"]
+            if later.unreachable and (self.given.sync or not known):
+                raise Fail(f"{later}, then run again") from None
+            self.failed = True
             say(f"{later}; to be tried again")
         except Stop as stop:
-            self.stop(stop.args[0])
+            self.react(stop.code, stop.detail, self.settings.model, sent_effort(self.settings))
         if self.processor.is_settled():
             return True
         if (why := self.state["stopped"]) and not self.state.live():
@@ -1780,20 +1680,19 @@ class BatchRunner:
 
     def stop(self, why: str) -> None:
         """Send no more until a person says so, by `dispatch` or `run`; what is in flight is still collected."""
-        why = f"{STOPS[why]} ({why})" if why in STOPS else why
         say(f"{why}; sending nothing more, collecting what is in flight")
         self.state.set(stopped=why)
 
-    def react(self, code: str, model: str, effort: str) -> None:
+    def react(self, code: str, detail: str, model: str, effort: str) -> None:
         """Stop for a code of STOPS that a request of this model and effort brought, or go on with another one."""
         if code not in ("model_not_found", "unsupported_value"):
-            self.stop(code)
+            self.stop(f"{STOPS[code]} ({code}: {detail})")
         elif (model, effort) != (self.settings.model, sent_effort(self.settings)):
             pass  # the work goes on with another one already
         elif code == "unsupported_value":
-            self.change_effort(self.processor.answers.stops.get(code, ""))
+            self.change_effort(detail)
         elif self.auto:
-            self.leave_model("is not there any more (model_not_found)")
+            self.state.set(gone=self.state["gone"] | {model: "is not there any more (model_not_found)"})
         else:
             self.stop(f"{STOPS[code]} ({code}: {model}); set another --model, or auto")
 
@@ -1813,11 +1712,18 @@ class BatchRunner:
             say(f"{model} refuses reasoning_effort {sent or '(not sent)'}; sending {effort or 'no effort'} from now on")
             self.state.set(efforts=self.state["efforts"] | {model: effort})
 
-    def leave_model(self, why: str) -> None:
-        """In an auto run: the next plan is made for another model."""
-        self.state.set(gone=self.state["gone"] | {self.settings.model: why})
+    def look_up(self, name: str) -> tuple[str, str, float]:
+        """Why a model is not to be had, or ""; the day on which it ends, and in how many days."""
+        offline = not os.environ.get("OPENAI_API_KEY") and not os.environ.get("OPENAI_BASE_URL")  # only `prepare` is
+        try:
+            facts = {} if offline else self.client.model(name)
+        except NotFound:
+            return "is not there for this key", "", 0
+        date, days = shutdown_date(name, facts)
+        told = self.auto or facts.get("shutdown_date")  # a server may go on with what the table says has ended
+        return f"was shut down on {date}" if days <= 0 and told else "", date, days
 
-    def choose_model(self) -> None:
+    def choose_model(self) -> str:
         """In an auto run: take the first of AUTO_MODELS that the key has and that lives until the work may be done.
 
         Where none lives so long, the one that lives longest. Raises Fail if none is left. state.json keeps the choice.
@@ -1826,32 +1732,21 @@ class BatchRunner:
         settings, rows = self.given, len(self.processor.catalogue[0])
         a_file = min(settings.max_requests_per_file, max(1, settings.max_batch_file_size // REQUEST_BYTES))
         rounds = 0 if settings.sync else math.ceil(rows / a_file / settings.max_concurrent_batches)
-        offline = not os.environ.get("OPENAI_API_KEY") and not os.environ.get("OPENAI_BASE_URL")  # only `prepare` is
         for name in [name for name in AUTO_MODELS if name not in gone]:
-            try:
-                self.found[name] = {} if offline else self.client.model(name)
-                date, days = shutdown_date(name, self.found[name])
-            except NotFound:
-                why[name] = "is not there for this key"
-                continue
-            if days > 0:
+            reason, date, days = self.look_up(name)
+            if not reason:
                 lives[name] = days
-            if days >= rounds + 1 + MARGIN:
-                break
-            why[name] = f"was shut down on {date}" if days <= 0 else f"shuts down on {date}"
+                if days >= rounds + 1 + MARGIN:
+                    break
+            why[name] = reason or f"shuts down on {date}"
         reasons = "; ".join(f"{name} {reason}" for name, reason in (gone | why).items())
         if not lives:
-            listed = "" if offline else f" ({', '.join(self.client.listed[:12]) or 'none'})"
-            raise Fail(f"--model auto finds none to take: {reasons}; set --model to one that the key has{listed}")
+            raise Fail(f"--model auto finds none to take: {reasons}; set --model to one that the key has")
         name = max(lives, key=lives.get)
         say(f"{before} {gone[before]}; the rest goes to {name}" if before in gone else
             f"model {name}: " + (reasons if why.keys() - {name} else "the first that auto takes"))  # fmt: skip
-        self.keep_model(name)
         self.checked = False
-
-    def keep_model(self, name: str) -> None:
-        """Note the present model of the workspace."""
-        self.state.set(models=[*(one for one in self.state["models"] if one != name), name])
+        return name
 
     # -- lost batches: did a create reach the server?
     def find_lost_batches(self) -> None:
@@ -1859,29 +1754,36 @@ class BatchRunner:
         intent, since = self.state["intent"], self.state["doubt_since"]
         if not intent and not since:
             return
-        self.look_through_account()
+        try:
+            self.look_through_account()
+        except Fail:
+            if self.given.sync:  # another server than the one that may hold the batch: the doubt stays
+                return
+            raise
         if self.state["intent"] or not intent:
             since = since or time.time()  # from the first look on, for the create itself may have been slow
             self.state.set(doubt_since=since)
-            if (wait := since + SETTLE - time.time()) > 0:
-                raise TryLater("a batch may have been created without an answer; giving it time to show up", wait)
+            if since + SETTLE > time.time():
+                raise TryLater("a batch may have been created without an answer; giving it time to show up")
         self.state.set(intent={}, doubt_since=0)
 
     def look_through_account(self) -> None:
         """Take over the account's batches of this workspace that the state does not know, the oldest first."""
-        batches, files, intent = dict(self.state["batches"]), dict(self.state["files"]), self.state["intent"]
-        identity = self.state.identity
+        batches, before = self.state["batches"], len(self.state["batches"])
         for batch in reversed(self.client.batches()):
             about = batch.metadata or {}
-            if about.get("workspace") != identity or batch.id in batches:
+            if about.get("workspace") != self.state.identity or batch.id in batches:
                 continue
-            name, sha256 = about.get("file") or batch.id, about.get("sha256", "")
+            name = about.get("file") or batch.id
             say(f"found {batch.id} for {name}, whose answer was lost")
-            facts = files.pop(name) if name in files and files[name]["sha256"] == sha256 else {"sha256": sha256}
-            batches[batch.id] = BATCH | facts | {"input_file": name} | describe_batch(batch)
-            intent = {} if intent and about.get("intent") == intent["id"] else intent
-        if len(batches) > len(self.state["batches"]):
-            self.state.set(batches=batches, files=files, intent=intent)
+            known = {fact: about.get(fact, "") for fact in ("sha256", "model", "effort")} | {"input_file": name}
+            known |= {fact: int(about.get(fact) or 0) for fact in LOAD} | {"pilot": about.get("pilot") == "1"}
+            batches[batch.id] = BATCH | known | describe_batch(batch)
+            self.state["files"].pop(name, None)
+            if self.state["intent"] and about.get("intent") == self.state["intent"]["id"]:
+                self.state.data["intent"] = {}
+        if len(batches) > before:
+            self.state.set()
             self.processor.answers.load()  # what is in their raw files comes in when they are collected
 
     # -- collecting
@@ -1900,13 +1802,6 @@ class BatchRunner:
             self.store_failed(id, batch)
         elif batch.status in ENDED:
             self.collect(id, batch)
-        elif (batch.expires_at or (batch.created_at or time.time()) + 86400) + OVERDUE < time.time():
-            if not self.keep_waiting(known, "overdue"):
-                self.store(id, "given up", {"": as_error("batch hung")})
-            elif batch.status != "cancelling":
-                say(f"{id} hangs in {batch.status} past its expiry; cancelling it to get what is done")
-                with contextlib.suppress(NotFound, Refused, TryLater):
-                    self.client.cancel(id)
 
     def keep_waiting(self, known: dict, what: str) -> bool:
         """Note a poll at which a batch or its output was not there; gives whether to wait longer."""
@@ -1920,7 +1815,7 @@ class BatchRunner:
         known, lines, late = self.state["batches"][id], Counter(), []
         counts, paths = known["counts"], {kind: self.processor.raw / f"{id}.{kind}.jsonl" for kind in RAW_KINDS[:2]}
         for kind, path in paths.items():
-            file_id = getattr(batch, f"{kind}_file_id")
+            file_id = known[f"{kind}_file_id"]
             if file_id and not path.exists():
                 with contextlib.suppress(NotFound):
                     self.client.download(file_id, path)
@@ -1958,7 +1853,7 @@ class BatchRunner:
         failures = "".join(f"; {n} {reason}" for reason, n in results.items() if reason != "ok")
         say(f"{known['input_file']}: {status}, {results['ok']} of {total} parsed{failures}")
         for code in [code for code in STOPS if results[code]][:1]:
-            self.react(code, self.processor.model_of(known), known["effort"])
+            self.react(code, answers.stops[code], known["model"], known["effort"])
         self.close_batch(id, status)
         if known["pilot"] and "" in errors:
             self.judge_pilot(keys)
@@ -1967,45 +1862,40 @@ class BatchRunner:
         """Note that nothing more is to come from a batch; its request file is done with, or waits to be sent again."""
         known = self.state["batches"][id]
         known |= {"status": status, "collected": True}
-        name, done, files = known["input_file"], self.state["completed_files"], self.state["files"]
-        if not waits_again:
-            done = done if name in done else [*done, name]
-        elif known["requests"]:  # not of a batch found in the account whose load nobody knows
-            files = files | {name: {fact: known[fact] for fact in FACTS}}
-        self.state.set(
-            completed_files=done, files=files, refused_alone=self.state["refused_alone"] if waits_again else 0
-        )
+        name, done = known["input_file"], self.state["completed_files"]
+        if waits_again:
+            self.state["files"][name] = {fact: known[fact] for fact in FACTS}
+        elif name not in done:
+            done.append(name)
+        self.state.set()
 
     def judge_pilot(self, last: list[str]) -> None:
-        """Are the latest answers to all rows of this model's pilots sound enough to send the rest?
+        """Let the rest be sent where the latest answers to all rows of this model's pilots are sound, or else stop.
 
         What brought no answer, for the server's own reasons, says nothing about that. `last`: digests of the pilot that
         came back just now.
         """
         processor, answers, model = self.processor, self.processor.answers, self.settings.model
         pilots = [one for one in self.state["batches"].values() if one["pilot"] and one.get("collected")]
-        asked = [one for one in pilots if one["status"] != "failed" and processor.model_of(one) == model]
-        keys = {key for one in asked for key in processor.keys_of(one) or ()}
+        asked = [one for one in pilots if one["status"] != "failed" and one["model"] == model]
+        keys = {*last, *(key for one in asked for key in processor.keys_of(one) or ())}
         parsed = sum(key in answers.cleaned for key in keys)
         latest = [answers.failures[key][-1] for key in keys - answers.cleaned.keys() if key in answers.failures]
         bad = Counter(one.reason for one in latest if one.kind != "server")
-        if parsed or bad:
-            self.judge(parsed, bad)
-        elif self.state["files"] and not any(answers.status(key) == "pending" for key in last):
-            reasons = ", ".join(sorted({one.reason for key in last for one in answers.failures.get(key, ())}))
-            self.stop(f"the pilot's rows brought no answer ({reasons}); `run` asks other rows")
-
-    def judge(self, parsed: int, bad: Counter) -> None:
-        """Let the rest be sent after a pilot with so many parsed answers, or stop where too many were bad."""
-        if parsed >= PILOT_SOUND * (parsed + bad.total()):
-            self.state.set(sound=sound_key(self.settings))
+        if (parsed or bad) and parsed >= PILOT_SOUND * (parsed + bad.total()):
+            self.state.set(sound=self.state.sound_key())
             self.compare_estimate()
-        elif self.state["files"]:  # else nothing waits for it
+        elif not self.state["files"]:
+            pass  # nothing waits for it
+        elif parsed or bad:
             reasons = ", ".join(f"{number} {reason}" for reason, number in bad.most_common(3))
             cut_off = bad.most_common(1)[0][0] == "length"
             remedy = "raise --max-completion-tokens or lower --reasoning-effort" if cut_off else "look at them in raw/"
             found = f"{parsed} of {parsed + bad.total()} answers could be parsed ({reasons})"
             self.stop(f"the pilot came back unsound: {found}; {remedy}")
+        elif self.given.sync or not any(answers.status(key) == "pending" for key in last):
+            reasons = "; ".join(sorted({f"{one.reason} {one.detail}".strip() for one in latest}))
+            self.stop(f"the pilot's rows brought no answer ({reasons}); run again when the server is well")
 
     def compare_estimate(self) -> None:
         """Hold what the pilot used against the estimate, and stop where all would cost more than twice as much."""
@@ -2028,10 +1918,9 @@ class BatchRunner:
         if "token_limit_exceeded" in codes:
             self.close_batch(id, "failed", waits_again=True)
             self.learn_queue_limit(known, codes["token_limit_exceeded"])
-        elif stops := {stop_code(400, *pair): pair[1] for pair in codes.items() if stop_code(400, *pair)}:
+        elif stops := [(stop, words) for code, words in codes.items() if (stop := stop_code(400, code, words))]:
             self.close_batch(id, "failed", waits_again=True)
-            self.processor.answers.stops |= stops
-            self.react(next(iter(stops)), self.processor.model_of(known), known["effort"])
+            self.react(*stops[0], known["model"], known["effort"])
         elif refused:
             self.store(id, "failed", refused)
         else:
@@ -2040,50 +1929,38 @@ class BatchRunner:
 
     def learn_queue_limit(self, known: dict, message: str) -> None:
         """The queue took no more: learn how many tokens may be in flight. The upload is kept, no attempt is used up."""
-        own, requests = queue_tokens(total_load([known])), known["requests"]
-        others = [batch for batch in self.state.live().values() if batch["status"] not in ENDED]
+        own, live, batches = queue_tokens(known), self.state.live().values(), self.state["batches"].values()
+        others = queue_tokens(total_load(batch for batch in live if batch["status"] not in ENDED))
         found = re.search(r"[Ll]imit:? ([\d,]+)", message)
-        stated = int(found[1].replace(",", "")) if found else None
-        limit = min(filter(None, (stated, queue_tokens(total_load(others)), self.state["queue_limit"])), default=0)
-        alone = 0 if others else self.state["refused_alone"] + 1
-        self.state.set(queue_limit=limit, refused_alone=alone)
-        say(
-            f"{known['input_file']}: the queue is full ({message}); at most {limit or own} tokens in flight from now on"
-        )
-        if others:
-            return
-        # Alone and yet refused: too big for the queue, or others of the account fill it. Wait once, then halve it; but
-        # what takes less than half of the limit is not too big: smaller files would be refused as well.
-        too_big = requests > 1 and own > stated / 2 if stated else requests > MIN_SPLIT
-        if not too_big or (alone == 1 and not (stated and own > stated)):
-            raise TryLater("the queue is full with other work of the account")
-        self.state.set(max_file_tokens=max(1, min(int((stated or own) * 0.9), own // 2)), refused_alone=0, files={})
+        stated = int(found[1].replace(",", "")) if found else 0
+        limit = stated or (max(own, others) if others else 0)
+        limit = min(filter(None, (limit, self.state["queue_limit"])), default=0)
+        say(f"{known['input_file']}: the queue is full ({message}); at most {limit or own} tokens in flight from now")
+        self.state.set(queue_limit=limit)
+        # Alone and refused twice it may be too big as the server counts, or others of the account fill the queue.
+        again = not others and sum(one["sha256"] == known["sha256"] for one in batches) > 1
+        if known["requests"] > 1 and (0 < limit < own or (again and stated > 0 and own > stated / 2)):
+            self.state.set(queue_limit=min(limit, own // 2), files={})  # files are written anew, smaller
+        elif not others:
+            raise TryLater("the queue is full with other work of the account; a lower --max-requests-per-file may help")
 
     # -- planning
     def make_plan(self) -> None:
         """Give every row its digest and write request files: once a call, and where catalogue or model have changed."""
-        if self.auto and self.settings.model in (AUTO, *self.state["gone"]):
-            self.choose_model()
-        if (model := self.settings.model) not in self.state["models"][-1:]:
-            self.keep_model(model)
+        processor, model = self.processor, self.settings.model
+        if self.auto and model in (AUTO, *self.state["gone"]):
+            model = self.choose_model()
+        if model not in self.state["models"][-1:]:
+            self.state.set(models=[*(one for one in self.state["models"] if one != model), model])
         if self.replan and self.given.ask_again:
             self.state.set(ask_again=model)
-        known = known_model(model).efforts
-        if (effort := self.given.reasoning_effort) and known and effort not in known:
-            raise Fail(f"--reasoning-effort {effort}: {model} accepts {', '.join(known)}", common.USAGE)
-        if self.replan or not self.processor.is_planned():
-            if self.state["prompt"] not in ("", PROMPT_VERSION):
-                say("the prompt has changed since the last call: answered rows are asked and paid again")
-            requests, live = self.processor.prepare(), self.state.live()
-            found = [batch for batch in live.values() if not batch["requests"]]  # in the account, without state.json
-            planned = self.processor.loads() if found else {}
-            for batch in found:
-                batch |= total_load(planned[key] for key in self.processor.keys_of(batch) or () if key in planned)
-            self.state.set(prompt=PROMPT_VERSION, state="In Progress" if live else "Prepared")
-            say(f"prepared: {requests} new requests in {self.processor.requests}")
-            plan, loads = self.processor.plan, self.processor.pending_loads()
+        if self.replan or not processor.is_planned():
+            requests = processor.prepare()
+            self.state.set(state="In Progress" if self.state.live() else "Prepared")
+            say(f"prepared: {requests} new requests in {processor.requests}")
+            plan, loads = processor.plan, processor.pending_loads()
             if again := [loads[key] for key in {*plan["digest"][plan["answered"] != ""]} if key in loads]:
-                price = self.processor.answers.estimate(total_load(again))[1]
+                price = processor.answers.estimate(total_load(again))[1]
                 say(f"{len(again)} of the rows to ask have an answer of another model: {price} for asking {model} too")
         self.replan = False
 
@@ -2093,10 +1970,9 @@ class BatchRunner:
 
     def next_file(self) -> str | None:
         """The file to send now, or None: all sent, queue full, or the pilot not back yet."""
-        live, processor = self.state.live().values(), self.processor
+        live, processor, piloting = self.state.live().values(), self.processor, self.state.is_piloting()
         if any(processor.keys_of(batch) is None for batch in live):
             return None  # without its request file nobody knows what it will bring; it might be asked twice
-        piloting = self.settings.pilot > 0 and self.state["sound"] != sound_key(self.settings)
         if len(live) >= self.settings.max_concurrent_batches or (piloting and any(batch["pilot"] for batch in live)):
             return None
         for _ in range(2):
@@ -2121,24 +1997,14 @@ class BatchRunner:
         if self.checked:
             return True
         name, files = self.settings.model, self.state["files"]
-        try:
-            date, days = shutdown_date(name, facts := self.found.pop(name, None) or self.client.model(name))
-            told = self.auto or facts.get("shutdown_date")  # a server may go on with what the table says has ended
-            ended = f"was shut down on {date}" if days <= 0 and told else ""
-        except NotFound as error:
-            if not self.auto:
-                raise Fail(f"{error}; set --model ({', '.join(self.client.listed[:12]) or 'none'}), or auto") from None
-            ended = "is not there for this key any more"
-        if ended and self.auto:
-            self.leave_model(ended)
+        why, date, days = self.look_up(name)
+        if why and self.auto:
+            self.state.set(gone=self.state["gone"] | {name: why})
             return False
-        if ended:
-            raise Fail(f"{name} {ended}; choose another --model, or auto")
-        needed = math.ceil(len(files) / self.settings.max_concurrent_batches) + 1
-        if days < (needed if self.auto else max(needed, 30)):
-            may = "; the run may take longer than that" if days < needed else ""
-            then = "the rest would go to another" if self.auto else "consider --model auto"
-            say(f"warning: {name} shuts down on {date}, in {days} days{may}; {then}")
+        if why:
+            raise Fail(f"{name} {why}; set another --model, or auto")
+        if days < 30 and not self.auto:
+            say(f"warning: {name} shuts down on {date}, in {days} days; consider --model auto")
         self.checked = True
         load = total_load(files.values())
         tokens, (_, price) = queue_tokens(load), self.processor.answers.estimate(load)
@@ -2156,10 +2022,8 @@ class BatchRunner:
             names = " and ".join(name for name in models if math.isnan(cost(self.settings, name, False, 1, 1)))
             raise Fail(f"--max-cost needs a price for {names}; give --price-input and --price-output")
         if spent + high > self.settings.max_cost:
-            raise Fail(
-                f"${spent:.4f} spent and {price} to come may exceed --max-cost ${self.settings.max_cost:g};"
-                " nothing more was sent; raise --max-cost or set --limit"
-            )
+            may = f"${spent:.4f} spent and {price} to come may exceed --max-cost ${self.settings.max_cost:g}"
+            raise Fail(f"{may}; nothing more was sent; raise --max-cost or set --limit")
 
     def send(self, name: str) -> None:
         """Upload and create. The intent is on disk before the create, so that a lost answer can be found again."""
@@ -2167,12 +2031,11 @@ class BatchRunner:
         sha256 = facts["sha256"]
         if not (reused := sha256 in uploads):
             uploads[sha256] = self.client.upload(self.processor.requests / name)
-            if not self.state["started"]:
-                counts = self.processor.counts()
-                self.state.set(started=time.time(), settled_before=counts["cleaned"] + counts["rejected"])
         intent = {"id": uuid.uuid4().hex, "file": name, "sha256": sha256}
         self.state.set(state="In Progress", intent=intent)
-        metadata = {"workspace": self.state.identity, "file": name, "sha256": sha256, "intent": intent["id"]}
+        known = facts | {"model": self.settings.model, "effort": sent_effort(self.settings)}
+        metadata = {"workspace": self.state.identity, "file": name, "intent": intent["id"]}
+        metadata |= {fact: str(value) for fact, value in (known | {"pilot": int(facts["pilot"])}).items()}
         try:
             batch = self.client.create(uploads[sha256], metadata, "" if reused else "batches")
         except (NotFound, Fail, Stop, TryLater) as error:
@@ -2184,143 +2047,85 @@ class BatchRunner:
                 raise TryLater(f"the upload of {name} is gone; uploading it again") from None
             raise
         del self.state["files"][name]
-        known = BATCH | facts | {"input_file": name, "effort": sent_effort(self.settings)} | describe_batch(batch)
+        known = BATCH | known | {"input_file": name} | describe_batch(batch)
         self.state.set(intent={}, batches=self.state["batches"] | {batch.id: known})
         say(f"{name}: sent as {batch.id}")
 
+    def ask(self, name: str) -> None:
+        """Ask what a request file holds without the Batch API; every answer is on disk before its thread asks on."""
+        from concurrent.futures import ThreadPoolExecutor
 
-# --------------------------------------------------------------------------------------------------------------------
-# --sync: without the Batch API, row by row
+        processor, answers, facts = self.processor, self.processor.answers, self.state["files"][name]
+        source, lock, width, asked = f"sync-{time.time_ns()}", threading.Lock(), self.given.concurrency, []
+        to_come, loads = total_load(self.state["files"].values()), processor.loads()
+        processor.raw.mkdir(exist_ok=True)
 
+        def answer(text: bytes) -> tuple[str, Outcome]:
+            request = json.loads(text)
+            digest = request["custom_id"]
+            line = {"custom_id": digest} | self.client.chat(request["body"])
+            with lock, open(processor.raw / f"{source}.jsonl", "ab") as raw:
+                raw.write(json.dumps(line).encode() + b"\n")
+                return digest, answers.add(digest, line, source)
 
-def ask_directly(runner: BatchRunner) -> None:
-    """Ask for every row that has no answer, at most `concurrency` at a time; every answer is stored as it comes."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    prepare_directly(runner)
-    state, processor, settings, answers = runner.state, runner.processor, runner.settings, runner.processor.answers
-    source, lock, parsed, bad, silent = f"sync-{time.time_ns()}", threading.Lock(), 0, Counter(), 0
-    total, pilot = processor.counts()["pending"], settings.pilot
-
-    def is_piloting() -> bool:
-        return pilot > 0 and state["sound"] != sound_key(runner.settings)
-
-    def block_size() -> int:
-        """A pilot has no request more than it needs."""
-        return min(4 * settings.concurrency, max(1, pilot - parsed - bad.total()) if is_piloting() else math.inf)
-
-    def ask(text: bytes) -> tuple[str, Outcome]:
-        """Ask, and store before the thread asks anything else: a kill loses only what is in flight."""
-        request = json.loads(text)
-        digest = request["custom_id"]
-        line = {"custom_id": digest} | one_answer(runner.client, request["body"])
-        with lock, open(processor.raw / f"{source}.jsonl", "ab") as raw:
-            raw.write(json.dumps(line).encode() + b"\n")
-            return digest, answers.add(digest, line, source)
-
-    with ThreadPoolExecutor(settings.concurrency) as pool:
-        while (loads := processor.pending_loads()) and (state["files"] or processor.prepare(again=True)):
-            to_come = total_load(loads.values())
-            waiting = [processor.requests / name for name in sorted(state["files"])]
-            lines = itertools.chain.from_iterable(open(path, "rb") for path in waiting)
-            lines = common.progress(lines, "ask", len(loads))
-            while block := [*itertools.islice(lines, block_size())]:
-                runner.check_budget(to_come)
-                outcomes = dict(pool.map(ask, block))
-                to_come -= total_load(loads[key] for key in outcomes if answers.status(key) != "pending")
-                parsed += sum(one.kind == "ok" for one in outcomes.values())
-                bad.update(one.reason for one in outcomes.values() if one.kind in ("again", "final"))
-                if stops := [one.reason for one in outcomes.values() if one.kind == "stop"]:
-                    runner.react(stops[0], runner.settings.model, sent_effort(runner.settings))
-                elif is_piloting() and pilot <= parsed + bad.total() < total:
-                    runner.judge(parsed, bad)
-                if state["stopped"]:
-                    raise Fail(f"{state['stopped']}; what was answered is kept, and `run` goes on")
-                silent = silent + len(outcomes) if all(one.kind == "server" for one in outcomes.values()) else 0
-                if silent >= max(FEW_SILENT, min(total, 4 * settings.concurrency)):
-                    require_server(answers, outcomes)
-                if stops:
-                    break
-            state.set(files={})
-            runner.make_plan()  # for another model or effort, if need be
+        with ThreadPoolExecutor(width) as pool, open(processor.requests / name, "rb") as lines:
+            for block in common.batches(common.progress(lines, "ask", facts["requests"]), max(FEW_SILENT, 4 * width)):
+                self.check_budget(to_come)
+                outcomes = dict(pool.map(answer, block))
+                to_come -= total_load(loads[key] for key in outcomes)
+                asked += outcomes
+                if stops := [one for one in outcomes.values() if one.kind == "stop"]:
+                    return self.react(stops[0].reason, stops[0].detail, self.settings.model, sent_effort(self.settings))
+                if len(outcomes) >= FEW_SILENT and all(one.kind == "server" for one in outcomes.values()):
+                    (reason, _), *_ = Counter(f"{one.reason}: {one.detail}" for one in outcomes.values()).most_common(1)
+                    raise Fail(f"request after request brought no answer ({reason}); run again when the server is well")
+        del self.state["files"][name]
+        self.state.set()
+        if facts["pilot"]:
+            self.judge_pilot(asked)
 
 
-def require_server(answers: Answers, outcomes: dict[str, Outcome]) -> None:
-    """Fail where many requests in a row got no answer, before all rows use up their attempts at a server that is down.
-
-    outcomes: the last ones. Rows that are asked again may be the few that it never answers: they need no stop.
-    """
-    if any(len(answers.attempts(digest)) == 1 for digest in outcomes):
-        (reason, _), *_ = Counter(f"{one.reason}: {one.detail}" for one in outcomes.values()).most_common(1)
-        raise Fail(f"request after request brought no answer ({reason}); run again when the server is well")
-
-
-def prepare_directly(runner: BatchRunner) -> None:
-    """All that comes before the first question. Fails where batches are in flight or the server is not well."""
-    with contextlib.suppress(Fail):  # another server than the one that may hold the batch: the doubt stays
-        runner.find_lost_batches()
-    if runner.state.live():
-        raise Fail("batches of this workspace are in flight; collect them with `poll` before using --sync")
-    runner.make_plan()
-    runner.processor.raw.mkdir(exist_ok=True)
-    while not runner.preflight():
-        runner.make_plan()
-
-
-def one_answer(client: BatchAPIClient, body: dict) -> dict:
-    """What is kept of the answer to one request, in the form of a raw answer line."""
-    try:
-        return {"response": {"status_code": 200, "body": client.chat(body)}}
-    except Stop as stop:
-        return as_error(*stop.args)
-    except Refused as refused:
-        return as_refusal("", str(refused), refused.status)
-    except TryLater as later:
-        if later.unreachable:
-            raise Fail(f"{later}; check OPENAI_BASE_URL and the network, then run again") from None
-        return as_error("server error", str(later))
+def describe_batch(batch: Any) -> dict[str, Any]:
+    """What state.json keeps of a batch, beside input_file and the facts of that file."""
+    counts = batch.request_counts
+    counts = {name: getattr(counts, name) for name in ("total", "completed", "failed")} if counts else {}
+    ids = {"output_file_id": batch.output_file_id or "", "error_file_id": batch.error_file_id or ""}
+    return ids | {"status": batch.status, "created_at": batch.created_at or 0, "counts": counts}
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The output: cleaned CSV, rejects, report and sidecar
 
 
-def write_outputs(processor: DataProcessor, started: float) -> str | None:
-    """Write all four, the CSV last; gives what is wrong where too many rows were rejected."""
+def write_outputs(processor: DataProcessor, started: float) -> None:
+    """Write all four, the CSV last. Raises Fail where too many rows were rejected."""
     args, settings, output, counts = processor.args, processor.settings, Path(processor.args.output), processor.counts()
     if processor.inputs != processor.input_digests():
         raise Fail(f"{', '.join(args.input)} changed while the command ran; run it again")
-    paths = {name: output.with_name(f"{output.name}.{name}") for name in ("rejects.jsonl", "report.json", "json")}
-    with common.atomic_file(output) as cleaned, common.atomic_file(paths["rejects.jsonl"]) as rejects:
+    rejects_path, report_path, sidecar = (Path(f"{output}.{end}") for end in ("rejects.jsonl", "report.json", "json"))
+    with common.atomic_file(output) as cleaned, common.atomic_file(rejects_path) as rejects:
         rejected, models = write_rows(processor, cleaned, rejects)
         report = make_report(processor, rejected, models)
-        common.write_json(paths["report.json"], report)
-        more = {
-            "versions": common.versions("openai", "pillow"),
-            "prompt_version": PROMPT_VERSION,
-            "models": report["models"],
-            "cost": report["cost"],
-        }
-        common.write_sidecar(paths["json"], settings, counts, processor.inputs, time.time() - started, **more)
-    say(f"wrote {output}, {paths['rejects.jsonl'].name}, {paths['report.json'].name}")
+        common.write_json(report_path, report)
+        more = {"versions": common.versions("openai", "pillow"), "prompt_version": PROMPT_VERSION}
+        more |= {name: report[name] for name in ("models", "cost")}
+        common.write_sidecar(sidecar, settings, counts, processor.inputs, time.time() - started, **more)
+    say(f"wrote {output}, {rejects_path.name}, {report_path.name}")
     for reason, some in report["rejected"].items():
         say(f"  rejected {some['rows']}: {reason} (such as {', '.join(some['ids'][:3])})")
     if processor.any_refused():
         say("  `run --retry-failed` asks again, with today's settings, for rows that were asked in vain")
     spent = processor.answers.spent()
-    tokens = f"{spent['prompt_tokens']} tokens in, {spent['output_tokens']} out"
-    say(f"cost by usage: {dollars(spent['usd'])} ({tokens})")
+    say(f"cost by usage: {dollars(spent['usd'])} ({spent['prompt_tokens']} tokens in, {spent['output_tokens']} out)")
     # A product of which another row is in the output is not lost.
     found = {id for id, status in zip(processor.plan["id"], processor.statuses(), strict=True) if status == "cleaned"}
     lost = sum(id not in found for ids in rejected.values() for id in ids)
     if lost > settings.max_failed * counts["input"]:
-        return (
-            f"{lost} of {counts['input']} rows were rejected, more than --max-failed"
-            f" {settings.max_failed}; see {paths['rejects.jsonl']}, then mend the rows, ask again with"
-            " `run --retry-failed`, or raise --max-failed"
-        )
-    processor.state.set(written=output_signature(processor))
-    return None
+        processor.state.set(state="Failed", ask_again="")
+        many = f"{lost} of {counts['input']} rows were rejected, more than --max-failed {settings.max_failed}"
+        hint = "mend the rows, ask again with `run --retry-failed`, or raise --max-failed"
+        raise Fail(f"{many}; see {rejects_path}, then {hint}")
+    processor.state.set(state="Finalized", ask_again="", written=output_signature(processor))
 
 
 def write_rows(processor: DataProcessor, cleaned_path: Path, rejects_path: Path) -> tuple[dict, Counter]:
@@ -2358,9 +2163,11 @@ def make_report(processor: DataProcessor, rejected: dict[str, list[str]], models
     """What failed and why: rejected rows by reason, failed attempts by reason; rows by model, cost, batches."""
     answers, spent = processor.answers, processor.answers.spent()
     often_first = sorted(rejected.items(), key=lambda item: (-len(item[1]), item[0]))
+    failed = sum(answers.results.values(), Counter())
+    del failed["ok"], failed[UNUSABLE]
     return {
         "rejected": {reason: {"rows": len(ids), "ids": ids[:20]} for reason, ids in often_first},
-        "failed_attempts": dict(sorted(answers.reasons.items(), key=lambda item: (-item[1], item[0]))),
+        "failed_attempts": dict(sorted(failed.items(), key=lambda item: (-item[1], item[0]))),
         "models": dict(models),
         "cost": spent | {"usd": None if math.isnan(spent["usd"]) else round(spent["usd"], 6)},
         "batches": [
@@ -2372,9 +2179,8 @@ def make_report(processor: DataProcessor, rejected: dict[str, list[str]], models
 
 def output_signature(processor: DataProcessor) -> str:
     """What the finished output was made from, and what it holds: a later poll leaves it, and its date, alone."""
-    return common.digest(
-        [processor.signature, processor.settings.max_failed, common.file_digest(processor.args.output)]
-    )
+    output = common.file_digest(processor.args.output)
+    return common.digest([processor.signature, processor.settings.max_failed, output])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2389,36 +2195,21 @@ def show_status(processor: DataProcessor) -> None:
     """The table of `status`, from what the last call saw."""
     import pandas as pd
 
-    state, counts, spent, now = processor.state, processor.counts(), processor.answers.spent()["usd"], time.time()
-    say(f"{state['state']}; {counts_line(counts)}")
-    rows = []
+    state, answers, rows = processor.state, processor.answers, []
+    say(f"{state['state']}; {counts_line(processor.counts())}")
     for id, batch in state["batches"].items():
-        total, done, failed = (batch["counts"].get(name, "") for name in ("total", "completed", "failed"))
+        done, failed = (batch["counts"].get(name, "") for name in ("completed", "failed"))
         status = batch["status"] if batch.get("collected") else f"{batch['status']} ..."
-        hours = f"{(now - batch['created_at']) / 3600:.1f}" if batch["created_at"] else ""
-        rows.append((batch["input_file"], id, batch["requests"] or total, status, done, failed, hours))
+        hours = f"{(time.time() - batch['created_at']) / 3600:.1f}" if batch["created_at"] else ""
+        rows.append((batch["input_file"], id, batch["requests"], status, done, failed, hours))
     rows += [(name, "", facts["requests"], "waiting", "", "", "") for name, facts in sorted(state["files"].items())]
     if rows:
         columns = ("file", "batch", "requests", "status", "done", "failed", "hours")
         say(pd.DataFrame(rows, columns=columns).to_string(index=False))
-    _, price = processor.answers.estimate(total_load(processor.pending_loads().values()))
-    say(f"cost so far {dollars(spent)}, to come {price}")
+    _, price = answers.estimate(total_load(processor.pending_loads().values()))
+    say(f"cost so far {dollars(answers.spent()['usd'])}, to come {price}")
     if state["stopped"]:
         say(f"stopped: {state['stopped']}; `dispatch` or `run` goes on")
-    if counts["pending"] and state["started"]:
-        settled = counts["cleaned"] + counts["rejected"] - state["settled_before"]
-        hours = counts["pending"] / settled * (now - state["started"]) / 3600 if settled > 0 else None
-        likely = "unknown until the first rows are in" if hours is None else f"in {hours:.1f} h at the rate so far"
-        rounds = math.ceil(len(state["files"]) / state.settings.max_concurrent_batches) + bool(state.live())
-        say(f"expected end {likely}, in {24 * rounds} h at the latest")
-
-
-def run_until_settled(runner: BatchRunner) -> None:
-    """Step until every row is settled."""
-    while not runner.step():
-        if runner.settings.poll_interval >= 1:
-            say(counts_line(runner.processor.counts()))
-        time.sleep(runner.settings.poll_interval if runner.retry_in is None else runner.retry_in)
 
 
 def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
@@ -2427,14 +2218,18 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
     processor = DataProcessor(args, state)
     runner = BatchRunner(processor, replan=args.command in ("prepare", "run"))
     try:
-        if args.command in ("prepare", "run") and settings.retry_failed:
+        if runner.replan and settings.retry_failed:
             processor.answers.forgive()
         if args.command in ("dispatch", "run"):
             state.set(stopped="")
         if args.command in ("prepare", "finalize"):
             runner.make_plan()
         elif args.command == "run":
-            ask_directly(runner) if settings.sync else run_until_settled(runner)
+            while not runner.step():
+                if settings.poll_interval >= 1:
+                    say(counts_line(processor.counts()))
+                soon = min(RETRY_PAUSE, max(settings.poll_interval, 1.0))
+                time.sleep(soon if runner.failed else settings.poll_interval)
         elif not processor.is_settled():
             runner.step()
         if args.command == "prepare":
@@ -2446,18 +2241,11 @@ def work(args: argparse.Namespace, settings: CleaningConfig) -> int:
         if args.command == "poll" and Path(args.output).exists() and state["written"] == output_signature(processor):
             say(f"{args.output} is written; nothing to do here")
             return common.DONE
-        state.set(state="Completed", started=0)
-        wrong = write_outputs(processor, started)
-        state.set(state="Failed" if wrong else "Finalized", ask_again="")
-        if wrong:
-            raise Fail(wrong)
+        state.set(state="Completed")
+        write_outputs(processor, started)
         return common.DONE
-    except Stop as stop:  # outside of a step, as the next
-        code, message = stop.args
-        raise Fail(f"{STOPS[code]} ({code}: {message}); mend the cause, then run again") from None
-    except TryLater as later:
-        hint = "check OPENAI_BASE_URL and the network, then " if later.unreachable else ""
-        raise Fail(f"{later}; {hint}run again") from None
+    except (Stop, TryLater) as error:  # outside of a step
+        raise Fail(f"{error}; mend the cause, then run again") from None
     finally:
         say(counts_line(processor.counts()))
 

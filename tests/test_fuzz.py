@@ -377,24 +377,17 @@ def test_any_state_file_is_one_or_one_line(tmp_path, data):
         make_shop(tmp_path)
         assert ends_well(clean.main, clean_command(tmp_path, "prepare")) == common.DONE
         shutil.copyfile(tmp_path / "w/state.json", tmp_path / "whole.json")
-    batch = {"input_file": "000001.jsonl", "status": "in_progress", "output_file_id": None, "local_output_path": None,
-             "counts": {"total": 4, "completed": 1, "failed": 0}, "created_at": 1.0}  # fmt: skip
-    state = json.loads((tmp_path / "whole.json").read_text()) | {"batches": {"batch_1": batch}, "started": 5.0}
-    content = json.dumps(changed(data.draw, state)).encode()
+    content = damaged(data.draw, (tmp_path / "whole.json").read_bytes())
     if data.draw(st.booleans()):
-        content = data.draw(st.sampled_from([damaged(data.draw, content), DEEP.encode()]))
+        content = data.draw(st.sampled_from([json.dumps(data.draw(JSON)).encode(), DEEP.encode()]))
     (tmp_path / "w/state.json").write_bytes(content)
     try:
-        read = clean.StateManager(tmp_path / "w")
+        clean.StateManager(tmp_path / "w")
     except common.Fail as error:
         assert "state.json: damaged" in str(error) and "remove it and run again" in str(error)
         assert ends_well(clean.main, run) == common.FAILED
     else:
         assert ends_well(clean.main, run) == common.DONE
-        assert isinstance(read["batches"], dict) and isinstance(read["completed_files"], list)
-        names = [read["intent"]["file"]] if read["intent"] else []
-        known = {*names, *(batch["input_file"] for batch in read["batches"].values())}
-        assert {batch["input_file"] for batch in read.in_flight()} <= known and "" not in known - {*names}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -422,7 +415,6 @@ def cleaned_shop(tmp_path_factory) -> tuple[Path, FakeAPI, dict[Path, bytes]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clean, "BatchAPIClient", api)
         assert ends_well(clean.main, clean_command(folder, "run")) == common.DONE
-    clean.common.write_json(folder / "w/retries.json", {})
     return folder, api, {path: path.read_bytes() for path in (folder / "w").glob("*.*")}
 
 
@@ -435,10 +427,9 @@ def test_a_damaged_file_of_the_workspace_is_one_line_and_nothing_is_asked_twice(
     cleaned = folder / "cleaned.csv"
     for path, content in whole.items():
         path.write_bytes(content)
-    name = data.draw(st.sampled_from(["plan.parquet", "retries.json", "workspace.json", "results.sqlite"]))
+    name = data.draw(st.sampled_from(["plan.parquet", "workspace.json"]))
     path, before = folder / "w" / name, cleaned.read_bytes()
-    content = whole.get(path, b"SQLite format 3\0" + bytes(4080))
-    path.write_bytes(damaged(data.draw, content))
+    path.write_bytes(damaged(data.draw, whole[path]))
     ends_well(clean.main, clean_command(folder, data.draw(st.sampled_from(["status", "prepare", "finalize"]))))
     path.unlink(missing_ok=True)
     assert ends_well(clean.main, clean_command(folder, "run")) == common.DONE
