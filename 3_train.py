@@ -1929,8 +1929,7 @@ def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -
     """Write train.json, the mark of a finished run, and print what came out."""
     config, marker, splits = run.config, run.output / "train.json", (run.train, run.validation)
     counts = {split.name: split.counts() for split in splits}
-    facts |= {"scenario": config.scenario, "model": config.model, "pretrained": config.pretrained}
-    facts["versions"] = common.versions("torch", "open_clip_torch", "peft")
+    facts |= {"scenario": config.scenario, "versions": common.versions("torch", "open_clip_torch", "peft")}
     facts["unreadable"] = [line for split in splits for line in (*split.damaged, *split.unreadable.values())][:1000]
     inputs = {"shards": shards, "base": run.clip.name, "base_fingerprint": run.clip.fingerprint}
     if facts["model_dir"]:
