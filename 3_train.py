@@ -25,7 +25,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -1152,6 +1151,7 @@ class Run:
     effective: int = 0  # pairs contrasted in one step, over all processes
     micro: int = CPU_MICRO_BATCH  # pairs in memory at once, per process
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # what must be equal to go on with a run
+    checkpoint: dict[str, Any] | None = None  # to go on from
     wandb: Any = None  # the run there
     trial: bool = False  # settings are being tried: nothing is printed, logged or saved
 
@@ -1247,21 +1247,20 @@ def cache_arrays(run: Run, split: Split, name: str, made: list, make: Callable[[
     """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
     made = [[entry["sha256"] for entry in split.entries], sorted(split.damaged), len(split), run.config.seed, *made]
     made.append(run.clip.fingerprint)
-    folder = cache_folder(run.world, run.output) / f"{split.name}-{name}-{common.digest(made)[:16]}"
+    place, kind = cache_folder(run.world, run.output), f"{split.name}-{name}"
+    folder = place / f"{kind}-{common.digest(made)[:16]}"
     mark = folder / "failed.json"  # samples that could not be read; written last
-    anew = not run.config.resume and not run.world.local_rank and mark.is_file() and common.read_json(mark)
     with first_on_this_machine(run.world):
-        if anew or not mark.is_file():  # anew: what could not be read may be mended by now
-            shutil.rmtree(folder, ignore_errors=True)
+        usable = mark.is_file() and (run.config.resume or run.world.local_rank or not common.read_json(mark))
+        if not usable:  # with --no-resume also where something could not be read: it may be mended by now
+            for other in place.glob(f"{kind}-*"):
+                shutil.rmtree(other)
             folder.mkdir(parents=True)
             make(folder)
             for path in folder.glob("*.npy"):
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
             common.write_json(mark, sorted(split.unreadable.items()))
-            for other in folder.parent.glob(f"{split.name}-{name}-*"):
-                if other != folder:
-                    shutil.rmtree(other)
     split.unreadable |= dict(common.read_json(mark))
     split.kept[name] = {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
 
@@ -1269,13 +1268,13 @@ def cache_arrays(run: Run, split: Split, name: str, made: list, make: Callable[[
 def cache_captions(run: Run, split: Split) -> None:
     """Read and tokenise a split's captions, those of all epochs, once. Where "varied" there is another each epoch.
 
-    table.npy, int64 [N, epochs until they begin again]: row of each sample's caption in hashes.npy, int64 [captions],
-    and tokens.npy, int32 [captions, L], by length, so that little is padded where they are read in order; groups.npy,
-    int64 [N].
+    table.npy, int64 [N, epochs]: row of each sample's caption in hashes.npy, int64 [captions], and tokens.npy, int32
+    [captions, L], by length, so that little is padded where they are read in order; groups.npy, int64 [N].
     """
     varied = split.training and run.config.captions == "varied"
-    turns = math.lcm(*range(1, len(common.TEMPLATES) + 1))  # whatever the number of an item's prompts
-    epochs = min(run.config.epochs, turns) if varied else 1
+    epochs = run.config.epochs if varied else 1
+    tokenizer = split.clip.tokenizer
+    words = tokenizer(["Another tokenizer, another cache."])
 
     def make(folder: Path) -> None:
         rows: dict[str, int] = {}
@@ -1291,72 +1290,63 @@ def cache_captions(run: Run, split: Split) -> None:
         np.save(folder / "table.npy", place[table])
         np.save(folder / "groups.npy", groups)
         np.save(folder / "hashes.npy", np.array([hash_text(caption) for caption in by_length]))
-        tokens = None
+        tokens = new_array(folder / "tokens.npy", np.int32, (len(by_length), words.shape[1]))
         for start in range(0, len(by_length), 1024):
-            part = split.clip.tokenizer(by_length[start : start + 1024]).numpy()
-            if tokens is None:
-                tokens = new_array(folder / "tokens.npy", np.int32, (len(by_length), part.shape[1]))
-            tokens[start : start + len(part)] = part
+            tokens[start : start + 1024] = tokenizer(by_length[start : start + 1024]).numpy()
 
-    words = split.clip.tokenizer(["Another tokenizer, another cache."]).tolist()
-    cache_arrays(run, split, "captions", [varied, epochs, common.TEMPLATES, common.DETAILS, words], make)
+    made = [varied, epochs, common.TEMPLATES, common.DETAILS, words.tolist()]
+    cache_arrays(run, split, "captions", made, make)
+
+
+def feature_blocks(run: Run, split: Split, tower: str, views: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """(rows of features.npy, pictures or tokens, their views) of all that a tower is to be run over."""
+    if tower == "image":
+        for view in range(views):
+            for batch in split.batches(in_order(len(split), run.micro), view):
+                yield view * len(split) + batch.ids.numpy(), batch.images, batch.views
+        return
+    tokens = split.kept["captions"]["tokens"]
+    for start in range(0, len(tokens), run.micro):
+        rows = slice(start, start + run.micro)
+        yield rows, torch.from_numpy(tokens[rows].astype(np.int64)), NO_VIEWS
+
+
+def write_features(run: Run, split: Split, tower: str, views: int, folder: Path) -> None:
+    """features.npy, float32 [rows, W]: what a tower gives before its projection, for each caption or view of a picture.
+
+    table.npy, int64 [N, views], has the rows of a picture's views.
+    """
+    count = views * len(split) if tower == "image" else len(split.kept["captions"]["tokens"])
+    if tower == "image":
+        np.save(folder / "table.npy", np.arange(count).reshape(views, -1).T)
+    features, title = None, f"{split.name} {'pictures' if tower == 'image' else 'captions'}, once"
+    blocks = feature_blocks(run, split, tower, views)
+    for rows, inputs, shown in common.progress(blocks, title, math.ceil(count / run.micro), "batch"):
+        if not len(inputs):
+            continue
+        with torch.no_grad(), run.towers.autocast():
+            x = run.towers.features(tower, inputs, shown).float().cpu().numpy()
+        if features is None:
+            features = new_array(folder / "features.npy", np.float32, (count, x.shape[1]))
+        features[rows] = x
 
 
 def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     """Run frozen towers over a split once: linear_probe then trains 500 times faster, text_lora 7 times.
 
     Pictures that are augmented anew each epoch have no lasting features: a few fixed views are kept instead.
-    `adapted`: the towers that LoRA will adapt, as they are before; forget_features() removes them.
+    `adapted`: the towers that LoRA will adapt, as they are before it, for search_rates(), which needs no more views.
     """
-    config, tokens = run.config, split.kept["captions"]["tokens"]
-    split.augmented = split.training and config.augment != "none" and not adapted  # a probe needs no more views
+    config, clip = run.config, run.clip
+    split.augmented = split.training and config.augment != "none" and not adapted
     views = VIEWS if split.augmented else 1
-    if run.towers.adapted["image"] == adapted:
-        made = [config.precision, config.augment, views, run.clip.mean, run.clip.std]
-        cache_arrays(run, split, "image", made, lambda folder: write_picture_features(run, split, folder, views))
-    if run.towers.adapted["text"] == adapted:
-        parts = (slice(start, start + run.micro) for start in range(0, len(tokens), run.micro))
-        blocks = ((rows, torch.from_numpy(tokens[rows].astype(np.int64)), NO_VIEWS) for rows in parts)
-        made = [config.precision, hashlib.sha256(tokens).hexdigest()]
-        cache_arrays(
-            run, split, "text", made, lambda folder: write_features(run, split, "text", folder, len(tokens), blocks)
-        )
+    for tower in (tower for tower, lora in run.towers.adapted.items() if lora == adapted):
+        if tower == "image":
+            made = [config.precision, config.augment, views, clip.mean, clip.std]
+        else:
+            made = [config.precision, hashlib.sha256(split.kept["captions"]["tokens"]).hexdigest()]
+        cache_arrays(run, split, tower, made, functools.partial(write_features, run, split, tower, views))
     split.augmented = split.training and config.augment != "none"
-
-
-def forget_features(run: Run, split: Split) -> None:
-    """Remove kept features of the towers that LoRA is going to change."""
-    run.world.share(None)  # no process needs them any more
-    for tower in (tower for tower, lora in run.towers.adapted.items() if lora):
-        split.kept.pop(tower, None)
-        for folder in cache_folder(run.world, run.output).glob(f"{split.name}-{tower}-*"):
-            if not run.world.local_rank:
-                shutil.rmtree(folder)
-
-
-def write_picture_features(run: Run, split: Split, folder: Path, views: int) -> None:
-    """table.npy, int64 [N, views]: row of each view in features.npy."""
-    np.save(folder / "table.npy", np.arange(views * len(split)).reshape(views, -1).T)
-
-    def blocks() -> Iterator[tuple[Any, Tensor, Tensor]]:
-        for view in range(views):
-            for batch in split.batches(in_order(len(split), run.micro), view):
-                yield view * len(split) + batch.ids.numpy(), batch.images, batch.views
-
-    write_features(run, split, "image", folder, views * len(split), blocks())
-
-
-def write_features(run: Run, split: Split, tower: str, folder: Path, count: int, blocks: Iterable) -> None:
-    """features.npy, float32 [count, W]: what a tower gives before its projection; blocks of (rows, inputs, views)."""
-    features, title = None, f"{split.name} {'pictures' if tower == 'image' else 'captions'}, once"
-    for rows, inputs, views in common.progress(blocks, title, math.ceil(count / run.micro), "batch"):
-        if not len(inputs):
-            continue
-        with torch.no_grad(), run.towers.autocast():
-            x = run.towers.features(tower, inputs, views).float().cpu().numpy()
-        if features is None:
-            features = new_array(folder / "features.npy", np.float32, (count, x.shape[1]))
-        features[rows] = x
 
 
 def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -1388,13 +1378,9 @@ def retrieval_metrics(images: Tensor, texts: Tensor, keys: Tensor) -> tuple[dict
     return metrics, sum(reciprocal) / 2
 
 
-def evaluate(run: Run, split: Split) -> dict[str, float]:
-    """Loss, recall@1/5/10 and MRR, both ways, over a whole split with the shard's own captions."""
-    return judge(run, split)[0]
-
-
-def judge(run: Run, split: Split) -> tuple[dict[str, float], np.ndarray]:
-    """(what evaluate() gives; MRR of each pair, float64 [N], in order of the split); memory linear in N."""
+def evaluate(run: Run, split: Split) -> tuple[dict[str, float], np.ndarray]:
+    """(loss, recall@1/5/10 and MRR, both ways, over a whole split with the shard's own captions; MRR of each pair,
+    float64 [N], in order of the split); memory linear in N."""
     towers, world = run.towers, run.world
     towers.train(False)
     nothing = torch.empty(0, run.clip.config["embed_dim"], device=world.device)
@@ -1439,15 +1425,11 @@ def load_probe(path: str, clip: Clip) -> Batch:
     """Pictures and captions of a CSV (image_path,caption) that is not about the catalogue."""
     try:
         rows = common.read_table(path, ("image_path", "caption"))
-        if not len(rows):
-            raise ValueError("no rows")
-        if len(without := rows["image_path"][rows["caption"] == ""]):
-            raise ValueError(f"no caption for {without.iloc[0]}")
         sources = [Path(path).parent / name for name in rows["image_path"]]
         pictures = [np.array(common.letterbox(common.load_image(source, clip.size), clip.size)) for source in sources]
+        return probe_batch(clip, pictures, rows["caption"].tolist())
     except (OSError, ValueError, Fail, BadImage) as error:
         raise Fail(f"--probe {path}: {error}; it wants a CSV with image_path,caption and its pictures") from None
-    return probe_batch(clip, pictures, rows["caption"].tolist())
 
 
 DRAWN = {  # what --probe drawn draws: signs of DejaVu Sans, a font that comes with matplotlib
@@ -1477,57 +1459,50 @@ def draw_probe(clip: Clip) -> Batch:
     return probe_batch(clip, pictures, names)
 
 
-def probe_features(run: Run) -> Batch:
-    """The general probe with the features of frozen towers in place of pictures or captions."""
-    parts = {}
-    for tower, field in (("image", "images"), ("text", "texts")):
-        if not run.towers.adapted[tower]:
-            inputs = getattr(run.probe, field).split(run.micro)
-            with torch.no_grad(), run.towers.autocast():
-                parts[field] = torch.cat([run.towers.features(tower, some).float().cpu() for some in inputs])
-    return run.probe._replace(**parts)
-
-
 def sweep_alpha(run: Run, fine: dict[str, Tensor]) -> list[dict[str, Any]]:
     """What each interpolation between base and fine-tuned weights gives on validation and on the general probe.
 
     The probe shows what of the base model's knowledge was forgotten (WiSE-FT, arXiv 2109.01903); trials go without.
     """
-    swept, pairs = [], []
-    probe = None if run.trial else probe_features(run)
+    swept, pairs, probe = [], [], run.probe
+    for tower, field in (("image", "images"), ("text", "texts")):
+        if not (run.trial or run.towers.adapted[tower]):  # frozen: it runs once
+            with torch.no_grad(), run.towers.autocast():
+                parts = getattr(probe, field).split(run.micro)
+                parts = [run.towers.features(tower, part).float().cpu() for part in parts]
+            probe = probe._replace(**{field: torch.cat(parts)})
     for alpha in ALPHAS:
         run.towers.interpolate(alpha, fine)
-        metrics, reciprocal = judge(run, run.validation)
-        facts = {"alpha": alpha, "validation": metrics}
-        if probe:
+        metrics, reciprocal = evaluate(run, run.validation)
+        swept.append({"alpha": alpha, "validation": metrics})
+        pairs.append(reciprocal)
+        if not run.trial:
             parts = [probe.part(start, run.micro) for start in range(0, probe.total, run.micro)]
             with torch.no_grad():
                 images, texts = (torch.cat(side) for side in zip(*map(run.towers.embed, parts), strict=True))
-            facts["probe"] = retrieval_metrics(images, texts, probe.keys)[0]
-        swept.append(facts)
-        pairs.append(reciprocal)
+            swept[-1]["probe"] = retrieval_metrics(images, texts, probe.keys)[0]
     for facts, (below, error) in zip(swept, nearest_within_error(pairs)[1], strict=True):
         facts |= {"below_best": below, "standard_error": error}
     return swept
 
 
-def choose_alpha(wise: str, swept: list[dict[str, Any]], least: float = 0.0) -> float:
-    """The alpha to export, by --wise; with one-se none whose validation MRR is below `least`, if that can be."""
+def choose_alpha(wise: str, swept: list[dict[str, Any]], least: float = 0.0) -> dict[str, Any]:
+    """The one of sweep_alpha() to export, by --wise; with one-se none that validates below `least`, if that can be."""
     if wise == "off":
-        return 1.0
+        return swept[-1]
     best = max(swept, key=lambda facts: (facts["validation"]["mrr"], facts["alpha"]))
     near = [f for f in swept if f["below_best"] <= f["standard_error"] and f["validation"]["mrr"] >= least]
-    return (near[0] if wise == "one-se" and near else best)["alpha"]
+    return near[0] if wise == "one-se" and near else best
 
 
-def print_alphas(run: Run, swept: list[dict[str, Any]], alpha: float) -> None:
-    """The table of WiSE-FT, the exported alpha marked."""
+def print_alphas(run: Run, swept: list[dict[str, Any]], exported: dict[str, Any]) -> None:
+    """The table of WiSE-FT, what is exported marked."""
     run.print("WiSE-FT: weights between base (alpha 0) and fine-tuned (alpha 1)")
     run.print(f"{'alpha':>7}{'validation MRR':>17}{'below the best':>17}{'its error':>12}{'general probe MRR':>20}")
     for facts in swept:
         row = f"{facts['alpha']:>7.1f}{facts['validation']['mrr']:>17.4f}{facts['below_best']:>17.4f}"
         row += f"{facts['standard_error']:>12.4f}{facts['probe']['mrr']:>20.4f}"
-        run.print(row + ("  <- exported" if facts["alpha"] == alpha else ""))
+        run.print(row + ("  <- exported" if facts is exported else ""))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1569,32 +1544,25 @@ def save_checkpoint(run: Run, state: State, optimizer, scaler) -> None:
 
 
 def find_checkpoint(config: TrainingConfig, output: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint of the output folder and --checkpoint-url; None without one or with --no-resume.
+    """The newest checkpoint of the output folder and --checkpoint-url; None without one or with --no-resume.
 
-    No pickle is executed. Fail where all that there is is damaged: starting over would cost what a person may still
-    save.
+    No pickle is executed. Fail where one is damaged: starting over would cost what a person may still save.
     """
-    if not config.resume:
-        return None
     places = [str(output / "checkpoint.pt")]
     places += [common.join(config.checkpoint_url, "checkpoint.pt")] if config.checkpoint_url else []
-    found, damaged = [], []
-    for place in filter(common.exists, places):
+    found = []
+    for place in filter(common.exists, places if config.resume else []):
         data = io.BytesIO(common.read_bytes(place))
         try:
             if torn := zipfile.ZipFile(data).testzip():  # torch.load looks at no checksum
                 raise ValueError(f"{torn} is damaged")
             data.seek(0)
-            checkpoint = torch.load(data, map_location="cpu", weights_only=True)
-            if not checkpoint.keys() >= CHECKPOINT_PARTS or State(**checkpoint["state"]).step < 0:
+            found.append(torch.load(data, map_location="cpu", weights_only=True))
+            if not found[-1].keys() >= CHECKPOINT_PARTS:
                 raise ValueError("not made by 3_train.py")
-            found.append(checkpoint)
         except Exception as error:  # torch raises many kinds for a damaged file
-            damaged.append(f"{place}: not a readable checkpoint ({' '.join(str(error).split())[:100]})")
-    if damaged and not found:
-        raise Fail(f"{damaged[0]}; remove it, or use --no-resume")
-    for line in damaged:
-        print(f"{line}; going on from the other one", flush=True)
+            problem = " ".join(str(error).split())[:100]
+            raise Fail(f"{place}: not a readable checkpoint ({problem}); remove it, or use --no-resume") from None
     return max(found, key=lambda checkpoint: checkpoint["state"]["step"], default=None)
 
 
@@ -1609,20 +1577,19 @@ def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], ef
     }  # fmt: skip
 
 
-def differences(theirs: dict[str, Any], known: dict[str, Any]) -> list[str]:
-    """The names in which another run's identity differs; some versions did not note mean and std."""
-    noted = {name: known.get(name) for name in ("mean", "std")} | theirs
-    return [name for name in known if known[name] != noted.get(name)]
-
-
-def check_identity(checkpoint: dict[str, Any], known: dict[str, Any]) -> None:
-    """Fail, naming the difference, where a checkpoint belongs to another run."""
-    theirs = checkpoint["identity"]
-    if other := differences(theirs, known):
-        what = "; ".join(f"{name} was {theirs.get(name)}, is {known[name]}" for name in other[:4])
-        raise Fail(
-            f"checkpoint.pt belongs to other settings ({what}); use --no-resume to start over, or other --output"
-        )
+def matching_checkpoint(config: TrainingConfig, output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """find_checkpoint()'s; where it belongs to another run, Fail, naming the difference, or with --restart None."""
+    checkpoint = find_checkpoint(config, output)
+    theirs = checkpoint["identity"] if checkpoint else identity
+    known = identity | ({"precision": theirs.get("precision")} if config.precision == "auto" else {})
+    other = [f"{name} was {theirs.get(name)}, is {value}" for name, value in known.items() if value != theirs.get(name)]
+    if not other:
+        return checkpoint
+    problem = f"checkpoint.pt belongs to other settings ({'; '.join(other[:4])})"
+    if not config.restart:
+        raise Fail(f"{problem}; use --no-resume to start over, or other --output")
+    print(f"{problem}: starting over (--restart)", flush=True)
+    return None
 
 
 def log(run: Run, state: State, **facts: Any) -> None:
@@ -1632,37 +1599,34 @@ def log(run: Run, state: State, **facts: Any) -> None:
     if run.speaks:
         with open(run.output / "metrics.jsonl", "a", encoding="utf-8") as handle:
             handle.write(state.lines[-1])
-    if run.wandb and run.speaks:
-        run.wandb.log({f"{facts['kind']}/{name}": value for name, value in facts.items() if name != "kind"})
+        if run.wandb:
+            run.wandb.log({f"{facts['kind']}/{name}": value for name, value in facts.items() if name != "kind"})
 
 
 def draw_curves(state: State, swept: list[dict[str, Any]], path: Path) -> None:
     """Loss over steps, validation MRR over epochs, the learning rates tried, and WiSE-FT's alphas."""
     import matplotlib
+    import pandas as pd
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in state.lines]
-    steps, epochs = ([x for x in lines if x["kind"] == kind] for kind in ("step", "validation"))
-    figure, ((loss, mrr), (rates, alphas)) = plt.subplots(2, 2, figsize=(11, 8))
-    loss.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training")
-    loss.plot([line["step"] for line in epochs], [line["loss"] for line in epochs], "o-", label="validation")
+    lines, alphas = pd.DataFrame(map(json.loads, state.lines)), pd.json_normalize(swept)
+    steps, epochs = lines[lines["kind"] == "step"], lines[lines["kind"] == "validation"]
+    figure, ((loss, mrr), (rates, wise)) = plt.subplots(2, 2, figsize=(11, 8))
+    steps.plot("step", "loss", label="training", ax=loss)
+    epochs.plot("step", "loss", label="validation", style="o-", ax=loss)
     loss.set(xlabel="step", ylabel="contrastive loss", title="Loss (over more pairs at validation)")
-    for name in ("text_to_image_mrr", "image_to_text_mrr"):
-        mrr.plot([line["epoch"] for line in epochs], [line[name] for line in epochs], "o-", label=name)
+    epochs.plot("epoch", ["text_to_image_mrr", "image_to_text_mrr"], style="o-", ax=mrr)
     mrr.set(xlabel="epoch (0: the start)", ylabel="MRR", title="Validation", ylim=(0, 1))
     for tried in state.search.get("tried", []):
         rates.plot(range(1, len(tried["curve"]) + 1), tried["curve"], "o-", label=f"{tried['lr']:g}")
+        rates.legend()
     rates.set(xlabel="epoch", ylabel="validation MRR", title="Projections alone, by learning rate")
-    x = [facts["alpha"] for facts in swept]
-    y, errors = [f["validation"]["mrr"] for f in swept], [f["standard_error"] for f in swept]
-    alphas.errorbar(x, y, errors, fmt="o-", capsize=3, label="validation, error of the difference to the best")
-    alphas.plot(x, [facts["probe"]["mrr"] for facts in swept], "s--", label="general probe")
-    alphas.set(xlabel="alpha (0: base, 1: fine-tuned)", ylabel="MRR", title="WiSE-FT", ylim=(0, 1))
-    for axes in (loss, mrr, rates, alphas):
-        if axes.has_data():
-            axes.legend()
+    label = "validation, error of the difference to the best"
+    alphas.plot("alpha", "validation.mrr", yerr="standard_error", label=label, fmt="o-", capsize=3, ax=wise)
+    alphas.plot("alpha", "probe.mrr", style="s--", label="general probe", ax=wise)
+    wise.set(xlabel="alpha (0: base, 1: fine-tuned)", ylabel="MRR", title="WiSE-FT", ylim=(0, 1))
     figure.tight_layout()
     with common.atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -1740,91 +1704,75 @@ def average_weights(mean: dict[str, Tensor], now: dict[str, Tensor], epoch: int)
     return {name: torch.lerp(mean.get(name, now[name]), now[name], 2 / (epoch + 1)) for name in now}
 
 
-def train(run: Run, state: State, checkpoint: dict[str, Any] | None = None) -> State:
-    """All epochs, or those that are left; returns the state with the best epoch in it, 0 for the weights of before."""
+def train(run: Run, state: State) -> None:
+    """All epochs, or those that are left; state.best then has the best one, 0 for the weights of before."""
     config, towers = run.config, run.towers
     optimizer = make_optimizer(run)
     scaler = torch.amp.GradScaler(run.world.device.type, enabled=config.precision == "fp16")
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        towers.interpolate(1.0, checkpoint["weights"])
+    if run.checkpoint:
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        scaler.load_state_dict(run.checkpoint["scaler"])
+        towers.interpolate(1.0, run.checkpoint["weights"])
         run.train.unreadable |= state.bad
         run.print(f"going on after step {state.step}, in epoch {min(state.epoch + 1, config.epochs)}")
     if run.speaks:  # what was logged after the checkpoint is dropped
         common.atomic_write(run.output / "metrics.jsonl", "".join(state.lines))
     if not state.lines:
-        metrics = evaluate(run, run.validation)
+        metrics, _ = evaluate(run, run.validation)
         state.best = {"epoch": 0, "metrics": metrics, "weights": towers.copy()}
         log(run, state, kind="validation", epoch=0, step=0, **metrics)
         save_checkpoint(run, state, optimizer, scaler)
-    while state.epoch < config.epochs and state.epoch - state.best.get("epoch", 0) < config.patience:
+    while state.epoch < config.epochs and state.epoch - state.best["epoch"] < config.patience:
         train_epoch(run, state, optimizer, scaler)
         state.epoch, state.batch = state.epoch + 1, 0
         now = towers.copy()
         state.mean = average_weights(state.mean, now, state.epoch)
         towers.interpolate(1.0, state.mean)
-        metrics = evaluate(run, run.validation)
+        metrics, _ = evaluate(run, run.validation)
         towers.interpolate(1.0, now)
-        if metrics["mrr"] > state.best.get("metrics", {}).get("mrr", -1):
+        if metrics["mrr"] > state.best["metrics"]["mrr"]:
             state.best = {"epoch": state.epoch, "metrics": metrics, "weights": state.mean}
         log(run, state, kind="validation", epoch=state.epoch, step=state.step, **metrics)
         run.print(f"  validation: loss {metrics['loss']:.4f}, MRR {metrics['mrr']:.4f}")
         save_checkpoint(run, state, optimizer, scaler)
     if state.epoch < config.epochs:
         run.print(f"stopped: no better validation MRR for {config.patience} epochs (--patience)")
-    return state
 
 
 def train_epoch(run: Run, state: State, optimizer, scaler) -> None:
     """The steps of the current epoch, from state.batch on."""
     config, world, count = run.config, run.world, len(run.train)
-    steps = math.ceil(count / run.effective)
+    steps, title, pairs = math.ceil(count / run.effective), f"epoch {state.epoch + 1}/{config.epochs}", 0
     plan = epoch_plan(count, run.effective, config.seed, state.epoch, world.rank, world.size, state.batch)
     start = saved = time.monotonic()
-    pairs, title, numbers = 0, f"epoch {state.epoch + 1}/{config.epochs}", {"loss": math.nan}
     hidden = None if run.speaks else True  # None: where there is no terminal
-    bar = tqdm(total=steps, initial=state.batch, desc=title, unit="step", disable=hidden)
-    for batch in run.train.batches(plan, state.epoch):
-        try:
-            numbers = update(run, state, optimizer, scaler, batch, steps * config.epochs)
-        except FloatingPointError as error:
-            if run.trial:
-                raise
-            save_checkpoint(run, state, optimizer, scaler)
-            raise Fail(
-                f"step {state.step + 1}: {error}; the last good state is in checkpoint.pt; start over with lower --lr "
-                "and --lora-lr, or with --precision fp32, and --no-resume"
-            ) from None
+    batches = run.train.batches(plan, state.epoch)
+    for batch in (bar := tqdm(batches, title, steps, initial=state.batch, unit="step", disable=hidden)):
+        numbers = update(run, state, optimizer, scaler, batch, steps * config.epochs)
         pairs += batch.total
-        speed = pairs / (time.monotonic() - start)
-        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{numbers['lr']:.1e}", pairs=f"{speed:.0f}/s", refresh=False)
-        bar.update()
+        bar.set_postfix(loss=f"{numbers['loss']:.3f}", lr=f"{numbers['lr']:.1e}", refresh=False)
         if state.step % LOG_EVERY == 0 or state.batch == steps:
             log(run, state, kind="step", epoch=state.epoch + 1, step=state.step, **numbers)
         due = time.monotonic() - saved >= config.checkpoint_minutes * 60 and state.batch < steps
         if any(world.share(due)):
             save_checkpoint(run, state, optimizer, scaler)
             saved = time.monotonic()
-    bar.close()
     speed = pairs / (time.monotonic() - start)
     run.print(f"{title}: step {state.step}, loss {numbers['loss']:.4f}, {speed:.0f} pairs a second")
 
 
 def try_rate(run: Run, lr: float, start: dict[str, Tensor]) -> tuple[dict[str, Any], np.ndarray, dict[str, Tensor]]:
     """(facts, MRR of each validation pair, weights) of the best epoch of the projections alone at a peak rate `lr`."""
-    trial, state = dataclasses.replace(run, trial=True), State()
-    trial.config = dataclasses.replace(run.config, lr=lr, lora_lr=0.0)
+    config, state, diverged = dataclasses.replace(run.config, lr=lr, lora_lr=0.0), State(), False
     run.towers.interpolate(1.0, start)
-    diverged = False
     try:
-        train(trial, state)
+        train(dataclasses.replace(run, config=config, trial=True), state)
     except FloatingPointError:
         diverged = True
     curve = [line["mrr"] for line in map(json.loads, state.lines) if line["kind"] == "validation"]
     run.towers.interpolate(1.0, state.best["weights"])
     facts = {"lr": lr, "mrr": max(curve), "epoch": state.best["epoch"], "curve": curve[1:], "diverged": diverged}
-    return facts, judge(run, run.validation)[1], state.best["weights"]
+    return facts, evaluate(run, run.validation)[1], state.best["weights"]
 
 
 def search_rates(run: Run) -> dict[str, Any]:
@@ -1834,29 +1782,31 @@ def search_rates(run: Run) -> dict[str, Any]:
     begins at what it gave (LP-FT, arXiv 2202.10054), and so ends at least there. Returns {"lr", "tried", "base_mrr",
     and "probe_mrr", what linear_probe would export}. Fail where every rate diverges.
     """
-    towers, config = run.towers, run.config
+    towers, config, splits = run.towers, run.config, (run.train, run.validation)
+    for split in splits:
+        cache_tower_features(run, split, adapted=True)
+    run.print("projections alone, on kept features:")
     lora = [parameter for name, parameter in towers.trained.items() if "lora_" in name]
-    start, before = towers.copy(), judge(run, run.validation)[1]
+    start, before = towers.copy(), evaluate(run, run.validation)[1]
     for parameter in lora:
         parameter.requires_grad_(False)
     tried = [try_rate(run, lr, start) for lr in (RATES if config.lr == "auto" else (config.lr,))]
     good = [one for one in tried if not one[0]["diverged"]]
     if not good:
         raise Fail("the loss diverges at every learning rate that was tried; give a lower --lr, or --precision fp32")
-    chosen, pairs, weights = good[nearest_within_error([pairs for _, pairs, _ in good])[0]]
+    chosen, _, weights = good[nearest_within_error([pairs for _, pairs, _ in good])[0]]
     for facts, *_ in tried:
         mark = "  diverged" if facts["diverged"] else "  <- chosen" if facts is chosen else ""
         run.print(f"  lr {facts['lr']:g}: validation MRR {facts['mrr']:.4f} after epoch {facts['epoch']}{mark}")
-    if nearest_within_error([before, pairs])[0] == 0:
-        run.print(f"note: no rate gains more than its error on the base's validation MRR of {before.mean():.4f}")
-    swept = sweep_alpha(dataclasses.replace(run, trial=True), weights)
-    alpha = choose_alpha("one-se", swept)
+    probe = choose_alpha("one-se", sweep_alpha(dataclasses.replace(run, trial=True), weights))
     for parameter in lora:
         parameter.requires_grad_(True)
     towers.interpolate(1.0, weights if lora else start)
-    probe_mrr = next(facts["validation"]["mrr"] for facts in swept if facts["alpha"] == alpha)
+    for split in splits:
+        for tower in (tower for tower, adapted in towers.adapted.items() if adapted):
+            split.kept.pop(tower, None)  # LoRA is going to change it
     found = {"lr": chosen["lr"], "tried": [facts for facts, *_ in tried]}
-    return found | {"base_mrr": float(before.mean()), "probe_mrr": probe_mrr}
+    return found | {"base_mrr": float(before.mean()), "probe_mrr": probe["validation"]["mrr"]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1873,12 +1823,9 @@ def settle(config: TrainingConfig, count: int, effective: int) -> TrainingConfig
     return dataclasses.replace(config, **{name: auto[name] for name in auto if getattr(config, name) == "auto"})
 
 
-def prepare(config: TrainingConfig, shards: str, output: Path, checkpoint: dict[str, Any] | None = None) -> Run:
-    """Open shards and model; settle what was left to be found out, as the checkpoint has it where there is one."""
+def prepare(config: TrainingConfig, shards: str, output: Path) -> Run:
+    """Open shards, model and checkpoint; settle what was left to be found out, as the checkpoint has it."""
     world = World(config.device)
-    if config.precision == "auto":  # a run goes on as it began, on another machine too
-        begun = checkpoint["identity"]["precision"] if checkpoint else common.auto_precision(world.device.type)
-        config = dataclasses.replace(config, precision=world.share(begun)[0])
     if config.augment == "auto":
         config = dataclasses.replace(config, augment="advanced" if SCENARIOS[config.scenario][0] else "none")
     manifest = common.load_manifest(shards)
@@ -1886,38 +1833,30 @@ def prepare(config: TrainingConfig, shards: str, output: Path, checkpoint: dict[
     probe = draw_probe(clip) if config.probe == "drawn" else load_probe(config.probe, clip)
     with first_on_this_machine(world):
         train, validation = open_splits(shards, manifest, cache_folder(world, output) / "shards", clip, config)
-    run = Run(config, output, world, clip, Towers(clip, config), train, validation, probe)
-    run.effective = config.effective_batch_size or min(1024, max(32, len(train) // 8))
-    if run.effective > len(train):
-        run.effective = len(train)
-        run.print(f"the train split has only {len(train)} samples: all of them make one effective batch")
-    side = manifest.get("settings", {}).get("image_size") or clip.size
-    if side < clip.size:
-        run.print(
-            f"note: {clip.name} takes pictures of {clip.size} px, the shards hold {side} px, which are scaled up;"
-            f" 2_prepare.py --image-size {clip.size} would show it more"
-        )
-    run.identity = identity_of(config, clip, manifest, run.effective)
-    run.config = settle(config, len(train), run.effective)
+    effective = min(len(train), config.effective_batch_size or min(1024, max(32, len(train) // 8)))
+    identity = identity_of(config, clip, manifest, effective)
+    checkpoint = matching_checkpoint(config, output, identity) if SCENARIOS[config.scenario][2] else None
+    if len(set(found := world.share(checkpoint and checkpoint["state"]["step"]))) > 1:
+        raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
+    if config.precision == "auto":  # a run goes on as it began, on another machine too
+        begun = checkpoint["identity"]["precision"] if checkpoint else common.auto_precision(world.device.type)
+        identity["precision"] = world.share(begun)[0]
+        config = dataclasses.replace(config, precision=identity["precision"])
+    config = settle(config, len(train), effective)
+    run = Run(config, output, world, clip, Towers(clip, config), train, validation, probe, effective)
+    run.identity, run.checkpoint = identity, checkpoint
+    if (side := manifest.get("settings", {}).get("image_size") or clip.size) < clip.size:
+        run.print(f"note: the shards' pictures of {side} px are scaled up to the {clip.size} px of {clip.name}")
     return run
 
 
-def choose_rate(run: Run, state: State) -> None:
-    """Set state.search and, for LoRA, the projections to begin at."""
-    for split in (run.train, run.validation):
-        cache_tower_features(run, split, adapted=True)
-    run.print("projections alone, on kept features:")
-    state.search = search_rates(run)
-    for split in (run.train, run.validation):
-        forget_features(run, split)
-
-
-def explain_result(run: Run, state: State, alpha: float, mrr: float, lora: bool) -> list[str]:
+def explain_result(run: Run, state: State, exported: dict[str, Any]) -> list[str]:
     """Print and return what a person should know about a run that gained nothing, or less than it could."""
+    lora, mrr = any(run.towers.adapted.values()), exported["validation"]["mrr"]
     probe, notes = state.search.get("probe_mrr", 0.0), []
-    if alpha == 0:
+    if exported["alpha"] == 0:
         notes.append("nothing that was trained validates better than the base by more than its error: it is exported")
-    if alpha and lora and state.best["epoch"] == 0:
+    elif lora and state.best["epoch"] == 0:
         notes.append("LoRA did not improve the validation MRR; the projections of linear_probe are exported")
     if lora and mrr < probe:
         notes.append(f"validation MRR {mrr:.4f} is below linear_probe's {probe:.4f}; use --scenario linear_probe")
@@ -1926,89 +1865,71 @@ def explain_result(run: Run, state: State, alpha: float, mrr: float, lora: bool)
     return notes
 
 
-def start_wandb(run: Run) -> Any:
-    """A run at Weights & Biases, in the first process if it is wanted. Fail where nobody is let in."""
-    if run.config.wandb == "off" or not run.world.main:
-        return None
-    import wandb
-
-    settings = dataclasses.asdict(run.config)
-    try:
-        return wandb.init(project="catalogue-clip", name=run.output.name, dir=str(run.output), config=settings)
-    except wandb.errors.Error as error:
-        remedy = "run `wandb login`, set WANDB_MODE=offline, or use --wandb off"
-        raise Fail(f"--wandb {run.config.wandb}: {error}; {remedy}") from None
-
-
-def fine_tune(run: Run, checkpoint: dict[str, Any] | None) -> dict[str, Any]:
-    """Train, evaluate and export; returns what train.json says about it."""
-    config, world, towers = run.config, run.world, run.towers
+def begin(run: Run) -> State:
+    """Where the run stands, its micro batch and rates settled, its captions and features of frozen towers kept."""
+    config, world, towers, checkpoint = run.config, run.world, run.towers, run.checkpoint
+    state = State(**checkpoint["state"]) if checkpoint else State()
     if not checkpoint:
         towers.check_lora_gradients()
-    state = State(**checkpoint["state"]) if checkpoint else State()
     share, run.micro = math.ceil(run.effective / world.size), config.micro_batch_size
     if run.micro == "auto":  # found once a run: another split of the same batch adds up in another order
         run.micro = checkpoint["micro"] if checkpoint else min(world.share(towers.fitting_micro_batch(share)))
     for split in (run.train, run.validation):
         cache_captions(run, split)
         cache_tower_features(run, split)
-    run.print(
-        f"effective batch {run.effective} = {world.size} processes x {math.ceil(share / run.micro)} micro batches of "
-        f"up to {run.micro}, in {config.precision}"
-    )
-    trained, lora = (sum(p.numel() for name, p in towers.trained.items() if of in name) for of in ("", "lora_"))
-    base = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters()) - lora
-    if not checkpoint and (lora or config.lr == "auto"):
-        choose_rate(run, state)
-    run.config = config = dataclasses.replace(config, lr=state.search.get("lr", config.lr))
+    parts = f"{world.size} processes x {math.ceil(share / run.micro)} micro batches of up to {run.micro}"
+    run.print(f"effective batch {run.effective} = {parts}, in {config.precision}")
+    if not checkpoint and (any(towers.adapted.values()) or config.lr == "auto"):
+        state.search = search_rates(run)
+    run.config = dataclasses.replace(config, lr=state.search.get("lr", config.lr))
+    return state
+
+
+def fine_tune(run: Run) -> dict[str, Any]:
+    """Train, evaluate and export; returns what train.json says about it."""
+    if run.config.wandb != "off" and run.world.main:
+        import wandb
+
+        run.wandb = wandb.init(project="catalogue-clip", name=run.output.name, dir=str(run.output))
+    state = begin(run)
+    config, towers = run.config, run.towers
     chosen = {name: getattr(config, name) for name in ("epochs", "patience", "warmup", "lr", "lora_lr")}
     run.print("settings: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
     if run.wandb:
-        run.wandb.config.update(chosen, allow_val_change=True)
-    train(run, state, checkpoint)
+        run.wandb.config.update(dataclasses.asdict(config))
+    try:
+        train(run, state)
+    except FloatingPointError as error:
+        remedy = "start over with lower --lr and --lora-lr, or with --precision fp32, and --no-resume"
+        raise Fail(f"step {state.step + 1}: {error}; {remedy}") from None
     swept = sweep_alpha(run, state.best["weights"])
-    alpha = choose_alpha(config.wise, swept, state.search.get("probe_mrr", 0.0))
-    print_alphas(run, swept, alpha)
-    before, best = swept[0]["validation"], next(f["validation"] for f in swept if f["alpha"] == alpha)
-    notes = explain_result(run, state, alpha, best["mrr"], bool(lora))
-    if world.main:
-        towers.export(run.output, alpha, state.best["weights"])
+    exported = choose_alpha(config.wise, swept, state.search.get("probe_mrr", 0.0))
+    print_alphas(run, swept, exported)
+    notes = explain_result(run, state, exported)
+    trained, lora = (sum(p.numel() for name, p in towers.trained.items() if of in name) for of in ("", "lora_"))
+    base = sum(p.numel() for part in (towers.model, towers.projections) for p in part.parameters()) - lora
+    if run.world.main:
+        towers.export(run.output, exported["alpha"], state.best["weights"])
         draw_curves(state, swept, run.output / "curves.png")
     if run.wandb:
         if config.wandb == "model":
             run.wandb.log_artifact(str(run.output / "model"), name="model", type="model")
         run.wandb.finish()
+    before, best = swept[0]["validation"], exported["validation"]
     return {
         "model_dir": "model",
         "validation": {"zero_shot": before, "best": best, "best_epoch": state.best["epoch"]},
-        "alpha": alpha,
-        "best_alpha": choose_alpha("best", swept),
-        "wise_ft": swept,
-        "chosen": chosen,
-        "search": state.search,
-        "notes": notes,
+        "alpha": exported["alpha"], "wise_ft": swept, "chosen": chosen, "search": state.search, "notes": notes,
         "parameters": {"base": base, "trained": trained, "lora": lora, "lora_share": lora / base},
-        "batch": {"effective": run.effective, "micro": run.micro, "processes": world.size},
-    }
-
-
-def read_result(marker: Path) -> dict[str, Any]:
-    """train.json with its settings and identity, or {} where it is not there or none of ours: it is written anew."""
-    facts = common.read_json(marker) if marker.is_file() else {}
-    ours = isinstance(facts, dict) and all(isinstance(facts.get(name), dict) for name in ("settings", "identity"))
-    return facts if ours else {}
+        "batch": {"effective": run.effective, "micro": run.micro, "processes": run.world.size},
+    }  # fmt: skip
 
 
 def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -> None:
     """Write train.json, the mark of a finished run, and print what came out."""
     config, marker, splits = run.config, run.output / "train.json", (run.train, run.validation)
-    if run.world.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(run.world.device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     counts = {split.name: split.counts() for split in splits}
-    facts |= {"scenario": config.scenario, "model": config.model, "pretrained": config.pretrained}
-    facts |= {"memory_mb": round(memory / 1e6), "versions": common.versions("torch", "open_clip_torch", "peft")}
+    facts |= {"scenario": config.scenario, "versions": common.versions("torch", "open_clip_torch", "peft")}
     facts["unreadable"] = [line for split in splits for line in (*split.damaged, *split.unreadable.values())][:1000]
     inputs = {"shards": shards, "base": run.clip.name, "base_fingerprint": run.clip.fingerprint}
     if facts["model_dir"]:
@@ -2025,41 +1946,22 @@ def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -
 
 def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     """One scenario from shards to train.json."""
-    start = time.monotonic()
+    start, marker = time.monotonic(), output / "train.json"
     common.keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
-    trains = SCENARIOS[config.scenario][2]
-    checkpoint = find_checkpoint(config, output) if trains else None
-    run = prepare(config, shards, output, checkpoint)
-    found = run.world.share(checkpoint and checkpoint["state"]["step"])
-    if len(set(found)) > 1:
-        raise Fail(f"the processes found checkpoints of steps {found}; put --output on a disk that all machines share")
-    marker = output / "train.json"
-    facts = read_result(marker) if config.resume else {}
-    wanted = {name: getattr(run.config, name) for name in FINISHING}
-    finished = (
-        facts and not differences(facts["identity"], run.identity) and facts["settings"].items() >= wanted.items()
-    )
-    if run.world.share(bool(finished))[0]:
+    run = prepare(config, shards, output)
+    facts = common.read_json(marker) if config.resume and marker.is_file() else {}
+    same = [facts["settings"][name] == getattr(run.config, name) for name in FINISHING if facts]
+    if run.world.share(facts.get("identity") == run.identity and all(same))[0]:
         run.print(f"{marker}: finished already; --no-resume trains again")
         return
-    if checkpoint:
-        try:
-            check_identity(checkpoint, run.identity)
-        except Fail as error:
-            if not config.restart:
-                raise
-            run.print(f"{error} (--restart: starting over)")
-            del run  # its model; prepare() took the checkpoint's precision
-            return run_scenario(dataclasses.replace(config, resume=False), shards, output)
     if run.world.main:
         marker.unlink(missing_ok=True)
-    if trains:
-        run.wandb = start_wandb(run)
-        facts = fine_tune(run, checkpoint)
+    if SCENARIOS[config.scenario][2]:
+        facts = fine_tune(run)
     else:
         cache_captions(run, run.validation)
-        facts = {"model_dir": None, "validation": {"zero_shot": evaluate(run, run.validation)}}
+        facts = {"model_dir": None, "validation": {"zero_shot": evaluate(run, run.validation)[0]}}
     if run.world.main:
         write_result(run, shards, time.monotonic() - start, facts)
 

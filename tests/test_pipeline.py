@@ -28,7 +28,7 @@ STEPS = ("sample", "1_clean", "2_prepare", "3_train", "4_embed")  # what `make a
 FINAL = ("cleaned.csv", "cleaned.csv.*", "shards/**/*.tar", "shards/*.*", "runs/*/adapter/*", "runs/*/model/*",
          "runs/*/metrics.jsonl", "runs/*/curves.png", "runs/*/train.json", "embeddings/master.parquet*",
          "embeddings/report.*", "embeddings/queries.parquet")  # fmt: skip
-OF_THE_DAY = re.compile(r'"(seconds|memory_mb|resume|batch|image|text)": [^\n]*')
+OF_THE_DAY = re.compile(r'"(seconds|resume|batch|image|text)": [^\n]*')
 
 
 def environment() -> dict[str, str]:

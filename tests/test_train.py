@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +123,7 @@ def test_a_scenario_trains_its_parameters_and_no_others(base, tmp_path, scenario
         return
     everything = [*run.towers.model.named_parameters(), *run.towers.projections.named_parameters("projections")]
     before = {name: parameter.detach().clone() for name, parameter in everything}
-    zero_shot = stage.evaluate(run, run.validation)
+    zero_shot = stage.evaluate(run, run.validation)[0]
     optimizer, scaler, state = stage.make_optimizer(run), torch.amp.GradScaler("cpu", enabled=False), stage.State()
     batch = next(run.train.batches(stage.epoch_plan(64, 16, 0, 0, 0, 1), 0))
     for _ in range(12):
@@ -134,7 +133,7 @@ def test_a_scenario_trains_its_parameters_and_no_others(base, tmp_path, scenario
             assert not torch.equal(parameter, before[name]), name
         else:
             assert torch.equal(parameter, before[name]), name
-    assert stage.evaluate(run, run.validation) != zero_shot
+    assert stage.evaluate(run, run.validation)[0] != zero_shot
     assert 0 <= run.towers.model.logit_scale.item() <= math.log(100)
 
 
@@ -150,7 +149,7 @@ def test_fresh_adapters_change_nothing_and_zero_shot_builds_no_optimizer(base, t
         plain = clip.model.encode_text(batch.texts, normalize=True)
     assert (images - common.encode(clip, batch.images)).abs().max() < 5e-6
     assert (texts - plain).abs().max() < 5e-6
-    assert facts["validation"]["zero_shot"] == pytest.approx(stage.evaluate(run, run.validation), rel=1e-5)
+    assert facts["validation"]["zero_shot"] == pytest.approx(stage.evaluate(run, run.validation)[0], rel=1e-5)
 
 
 def test_decay_and_rates_go_to_their_groups(base, tmp_path):
@@ -761,8 +760,8 @@ def test_turn_and_crop_are_pillows_and_the_blur_is_torchvisions():
 def test_kept_features_train_the_same_model(base, tmp_path, monkeypatch, scenario, augment):
     kept = train(base, tmp_path / "kept", "--scenario", scenario, "--augment", augment)
     names = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "kept" / "cache").iterdir())
-    frozen = [tower for tower, lora in zip(("image", "text"), stage.SCENARIOS[scenario][:2], strict=True) if not lora]
-    assert names == sorted(f"{split}-{what}" for split in ("train", "validation") for what in ("captions", *frozen))
+    towers = ("image", "text")  # adapted ones as they were before LoRA
+    assert names == sorted(f"{split}-{what}" for split in ("train", "validation") for what in ("captions", *towers))
     if augment != "none":
         features = next((tmp_path / "kept" / "cache").glob("train-image-*/features.npy"))
         assert features.stat().st_size > 4 * 64 * 32 * 4  # four views of each picture
@@ -925,15 +924,17 @@ def test_shards_on_s3_train_the_same_model_from_a_local_copy(base, tmp_path, buc
     assert [copy.stat().st_mtime_ns for copy in copies] == times
 
 
-def test_a_torn_checkpoint_gives_way_to_a_whole_one(base, tmp_path, bucket, undisturbed, capsys):
+def test_a_torn_checkpoint_is_named_and_may_give_way_to_a_whole_one(base, tmp_path, bucket, undisturbed, capsys):
     flags = ("--micro-batch-size", 8, "--checkpoint-url", f"{bucket}/torn")
     train(base, tmp_path, *flags)
     (tmp_path / "train.json").unlink()
     data = (tmp_path / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    assert stage.main(arguments(base, tmp_path, *flags)) == 1
+    assert f"{tmp_path / 'checkpoint.pt'}: not a readable checkpoint" in capsys.readouterr().err
+    (tmp_path / "checkpoint.pt").unlink()
     train(base, tmp_path, *flags)
-    said = capsys.readouterr().out
-    assert "checkpoint.pt: not a readable checkpoint" in said and "going on after step 6" in said
+    assert "going on after step 6" in capsys.readouterr().out
     assert same(weights(tmp_path), weights(undisturbed))
 
 
@@ -1042,8 +1043,8 @@ def test_wise_exports_the_chosen_interpolation_and_its_adapter(base, tmp_path, m
     zero, one = base_weights(base), weights(tmp_path)
     monkeypatch.setattr(stage, "update", None)  # --wise of a finished run trains no further
     best = max(facts["wise_ft"], key=lambda f: (f["validation"]["mrr"], f["alpha"]))
-    assert train(base, tmp_path, "--wise", "best")["alpha"] == facts["best_alpha"] == best["alpha"]
-    monkeypatch.setattr(stage, "choose_alpha", lambda *_: 0.5)
+    assert train(base, tmp_path, "--wise", "best")["alpha"] == best["alpha"]
+    monkeypatch.setattr(stage, "choose_alpha", lambda wise, swept, *_: swept[5])
     facts = train(base, tmp_path, "--wise", "one-se")
     assert facts["alpha"] == 0.5
     assert facts["validation"]["best"] == facts["wise_ft"][5]["validation"]
@@ -1063,9 +1064,9 @@ def test_the_one_standard_error_rule_by_hand():
     assert stage.nearest_within_error([bad, best - [0.4, 0.001, 0, 0], best])[0] == 2
     swept = [{"alpha": a, "below_best": d, "standard_error": e, "validation": {"mrr": m}}
              for a, d, e, m in ((0, 0.5, 0.1, 0.3), (0.5, 0.1, 0.1, 0.7), (1, 0, 0, 0.8))]  # fmt: skip
-    assert [stage.choose_alpha(wise, swept) for wise in ("one-se", "best", "off")] == [0.5, 1, 1]
-    assert stage.choose_alpha("one-se", swept, least=0.75) == 1  # not below the linear probe
-    assert stage.choose_alpha("one-se", swept, least=0.9) == 1  # where none is above it: the best
+    assert [stage.choose_alpha(wise, swept)["alpha"] for wise in ("one-se", "best", "off")] == [0.5, 1, 1]
+    assert stage.choose_alpha("one-se", swept, least=0.75)["alpha"] == 1  # not below the linear probe
+    assert stage.choose_alpha("one-se", swept, least=0.9)["alpha"] == 1  # where none is above it: the best
 
 
 def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
@@ -1080,7 +1081,6 @@ def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
     assert "general probe" in said and f"{facts['wise_ft'][0]['probe']['mrr']:.4f}" in said
     head = "image_path,caption\n"
     wrong = {"none.csv": None, "column.csv": "image_path\n0000.png", "empty.csv": head, "gone.csv": f"{head}9.png,x"}
-    wrong["short.csv"] = f"{head}0000.png\n"
     for name, text in wrong.items():  # at once, not after a night of training
         if text:
             (tmp_path / name).write_text(text)
@@ -1154,7 +1154,6 @@ def test_where_nothing_helps_the_base_is_exported_and_the_run_says_so(base, tmp_
     facts = search(base, tmp_path, "--scenario", scenario, "--patience", 1)
     assert facts["alpha"] == 0 and facts["validation"]["best"] == facts["validation"]["zero_shot"]
     said = capsys.readouterr().out
-    assert "no rate gains more than its error on the base's" in said
     assert "note: nothing that was trained validates better than the base" in said
     for name, tensor in base_weights(base).items():
         assert torch.allclose(weights(tmp_path)[name], tensor, atol=1e-6), name
@@ -1169,10 +1168,10 @@ def test_lora_begins_at_the_linear_probe_and_never_ends_below_it(base, tmp_path,
     assert lines[0]["mrr"] == pytest.approx(probe["wise_ft"][-1]["validation"]["mrr"], abs=1e-6)
     if ruined["validation"]["best_epoch"] == 0 and ruined["alpha"]:
         assert "note: LoRA did not improve" in capsys.readouterr().out
-    state = stage.State(search={"probe_mrr": 0.6}, best={"epoch": 3})
-    run = types.SimpleNamespace(print=print)
-    assert "below linear_probe's 0.6000" in stage.explain_result(run, state, 1.0, 0.5, lora=True)[0]
-    assert stage.explain_result(run, state, 1.0, 0.7, lora=True) == []
+    run, state = make_run(base, tmp_path / "run"), stage.State(search={"probe_mrr": 0.6}, best={"epoch": 3})
+    below, above = ({"alpha": 1.0, "validation": {"mrr": mrr}} for mrr in (0.5, 0.7))
+    assert "below linear_probe's 0.6000" in stage.explain_result(run, state, below)[0]
+    assert stage.explain_result(run, state, above) == []
 
 
 def test_nothing_is_chosen_on_the_test_split(base, tmp_path, capsys):
@@ -1381,7 +1380,7 @@ def test_wandb_offline_gets_the_numbers(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [(), ("--precision", "fp16", "--epochs", 9, "--patience", 9)])
-def test_a_nan_stops_with_the_last_good_state(base, tmp_path, capsys, monkeypatch, flags):
+def test_a_nan_stops_before_it_reaches_the_weights(base, tmp_path, capsys, monkeypatch, flags):
     original = stage.accumulate
 
     def accumulate(run, batch, step, *rest):
@@ -1393,7 +1392,7 @@ def test_a_nan_stops_with_the_last_good_state(base, tmp_path, capsys, monkeypatc
         return loss * math.nan if step == 2 and not flags else loss
 
     monkeypatch.setattr(stage, "accumulate", accumulate)
-    assert stage.main(arguments(base, tmp_path, *flags)) == 1
+    assert stage.main(arguments(base, tmp_path, "--checkpoint-minutes", 0, *flags)) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(Path(sys.argv[0]).name)]
     assert len(said) == 1 and ("gradient norm nan" if flags else "step 3: loss nan") in said[0] and "--lr" in said[0]
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -1461,30 +1460,11 @@ def test_what_saves_memory_may_change_when_a_run_goes_on(base, tmp_path, monkeyp
     assert "going on after step 0" in capsys.readouterr().out
 
 
-def test_a_refusal_by_wandb_is_one_line_before_anything_is_computed(base, tmp_path, monkeypatch, capsys):
-    import wandb
-
-    def refuse(**_):
-        raise wandb.errors.UsageError("No API key configured")
-
-    monkeypatch.setattr(wandb, "init", refuse)
-    assert stage.main(arguments(base, tmp_path, "--wandb", "metrics")) == 1
-    said = capsys.readouterr().err
-    assert "wandb login" in said and said.count("\n") == 1 and not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("damaged", ["[]", '{"identity": null, "settings": {}}'])
-def test_a_mark_that_is_none_of_ours_is_written_anew(base, tmp_path, damaged):
-    (tmp_path / "train.json").write_text(damaged)
-    assert train(base, tmp_path, "--scenario", "zero_shot")["scenario"] == "zero_shot"
-
-
 def test_of_what_is_exported_one_thing_is_said(base, tmp_path):
     run, state = make_run(base, tmp_path), stage.State(best={"epoch": 0})
-    (note,) = stage.explain_result(run, state, 0.0, 0.5, True)
-    assert "base" in note
-    (note,) = stage.explain_result(run, state, 1.0, 0.5, True)
-    assert "linear_probe" in note
+    for alpha, said in ((0.0, "base"), (1.0, "linear_probe")):
+        (note,) = stage.explain_result(run, state, {"alpha": alpha, "validation": {"mrr": 0.5}})
+        assert said in note
 
 
 @pytest.mark.parametrize("scenario", ["dual_lora", "text_lora"])
@@ -1533,7 +1513,7 @@ def test_bad_settings_say_what_to_do(base, tmp_path, capsys, monkeypatch):
             assert error.code == code
         assert says in capsys.readouterr().err
     train(base, tmp_path / "big", "--effective-batch-size", 1000, "--epochs", 1)
-    assert "only 64 samples" in capsys.readouterr().out
+    assert "effective batch 64 = " in capsys.readouterr().out
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
