@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -27,7 +26,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import socket
 import sys
 import tarfile
@@ -68,7 +66,7 @@ VIEWS = 4  # augmented views of a picture that are kept where its tower is froze
 ALPHAS = tuple(k / 10 for k in range(11))  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
 READ_TOGETHER = 64  # samples, at most, that a reader reads in one go: each go keeps the interpreter's lock a moment
-READ_AHEAD = 2  # steps that are read, at least, while one is computed
+READ_AHEAD = 2  # steps that are read while one is computed
 MOST_READERS = 16  # by default
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -84,9 +82,7 @@ class TrainingConfig:
     pretrained: str | None = setting(None, "open_clip tag or weights file (unset: the usual weights of --model)")
     epochs: int | str = setting("auto", "passes over the train split; auto: 320 updates, in 5 to 40", low=1)
     effective_batch_size: int | None = setting(None, "pairs contrasted in one step (unset: N / 8, 32 to 1024)", low=1)
-    micro_batch_size: int | str = setting(
-        "auto", "pairs in memory at once; auto: what fits, 64 on a CPU (ViT-B/32)", low=1
-    )
+    micro_batch_size: int | str = setting("auto", "pairs in memory at once; auto: what fits; on a CPU 64", low=1)
     lr: float | str = setting("auto", "peak learning rate of projections and temperature; auto: tried first", low=0)
     lora_lr: float | str = setting("auto", "peak learning rate of LoRA; auto: by the number of updates", low=0)
     warmup: int | str = setting("auto", "updates of rising rates; auto: a tenth of them, at most 500", low=0)
@@ -96,22 +92,17 @@ class TrainingConfig:
     lora_dropout: float = setting(0.05, "dropout before LoRA", low=0, high=0.9)
     captions: str = setting("varied", "another prompt each epoch, or the shard's own", ("varied", "fixed"))
     augment: str = setting(
-        "auto", "none, crop and flip, or rotation and blur too; auto: advanced where LoRA adapts the picture tower",
-        ("auto", "none", *CROPS)
-    )  # fmt: skip
-    precision: str = setting(
-        "auto", "auto: bf16 where the hardware has it, else fp32", ("auto", "fp32", "bf16", "fp16")
+        "auto", "crop, flip; advanced: turn, blur too; auto: that for LoRA on pictures", ("auto", "none", *CROPS)
     )
+    precision: str = setting("auto", "auto: bf16 where hardware has it, or fp32", ("auto", "fp32", "bf16", "fp16"))
     optimizer: str = setting("adamw", "8 bits save little for LoRA; far slower on a CPU", ("adamw", "adamw8bit"))
-    patience: int | str = setting(
-        "auto", "stop after so many epochs without a better validation MRR; auto: a quarter of them, at least 5", low=1
-    )
+    patience: int | str = setting("auto", "epochs without a better MRR; auto: a quarter of all, at least 5", low=1)
     grad_checkpointing: bool = setting(False, "compute activations twice to save memory")
-    compile: bool = setting(False, "torch.compile the towers; pays on a GPU, after minutes of compiling")
     wise: str = setting(
-        "one-se", "of the weights between base and fine-tuned (WiSE-FT) export those nearest to the base within one "
-        "standard error of the best on validation, or the best, or (off) the fine-tuned", ("one-se", "best", "off")
-    )  # fmt: skip
+        "one-se",
+        "WiSE-FT weights: nearest to base within an error of the best; off: none",
+        ("one-se", "best", "off"),
+    )
     probe: str = setting("drawn", "general pictures that show what was forgotten: drawn, or CSV of image_path,caption")
     max_failed: float = setting(0.05, "share of samples that may be unreadable", low=0, high=1)
     limit: int | None = setting(None, "use only the first N samples of each split", low=1)
@@ -130,7 +121,7 @@ FINISHING = ("wise", "probe", "patience")  # a finished run with others is finis
 FREE_SETTINGS = (  # may differ when a run goes on
     *("workers", "cache_gb", "checkpoint_minutes", "checkpoint_url", "wandb", "resume", "restart"),
     *("max_failed", *FINISHING),
-    *("device", "micro_batch_size", "grad_checkpointing", "compile"),  # sums round otherwise, dropout may be drawn anew
+    *("device", "micro_batch_size", "grad_checkpointing"),  # sums round otherwise, dropout may be drawn anew
     *("model", "pretrained", "effective_batch_size"),  # identity has what is used
 )
 
@@ -270,24 +261,18 @@ def draw_view(kind: str, seed: str) -> tuple[float, ...]:
 
 
 def augment(pixels: Tensor, views: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] -> the same, shown as the views [B, 7] say; on a GPU 8 us a picture, on a core 2 ms.
-
-    Outside of a picture is white, as in its letterbox.
-    """
+    """uint8 [B, 3, S, S] -> the same, shown as the views [B, 7] say; outside it is white, as in its letterbox."""
     size, device, shown = pixels.shape[-1], pixels.device, torch.empty_like(pixels)
     middles = (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
-    together = 256 if device.type == "cuda" else 8  # that stay in a processor's cache; in float32, a few times
+    together = 256 if device.type == "cuda" else 8  # in float32, a few times
     for rows in (slice(start, start + together) for start in range(0, len(views), together)):
-        blurred = views[rows, 6].nonzero()[:, 0]  # on the CPU: no wait for a GPU
-        blur = views[rows, 6][blurred].view(-1, 1, 1, 1).to(device, non_blocking=True)
-        a, b, c = views[rows, :6].to(device, non_blocking=True).view(-1, 1, 1, 2, 3).unbind(-1)
+        view = views[rows].to(device, non_blocking=True)
+        a, b, c = view[:, :6].view(-1, 1, 1, 2, 3).unbind(-1)
         grid = a * middles[:, None] + b * middles[:, None, None] + c  # (B, S, S, 2)
-        x = 255 + F.grid_sample(pixels[rows].float() - 255, grid, align_corners=False)
-        if len(blurred):
-            blurred = blurred.to(device, non_blocking=True)
-            y = F.pad(x[blurred], (1, 1, 1, 1), "reflect")
-            y = y[..., 1:-1, :] + blur * (y[..., :-2, :] - 2 * y[..., 1:-1, :] + y[..., 2:, :])
-            x[blurred] = y[..., 1:-1] + blur * (y[..., :-2] - 2 * y[..., 1:-1] + y[..., 2:])
+        x = F.pad(255 + F.grid_sample(pixels[rows].float() - 255, grid, align_corners=False), (1, 1, 1, 1), "reflect")
+        blur = view[:, 6].view(-1, 1, 1, 1)
+        x = x[..., 1:-1, :] + blur * (x[..., :-2, :] - 2 * x[..., 1:-1, :] + x[..., 2:, :])
+        x = x[..., 1:-1] + blur * (x[..., :-2] - 2 * x[..., 1:-1] + x[..., 2:])
         shown[rows] = x.round_()
     return shown
 
@@ -326,40 +311,30 @@ class Split:
         self.kept: dict[str, dict[str, Any]] = {}  # "captions", "image", "text" -> what cache_arrays() gives
         self.readers: Readers  # of all splits together: open_splits() gives them
         self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
-        self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
-        shard: list[int] = []
-        places: list[list[tuple[int, int]]] = []
+        shard, places = [], []
         for number, (entry, path) in enumerate(zip(entries, paths, strict=True)):
-            try:
-                found = index_shard(path)
-                if len(found) != entry["samples"]:
-                    raise Fail(f"{len(found)} of {entry['samples']} samples are left in it")
-            except Fail as error:
-                self.damaged[entry["name"]] = str(error)
-                continue
+            found = index_shard(path)
+            if len(found) != entry["samples"]:
+                raise Fail(f"{path}: {len(found)} samples, not {entry['samples']}; run 2_prepare.py again")
             shard += [number] * len(found)
             places += [[members.get(kind, (0, -1)) for kind in self.KINDS] for members in found]
         self.shard = np.array(shard[: config.limit], dtype=np.int32)
         self.places = np.array(places[: config.limit], dtype=np.int64).reshape(-1, len(self.KINDS), 2)
-        self.check_unreadable()
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def counts(self) -> dict[str, int]:
         """Samples of the split, and how many of them are known to be unreadable."""
-        gone = sum(entry["samples"] for entry in self.entries if entry["name"] in self.damaged)
-        return {"samples": gone + len(self), "unreadable": gone + len(self.unreadable)}
+        return {"samples": len(self), "unreadable": len(self.unreadable)}
 
     def check_unreadable(self) -> None:
         """Fail where more samples than --max-failed are unreadable."""
         total, lost = self.counts().values()
         if lost == total or lost > self.config.max_failed * total:
-            first = next((": ".join(fault) for fault in self.damaged.items()), None)
-            first = first or next(iter(self.unreadable.values()), "none left")
             raise Fail(
-                f"{lost} of {total} {self.name} samples are unreadable; first: {first}; run 2_prepare.py --verify, "
-                "make the shards again, or raise --max-failed"
+                f"{lost} of {total} {self.name} samples are unreadable; first: {next(iter(self.unreadable.values()))}; "
+                "run 2_prepare.py --verify, make the shards again, or raise --max-failed"
             )
 
     def place(self, i: int) -> str:
@@ -372,18 +347,18 @@ class Split:
         self.check_unreadable()
 
     def read(self, i: int, *kinds: str) -> list[bytes]:
-        """The bytes of members of sample i, read in one piece, since they lie side by side. Raises BadImage."""
-        places = self.places[i].tolist()
-        wanted = [places[self.KINDS.index(kind)] for kind in kinds]
-        start, end = min(offset for offset, _ in wanted), max(offset + size for offset, size in wanted)
-        if min(size for _, size in wanted) < 0:
-            raise BadImage(f"a member is missing ({', '.join(kinds)} wanted)")
+        """The bytes of members of sample i. Raises BadImage."""
+        found = []
         with open(self.paths[self.shard[i]], "rb") as handle:
-            handle.seek(start)
-            data = handle.read(end - start)
-        if len(data) < end - start:
-            raise BadImage("the shard ends early")
-        return [data[offset - start : offset - start + size] for offset, size in wanted]
+            for kind in kinds:
+                offset, size = self.places[i, self.KINDS.index(kind)].tolist()
+                if size < 0:
+                    raise BadImage(f"its {kind} is missing")
+                handle.seek(offset)
+                found.append(handle.read(size))
+                if len(found[-1]) < size:
+                    raise BadImage("the shard ends early")
+        return found
 
     def captions(self, i: int, epochs: Iterable[int]) -> tuple[str, list[str]]:
         """(duplicate group of sample i, its caption in each epoch). Raises BadImage.
@@ -443,11 +418,11 @@ class Split:
     def batches(self, plan: Iterable[tuple[list[int], int]], epoch: int | None = None) -> Iterator[Batch]:
         """A Batch for each step of the plan; the next ones are read meanwhile. Fail where too much is unreadable."""
         seed, readers = f"{self.config.seed} {epoch}" if self.augmented else None, self.readers
-        reading: deque = deque()  # (number of samples, future of assemble())
+        reading: deque = deque()  # futures of assemble()
         shape, pinned = (3, self.clip.size, self.clip.size), self.clip.device.type == "cuda"
 
         def finished() -> Batch:
-            batch, failed = reading.popleft()[1].result()
+            batch, failed = reading.popleft().result()
             self.mark_unreadable(failed)
             return batch
 
@@ -462,8 +437,8 @@ class Split:
                 together = min(READ_TOGETHER, math.ceil(len(ids) / readers.count)) or 1
                 parts = (slice(start, start + together) for start in range(0, count, together))
                 blocks = [pool.submit(readers.load, self, ids[part], images[part], seed) for part in parts]
-                reading.append((len(ids), pool.submit(self.assemble, ids, total, epoch, images, blocks)))
-                while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * readers.count * together:
+                reading.append(pool.submit(self.assemble, ids, total, epoch, images, blocks))
+                if len(reading) > READ_AHEAD:
                     yield finished()
             while reading:
                 yield finished()
@@ -490,15 +465,11 @@ class Readers:
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["open_clip"])  # with torch, once for all: it takes seconds and 300 MB
-        allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(self.count):
-                (pipe, its_pipe), (pixels, its_pixels) = context.Pipe(), socket.socketpair()
-                context.Process(target=serve_pictures, args=(self.splits, its_pipe, its_pixels), daemon=True).start()
-                its_pipe.close(), its_pixels.close()
-                self.idle.put((pipe, pixels))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+        for _ in range(self.count):
+            (pipe, its_pipe), (pixels, its_pixels) = context.Pipe(), socket.socketpair()
+            context.Process(target=serve_pictures, args=(self.splits, its_pipe, its_pixels), daemon=True).start()
+            its_pipe.close(), its_pixels.close()
+            self.idle.put((pipe, pixels))
 
     def load(self, split: Split, ids: list[int], images: Tensor, seed: str | None) -> tuple:
         """Split.load(), with its errors. Raises Fail where the process that should do it is gone."""
@@ -595,24 +566,18 @@ class SplitAttention(nn.Module):
 
     def fused(self) -> nn.MultiheadAttention:
         """The same attention as open_clip keeps it."""
-        parts, bias = (self.q, self.k, self.v), self.q.bias is not None
-        fused = nn.MultiheadAttention(self.q.in_features, self.heads, self.dropout, bias=bias, batch_first=True)
-        fused = fused.to(self.q.weight.device, self.q.weight.dtype).train(self.training)
-        with torch.no_grad():
-            fused.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
-            fused.out_proj.weight.copy_(self.out.weight)
-            if bias:
-                fused.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
-                fused.out_proj.bias.copy_(self.out.bias)
-        return fused
+        parts, kinds = (self.q, self.k, self.v), ("weight",) if self.q.bias is None else ("weight", "bias")
+        fused = nn.MultiheadAttention(self.q.in_features, self.heads, self.dropout, "bias" in kinds, batch_first=True)
+        state = {f"in_proj_{kind}": torch.cat([getattr(part, kind) for part in parts]) for kind in kinds}
+        fused.to(self.q.weight).load_state_dict(state | {f"out_proj.{kind}": getattr(self.out, kind) for kind in kinds})
+        return fused.train(self.training)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear that holds copies of these weights."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+    kind = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], **kind)
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return layer
 
 
@@ -698,20 +663,11 @@ def lean_lora(layers: tuple[nn.Module, ...], x: Tensor, activation: Callable | N
     seed = int(torch.empty((), dtype=torch.int64).random_()) if dropped else 0
     parts = []
     for layer in layers:
-        parts += [*frozen_parts(layer, kind), *(m["default"].weight.to(kind) for m in (layer.lora_A, layer.lora_B))]
+        base, a, b = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+        parts += [t if t is None else t.to(kind) for t in (base.weight, base.bias, a.weight, b.weight)]
     shape, x = x.shape, x.reshape(-1, x.shape[-1]).to(kind)
     ys = LoraProduct.apply(x, activation, dropped, seed, scale / (1 - dropped / 256), *parts)
     return tuple(y.view(*shape[:-1], -1) for y in ys)
-
-
-def frozen_parts(layer: nn.Module, kind: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Frozen weight and bias of a LoRA layer in the precision of its products, cast once: they never change."""
-    base = layer.base_layer
-    if base.weight.dtype == kind:
-        return base.weight, base.bias
-    if getattr(layer, "frozen", None) is None or layer.frozen[0].dtype != kind:
-        layer.frozen = (base.weight.to(kind), None if base.bias is None else base.bias.to(kind))
-    return layer.frozen
 
 
 def lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -719,18 +675,12 @@ def lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return lean_lora((mlp.c_proj,), lean_lora((mlp.c_fc,), x)[0], mlp.gelu)[0]
 
 
-@functools.cache
-def generator_of(device: torch.device) -> torch.Generator:
-    """One source of random numbers a device, seeded for each mask."""
-    return torch.Generator(device)
-
-
 def draw_mask(h: Tensor, dropped: int, seed: int) -> Tensor:
     """int8 [N, W] of 1 and, with a probability of dropped / 256, 0.
 
     Of 8 random bits an element: drawing floats, as torch's dropout does, would be a tenth of a step, on a GPU a sixth.
     """
-    generator = generator_of(h.device).manual_seed(seed)
+    generator = torch.Generator(h.device).manual_seed(seed)
     bits = torch.empty((h.numel() + 7) // 8, dtype=torch.int64, device=h.device)
     bits = bits.random_(-(2**63), None, generator=generator).view(torch.int8)[: h.numel()].view(h.shape)
     return torch.ge(bits, dropped - 128, out=torch.empty_like(bits))
@@ -784,12 +734,10 @@ def return_projections(model: nn.Module, projections: nn.ModuleDict) -> nn.Modul
     for tower, owner, name in projection_places(model):
         projection = projections[tower]
         if not isinstance(projection, nn.Identity):
-            owner._modules.pop(name, None)
             setattr(owner, name, projection.weight if isinstance(projection, Projection) else projection)
     return model
 
 
-@functools.cache
 def clip_tokenizer() -> Any:
     """open_clip's built-in tokenizer as other libraries read it from files; it pads with the token of the end."""
     from open_clip.tokenizer import SimpleTokenizer
@@ -906,15 +854,13 @@ def base_metadata(clip: Clip) -> dict[str, str]:
 
     model, tag = common.model_place(clip.name, ".")
     listed = open_clip.get_pretrained_cfg(model, tag or "").get("hf_hub", "")
-    place = model.removeprefix(common.HUB) if model.startswith(common.HUB) else "/".join(listed.split("/")[:2])
-    found, names = {}, ["license", "license_name", "license_link"]
-    if clip.folder:
-        place, names = clip.folder / "README.md", [*names, "base_model"]
-    elif place:
-        found["base_model"] = place
+    hub = model.removeprefix(common.HUB) if model.startswith(common.HUB) else "/".join(listed.split("/")[:2])
+    place = clip.folder / "README.md" if clip.folder else hub
+    found = {} if clip.folder or not hub else {"base_model": hub}
     with contextlib.suppress(Exception):  # no card, or no network
         card = ModelCard.load(place).data.to_dict() if place else {}
-        found |= {name: card[name] for name in names if card.get(name)}
+        names = ("license", "license_name", "license_link", "base_model")
+        found = {name: card[name] for name in names if card.get(name)} | found
     return found
 
 
@@ -962,9 +908,6 @@ class Towers:
         self.dropouts = [m for name, m in self.model.named_modules() if name.endswith("lora_dropout.default")]
         if config.grad_checkpointing:
             self.model.set_grad_checkpointing(True)
-        if config.compile:
-            for module in (self.model.visual, *residual_blocks(self.model)):
-                module.compile(dynamic=True)
 
     def add_lora(self) -> nn.Module:
         """Put LoRA on the Linears of attention and MLP in the adapted towers, in place; returns PEFT's wrapper."""
@@ -997,8 +940,8 @@ class Towers:
 
     def refuse_scenario(self, why: str, without: set[str]) -> None:
         """Fail, naming the best scenario for a model whose towers `without` cannot take LoRA."""
-        best = {frozenset(): "dual_lora", frozenset({"image"}): "text_lora", frozenset({"text"}): "vision_lora"}
-        best = best.get(frozenset(without), "linear_probe")
+        other = {"image": "text_lora", "text": "vision_lora"}
+        best = "linear_probe" if without == other.keys() else other[min(without)]
         raise Fail(f"--scenario {self.config.scenario}: {self.clip.name}: {why}; use --scenario {best}")
 
     def copy(self) -> dict[str, Tensor]:
@@ -1245,7 +1188,7 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 
 def cache_arrays(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
     """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
-    made = [[entry["sha256"] for entry in split.entries], sorted(split.damaged), len(split), run.config.seed, *made]
+    made = [[entry["sha256"] for entry in split.entries], len(split), run.config.seed, *made]
     made.append(run.clip.fingerprint)
     folder = cache_folder(run.world, run.output) / f"{split.name}-{name}-{common.digest(made)[:16]}"
     mark = folder / "failed.json"  # samples that could not be read; written last
@@ -2009,7 +1952,7 @@ def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -
     counts = {split.name: split.counts() for split in splits}
     facts |= {"scenario": config.scenario, "model": config.model, "pretrained": config.pretrained}
     facts |= {"memory_mb": round(memory / 1e6), "versions": common.versions("torch", "open_clip_torch", "peft")}
-    facts["unreadable"] = [line for split in splits for line in (*split.damaged, *split.unreadable.values())][:1000]
+    facts["unreadable"] = [line for split in splits for line in split.unreadable.values()][:1000]
     inputs = {"shards": shards, "base": run.clip.name, "base_fingerprint": run.clip.fingerprint}
     if facts["model_dir"]:
         common.atomic_write(run.output / "model" / "README.md", model_card(run.clip, config, counts, facts))

@@ -577,7 +577,6 @@ def main(argv: list[str] | None = None) -> int:
         attempt("rate", embed_command, work, few, model)
         attempt("check", check_way, "adamw")
         attempt("check", functools.partial(check_way, optimizer="adamw8bit"), "adamw8bit")
-        attempt("check", functools.partial(check_way, compile=True), "compile")
     print(markdown(RESULTS))
     if failed:
         raise common.Fail(f"{len(failed)} parts failed: {'; '.join(failed)[:500]}")

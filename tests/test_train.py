@@ -674,7 +674,7 @@ def test_readers_in_processes_read_what_threads_read(base, tmp_path):
 
 
 def test_kept_captions_are_those_of_the_samples_that_are_there(base, tmp_path):
-    """Neither a damaged shard nor a damaged text leaves captions beside other pictures once it is mended."""
+    """A damaged text leaves no captions beside other pictures once it is mended."""
     shutil.copytree(base / "shards", tmp_path / "shards")
     path, flags = tmp_path / "shards/train/shard-000000.tar", ("--shards", tmp_path / "shards", "--max-failed", 0.9)
     whole = path.read_bytes()
@@ -683,8 +683,6 @@ def test_kept_captions_are_those_of_the_samples_that_are_there(base, tmp_path):
         return make_run(base, output, *flags, "--limit", 20, *more).train
 
     fresh = kept(tmp_path / "fresh")
-    path.write_bytes(whole[:5000])
-    assert kept(tmp_path / "run").damaged
     members = stage.index_shard(base / "shards/train/shard-000000.tar")[3]
     offset, size = members["json"]
     path.write_bytes(whole[:offset] + b"\0" * size + whole[offset + size :])
@@ -1246,23 +1244,6 @@ def test_gradient_checkpointing_gives_the_same_gradient(base, tmp_path):
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
             gradients.append(gradient(run, batch, 8)[1])
     assert error(*gradients) < 1e-12 and len(kept) < 500
-
-
-def test_compiled_towers_compute_the_same(base, tmp_path, monkeypatch):
-    compile, calls = torch.nn.Module.compile, []
-
-    def without_inductor(module, **flags):  # it would take half a minute
-        calls.append(module)
-        compile(module, backend="eager", **flags)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", without_inductor)
-    found = []
-    for flag in ("--no-compile", "--compile"):
-        run = double_run(base, tmp_path, flag)
-        with torch.no_grad():
-            found.append(run.towers.embed(next(run.validation.batches(stage.in_order(16, 4)))))
-    assert len(calls) == 1 + len(stage.residual_blocks(run.towers.model))
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("flags", [
