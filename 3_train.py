@@ -207,7 +207,7 @@ def epoch_plan(
 ) -> Iterator[tuple[list[int], int]]:
     """An epoch's steps as (samples of this process, pairs over all processes); every sample once, shuffled.
 
-    There is no small rest at the end: the epoch is cut into steps that differ by one sample at most.
+    Steps differ by one sample at most, so that there is no small rest at the end.
     """
     order = np.random.default_rng([seed, epoch]).permutation(count)
     steps = math.ceil(count / size)
@@ -381,8 +381,7 @@ class Split:
         return {name: value for name, value in vars(self).items() if name not in ("clip", "kept", "readers")}
 
     def load(self, ids: list[int], images: Tensor, seed: str | None) -> tuple[dict[int, str], list[tuple]]:
-        """Fill in the pictures of a few samples, uint8 [len(ids), 3, S, S]; returns (what is wrong with which,
-        draw_view() of each, none without a seed)."""
+        """Fill in pictures, uint8 [len(ids), 3, S, S]; returns (reasons of failed ones, views, none without a seed)."""
         failed = {}
         for i, image in zip(ids, images, strict=True):
             try:
@@ -492,8 +491,7 @@ class Readers:
 
 
 def serve_pictures(splits: dict[str, Split], pipe: Any, pixels: socket.socket) -> None:
-    """In a process of its own: answer Readers.load() until the other end is closed. No pixel is pickled, or passes
-    through /dev/shm."""
+    """In a process: answer Readers.load() until the other end is closed. No pixel is pickled or in /dev/shm."""
     common.start_worker()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
@@ -987,10 +985,7 @@ class Towers:
         return embedded[0], embedded[1]
 
     def dry_run(self, size: int) -> set[str]:
-        """Forward and backward of blank pairs with captions of full length; the parameters that got a gradient.
-
-        Nothing is learned: the gradients are thrown away.
-        """
+        """Forward and backward of blank pairs with captions of full length; the parameters that got a gradient."""
         self.train(True)
         pixels = torch.zeros(size, 3, self.clip.size, self.clip.size, dtype=torch.uint8)
         try:
@@ -1046,10 +1041,7 @@ class Towers:
 
 
 def load_adapter(clip: Clip, folder: str | Path) -> Clip:
-    """The base model with all of a run's adapter/ merged into it, in place: plain open_clip, the same as its model/.
-
-    Fail where a part is missing, or made for another base.
-    """
+    """The base with all of adapter/ merged in place, as in model/. Fail for a part of one, or one of another base."""
     lora, rest = Path(folder, "adapter_model.safetensors"), Path(folder, "projections.safetensors")
     projections = take_projections(split_attention(clip.model))
     try:
