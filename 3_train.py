@@ -26,7 +26,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import sys
 import tarfile
@@ -67,7 +66,7 @@ VIEWS = 4  # augmented views of a picture that are kept where its tower is froze
 ALPHAS = tuple(k / 10 for k in range(11))  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
 READ_TOGETHER = 64  # samples, at most, that a reader reads in one go: each go keeps the interpreter's lock a moment
-READ_AHEAD = 2  # steps that are read, at least, while one is computed
+READ_AHEAD = 2  # steps that are read while one is computed
 MOST_READERS = 16  # by default
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ def epoch_plan(
 ) -> Iterator[tuple[list[int], int]]:
     """An epoch's steps as (samples of this process, pairs over all processes); every sample once, shuffled.
 
-    There is no small rest at the end: the epoch is cut into steps that differ by one sample at most.
+    Steps differ by one sample at most, so that there is no small rest at the end.
     """
     order = np.random.default_rng([seed, epoch]).permutation(count)
     steps = math.ceil(count / size)
@@ -325,17 +324,11 @@ class Split:
         self.kept: dict[str, dict[str, Any]] = {}  # "captions", "image", "text" -> what cache_arrays() gives
         self.readers: Readers  # of all splits together: open_splits() gives them
         self.unreadable: dict[int, str] = {}  # sample -> what is wrong with it
-        self.damaged: dict[str, str] = {}  # shard -> what is wrong with it
-        shard: list[int] = []
-        places: list[list[tuple[int, int]]] = []
+        shard, places = [], []
         for number, (entry, path) in enumerate(zip(entries, paths, strict=True)):
-            try:
-                found = index_shard(path)
-                if len(found) != entry["samples"]:
-                    raise Fail(f"{len(found)} of {entry['samples']} samples are left in it")
-            except Fail as error:
-                self.damaged[entry["name"]] = str(error)
-                continue
+            found = index_shard(path)
+            if len(found) != entry["samples"]:
+                raise Fail(f"{path}: {len(found)} samples, not {entry['samples']}; run 2_prepare.py again")
             shard += [number] * len(found)
             places += [[members.get(kind, (0, -1)) for kind in self.KINDS] for members in found]
         self.shard = np.array(shard[: config.limit], dtype=np.int32)
@@ -347,18 +340,15 @@ class Split:
 
     def counts(self) -> dict[str, int]:
         """Samples of the split, and how many of them are known to be unreadable."""
-        gone = sum(entry["samples"] for entry in self.entries if entry["name"] in self.damaged)
-        return {"samples": gone + len(self), "unreadable": gone + len(self.unreadable)}
+        return {"samples": len(self), "unreadable": len(self.unreadable)}
 
     def check_unreadable(self) -> None:
         """Fail where more samples than --max-failed are unreadable."""
         total, lost = self.counts().values()
         if lost == total or lost > self.config.max_failed * total:
-            first = next((": ".join(fault) for fault in self.damaged.items()), None)
-            first = first or next(iter(self.unreadable.values()), "none left")
             raise Fail(
-                f"{lost} of {total} {self.name} samples are unreadable; first: {first}; run 2_prepare.py --verify, "
-                "make the shards again, or raise --max-failed"
+                f"{lost} of {total} {self.name} samples are unreadable; first: {next(iter(self.unreadable.values()), 'none left')}; "
+                "run 2_prepare.py --verify, make the shards again, or raise --max-failed"
             )
 
     def place(self, i: int) -> str:
@@ -371,18 +361,18 @@ class Split:
         self.check_unreadable()
 
     def read(self, i: int, *kinds: str) -> list[bytes]:
-        """The bytes of members of sample i, read in one piece, since they lie side by side. Raises BadImage."""
-        places = self.places[i].tolist()
-        wanted = [places[self.KINDS.index(kind)] for kind in kinds]
-        start, end = min(offset for offset, _ in wanted), max(offset + size for offset, size in wanted)
-        if min(size for _, size in wanted) < 0:
-            raise BadImage(f"a member is missing ({', '.join(kinds)} wanted)")
+        """The bytes of members of sample i. Raises BadImage."""
+        found = []
         with open(self.paths[self.shard[i]], "rb") as handle:
-            handle.seek(start)
-            data = handle.read(end - start)
-        if len(data) < end - start:
-            raise BadImage("the shard ends early")
-        return [data[offset - start : offset - start + size] for offset, size in wanted]
+            for kind in kinds:
+                offset, size = self.places[i, self.KINDS.index(kind)].tolist()
+                if size < 0:
+                    raise BadImage(f"its {kind} is missing")
+                handle.seek(offset)
+                found.append(handle.read(size))
+                if len(found[-1]) < size:
+                    raise BadImage("the shard ends early")
+        return found
 
     def captions(self, i: int, epochs: Iterable[int]) -> tuple[str, list[str]]:
         """(duplicate group of sample i, its caption in each epoch). Raises BadImage.
@@ -405,8 +395,7 @@ class Split:
         return {name: value for name, value in vars(self).items() if name not in ("clip", "kept", "readers")}
 
     def load(self, ids: list[int], images: Tensor, seed: str | None) -> tuple[dict[int, str], list[tuple]]:
-        """Fill in the pictures of a few samples, uint8 [len(ids), 3, S, S]; returns (what is wrong with which,
-        draw_view() of each, none without a seed)."""
+        """Fill in pictures, uint8 [len(ids), 3, S, S]; returns (reasons of failed ones, views, none without a seed)."""
         failed = {}
         for i, image in zip(ids, images, strict=True):
             try:
@@ -442,11 +431,11 @@ class Split:
     def batches(self, plan: Iterable[tuple[list[int], int]], epoch: int | None = None) -> Iterator[Batch]:
         """A Batch for each step of the plan; the next ones are read meanwhile. Fail where too much is unreadable."""
         seed, readers = f"{self.config.seed} {epoch}" if self.augmented else None, self.readers
-        reading: deque = deque()  # (number of samples, future of assemble())
+        reading: deque = deque()  # futures of assemble()
         shape, pinned = (3, self.clip.size, self.clip.size), self.clip.device.type == "cuda"
 
         def finished() -> Batch:
-            batch, failed = reading.popleft()[1].result()
+            batch, failed = reading.popleft().result()
             self.mark_unreadable(failed)
             return batch
 
@@ -461,8 +450,8 @@ class Split:
                 together = min(READ_TOGETHER, math.ceil(len(ids) / readers.count)) or 1
                 parts = (slice(start, start + together) for start in range(0, count, together))
                 blocks = [pool.submit(readers.load, self, ids[part], images[part], seed) for part in parts]
-                reading.append((len(ids), pool.submit(self.assemble, ids, total, epoch, images, blocks)))
-                while len(reading) > READ_AHEAD and sum(n for n, _ in reading) > 2 * readers.count * together:
+                reading.append(pool.submit(self.assemble, ids, total, epoch, images, blocks))
+                if len(reading) > READ_AHEAD:
                     yield finished()
             while reading:
                 yield finished()
@@ -489,15 +478,11 @@ class Readers:
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["open_clip"])  # with torch, once for all: it takes seconds and 300 MB
-        allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for _ in range(self.count):
-                (pipe, its_pipe), (pixels, its_pixels) = context.Pipe(), socket.socketpair()
-                context.Process(target=serve_pictures, args=(self.splits, its_pipe, its_pixels), daemon=True).start()
-                its_pipe.close(), its_pixels.close()
-                self.idle.put((pipe, pixels))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+        for _ in range(self.count):
+            (pipe, its_pipe), (pixels, its_pixels) = context.Pipe(), socket.socketpair()
+            context.Process(target=serve_pictures, args=(self.splits, its_pipe, its_pixels), daemon=True).start()
+            its_pipe.close(), its_pixels.close()
+            self.idle.put((pipe, pixels))
 
     def load(self, split: Split, ids: list[int], images: Tensor, seed: str | None) -> tuple:
         """Split.load(), with its errors. Raises Fail where the process that should do it is gone."""
@@ -520,8 +505,7 @@ class Readers:
 
 
 def serve_pictures(splits: dict[str, Split], pipe: Any, pixels: socket.socket) -> None:
-    """In a process of its own: answer Readers.load() until the other end is closed. No pixel is pickled, or passes
-    through /dev/shm."""
+    """In a process: answer Readers.load() until the other end is closed. No pixel is pickled or in /dev/shm."""
     common.start_worker()
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
@@ -594,24 +578,18 @@ class SplitAttention(nn.Module):
 
     def fused(self) -> nn.MultiheadAttention:
         """The same attention as open_clip keeps it."""
-        parts, bias = (self.q, self.k, self.v), self.q.bias is not None
-        fused = nn.MultiheadAttention(self.q.in_features, self.heads, self.dropout, bias=bias, batch_first=True)
-        fused = fused.to(self.q.weight.device, self.q.weight.dtype).train(self.training)
-        with torch.no_grad():
-            fused.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
-            fused.out_proj.weight.copy_(self.out.weight)
-            if bias:
-                fused.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
-                fused.out_proj.bias.copy_(self.out.bias)
-        return fused
+        parts, kinds = (self.q, self.k, self.v), ("weight",) if self.q.bias is None else ("weight", "bias")
+        fused = nn.MultiheadAttention(self.q.in_features, self.heads, self.dropout, "bias" in kinds, batch_first=True)
+        state = {f"in_proj_{kind}": torch.cat([getattr(part, kind) for part in parts]) for kind in kinds}
+        fused.to(self.q.weight).load_state_dict(state | {f"out_proj.{kind}": getattr(self.out, kind) for kind in kinds})
+        return fused.train(self.training)
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A Linear that holds copies of these weights."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+    kind = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], **kind)
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return layer
 
 
@@ -718,18 +696,12 @@ def lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     return lean_lora((mlp.c_proj,), lean_lora((mlp.c_fc,), x)[0], mlp.gelu)[0]
 
 
-@functools.cache
-def generator_of(device: torch.device) -> torch.Generator:
-    """One source of random numbers a device, seeded for each mask."""
-    return torch.Generator(device)
-
-
 def draw_mask(h: Tensor, dropped: int, seed: int) -> Tensor:
     """int8 [N, W] of 1 and, with a probability of dropped / 256, 0.
 
     Of 8 random bits an element: drawing floats, as torch's dropout does, would be a tenth of a step, on a GPU a sixth.
     """
-    generator = generator_of(h.device).manual_seed(seed)
+    generator = torch.Generator(h.device).manual_seed(seed)
     bits = torch.empty((h.numel() + 7) // 8, dtype=torch.int64, device=h.device)
     bits = bits.random_(-(2**63), None, generator=generator).view(torch.int8)[: h.numel()].view(h.shape)
     return torch.ge(bits, dropped - 128, out=torch.empty_like(bits))
@@ -783,12 +755,10 @@ def return_projections(model: nn.Module, projections: nn.ModuleDict) -> nn.Modul
     for tower, owner, name in projection_places(model):
         projection = projections[tower]
         if not isinstance(projection, nn.Identity):
-            owner._modules.pop(name, None)
             setattr(owner, name, projection.weight if isinstance(projection, Projection) else projection)
     return model
 
 
-@functools.cache
 def clip_tokenizer() -> Any:
     """open_clip's built-in tokenizer as other libraries read it from files; it pads with the token of the end."""
     from open_clip.tokenizer import SimpleTokenizer
@@ -905,15 +875,13 @@ def base_metadata(clip: Clip) -> dict[str, str]:
 
     model, tag = common.model_place(clip.name, ".")
     listed = open_clip.get_pretrained_cfg(model, tag or "").get("hf_hub", "")
-    place = model.removeprefix(common.HUB) if model.startswith(common.HUB) else "/".join(listed.split("/")[:2])
-    found, names = {}, ["license", "license_name", "license_link"]
-    if clip.folder:
-        place, names = clip.folder / "README.md", [*names, "base_model"]
-    elif place:
-        found["base_model"] = place
+    hub = model.removeprefix(common.HUB) if model.startswith(common.HUB) else "/".join(listed.split("/")[:2])
+    place = clip.folder / "README.md" if clip.folder else hub
+    found = {} if clip.folder or not hub else {"base_model": hub}
     with contextlib.suppress(Exception):  # no card, or no network
         card = ModelCard.load(place).data.to_dict() if place else {}
-        found |= {name: card[name] for name in names if card.get(name)}
+        names = ("license", "license_name", "license_link", "base_model")
+        found = {name: card[name] for name in names if card.get(name)} | found
     return found
 
 
@@ -996,8 +964,8 @@ class Towers:
 
     def refuse_scenario(self, why: str, without: set[str]) -> None:
         """Fail, naming the best scenario for a model whose towers `without` cannot take LoRA."""
-        best = {frozenset(): "dual_lora", frozenset({"image"}): "text_lora", frozenset({"text"}): "vision_lora"}
-        best = best.get(frozenset(without), "linear_probe")
+        other = {"image": "text_lora", "text": "vision_lora"}
+        best = "linear_probe" if without == other.keys() else other[min(without)]
         raise Fail(f"--scenario {self.config.scenario}: {self.clip.name}: {why}; use --scenario {best}")
 
     def copy(self) -> dict[str, Tensor]:
@@ -1043,10 +1011,7 @@ class Towers:
         return embedded[0], embedded[1]
 
     def dry_run(self, size: int) -> set[str]:
-        """Forward and backward of blank pairs with captions of full length; the parameters that got a gradient.
-
-        Nothing is learned: the gradients are thrown away.
-        """
+        """Forward and backward of blank pairs with captions of full length; the parameters that got a gradient."""
         self.train(True)
         pixels = torch.zeros(size, 3, self.clip.size, self.clip.size, dtype=torch.uint8)
         try:
@@ -1102,10 +1067,7 @@ class Towers:
 
 
 def load_adapter(clip: Clip, folder: str | Path) -> Clip:
-    """The base model with all of a run's adapter/ merged into it, in place: plain open_clip, the same as its model/.
-
-    Fail where a part is missing, or made for another base.
-    """
+    """The base with all of adapter/ merged in place, as in model/. Fail for a part of one, or one of another base."""
     lora, rest = Path(folder, "adapter_model.safetensors"), Path(folder, "projections.safetensors")
     projections = take_projections(split_attention(clip.model))
     try:
@@ -1245,7 +1207,7 @@ def accumulate(run: Run, batch: Batch, step: int, scale_up: Callable[[Tensor], T
 
 def cache_arrays(run: Run, split: Split, name: str, made: list, make: Callable[[Path], None]) -> None:
     """Set split.kept[name] to the arrays that make(folder) writes, once for all that `made` tells apart."""
-    made = [[entry["sha256"] for entry in split.entries], sorted(split.damaged), len(split), run.config.seed, *made]
+    made = [[entry["sha256"] for entry in split.entries], len(split), run.config.seed, *made]
     made.append(run.clip.fingerprint)
     place, kind = cache_folder(run.world, run.output), f"{split.name}-{name}"
     folder = place / f"{kind}-{common.digest(made)[:16]}"
@@ -1890,7 +1852,11 @@ def fine_tune(run: Run) -> dict[str, Any]:
     if run.config.wandb != "off" and run.world.main:
         import wandb
 
-        run.wandb = wandb.init(project="catalogue-clip", name=run.output.name, dir=str(run.output))
+        try:
+            run.wandb = wandb.init(project="catalogue-clip", name=run.output.name, dir=str(run.output))
+        except wandb.errors.Error as error:
+            remedy = "run `wandb login`, set WANDB_MODE=offline, or use --wandb off"
+            raise Fail(f"--wandb {run.config.wandb}: {error}; {remedy}") from None
     state = begin(run)
     config, towers = run.config, run.towers
     chosen = {name: getattr(config, name) for name in ("epochs", "patience", "warmup", "lr", "lora_lr")}
@@ -1930,7 +1896,7 @@ def write_result(run: Run, shards: str, seconds: float, facts: dict[str, Any]) -
     config, marker, splits = run.config, run.output / "train.json", (run.train, run.validation)
     counts = {split.name: split.counts() for split in splits}
     facts |= {"scenario": config.scenario, "versions": common.versions("torch", "open_clip_torch", "peft")}
-    facts["unreadable"] = [line for split in splits for line in (*split.damaged, *split.unreadable.values())][:1000]
+    facts["unreadable"] = [line for split in splits for line in split.unreadable.values()][:1000]
     inputs = {"shards": shards, "base": run.clip.name, "base_fingerprint": run.clip.fingerprint}
     if facts["model_dir"]:
         common.atomic_write(run.output / "model" / "README.md", model_card(run.clip, config, counts, facts))
