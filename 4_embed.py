@@ -67,12 +67,14 @@ CHOOSING = 10  # queries of the validation split, at least, that choose the weig
 GALLERY = 4096  # items whose vectors are in memory at once
 
 FEW = 20  # queries; an agreement judged on fewer is shown, but not tested
+COMMANDS = ("embed", "report", "pool", "search", "export", "queries")
+
 MOVED = 10  # queries shown that gained or lost most
 THUMBNAIL = 128  # pixels a side
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Settings, and the models that are judged
+# Settings and flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,77 @@ class EmbeddingConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int | None = setting(None, "threads that decode pictures (unset: one a core, up to 4)", low=1)
     cache_gb: float = setting(50.0, "disk for the local copies of shards that lie on S3", low=0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; `embed` is meant where no command is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    shards = argparse.ArgumentParser(add_help=False)
+    shards.add_argument("--shards", required=True, help="folder or s3://bucket/prefix made by 2_prepare.py")
+    shards.add_argument("--model", required=True, help="base: open_clip name, hf-hub:USER/NAME, or local-dir:FOLDER")
+    shards.add_argument("--pretrained", help="open_clip tag or weights file (unset: the usual weights of --model)")
+    shards.add_argument("--queries", help="CSV of what people type: columns query, id, and grade or weight, if any")
+    shards.add_argument("--vectors", help="folder or s3://bucket/prefix of kept vectors (default: beside the output)")
+    common.add_flags(shards, EmbeddingConfig)
+
+    one = commands.add_parser("embed", parents=[shards], help="vectors of all items under two models, and the report")
+    one.add_argument("--finetuned", required=True, help="run of 3_train.py, or the model folder in it")
+    where = "data/embeddings/master.parquet; or a folder of parts, one a process, here or on s3://"
+    one.add_argument("--output", required=True, help=where)
+    many = commands.add_parser("report", parents=[shards], help="compare any number of runs on the test split")
+    many.add_argument("--run", action="append", required=True, help="folder of a run; may be given several times")
+    several = commands.add_parser("pool", help="one report of several, whose test splits are folds of one catalogue")
+    several.add_argument("--report", action="append", required=True, help="folder of a report; give each fold's")
+    for command in (many, several):
+        command.add_argument("--output", required=True, help="folder of report.json and report.html")
+    find = commands.add_parser("search", help="the items nearest to words or to a picture")
+    find.add_argument("words", nargs="?", help='such as "grey fabric sofa"')
+    find.add_argument("--image", help="a picture to search with; with words: for what lies between the two")
+    find.add_argument("--using", choices=("finetuned", "base"), default="finetuned", help="which model searches")
+    find.add_argument("--top-k", type=int, default=10, help="results shown (default 10)")
+    slim = commands.add_parser("export", help="a file of ids and fine-tuned vectors alone, to serve from")
+    slim.add_argument("--output", required=True, help="such as data/vectors.parquet")
+    slim.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
+    slim.add_argument("--mixture", type=float, metavar="W", help="W of each vector is the picture, the rest its title")
+    slim.add_argument("--vectors", help="folder or s3://… of kept vectors (default: beside --embeddings)")
+    slim.add_argument("--device", default="auto", help="where titles are encoded (default auto)")
+    made = commands.add_parser("queries", help="a first file of queries, made up from attributes, for you to correct")
+    made.add_argument("--output", default="queries.csv", help="the CSV (default queries.csv)")
+    made.add_argument("--count", type=int, default=200, help="queries (default 200)")
+    made.add_argument("--seed", type=int, default=42, help="of the choice (default 42)")
+    for command in (find, slim, made):
+        command.add_argument("--embeddings", default="data/embeddings/master.parquet", help="made by 4_embed.py")
+    for command in (find, slim):
+        command.add_argument("--model", help="where that model is (default: where master.parquet says)")
+        command.add_argument("--pretrained", help="its tag or weights file")
+    parser.epilog = f"Without a command, embed is meant:\n\n{one.format_help()}"
+    return parser
+
+
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The flags; `embed` is meant where no command is named."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+        argv = ["embed", *argv]
+    args = build_parser().parse_args(argv)
+    if args.command != "embed" and common.is_s3(getattr(args, "output", "")):
+        raise Fail(f"--output {args.output}: {args.command} writes to a local disk; give a local path", USAGE)
+    return args
+
+
+# --help and mistakes are answered here: what is imported next takes seconds.
+if __name__ == "__main__" and (code := common.entry_point(lambda argv: read_flags(argv) and DONE)()):
+    sys.exit(code)
+
+# ruff: noqa: E402
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# --------------------------------------------------------------------------------------------------------------------
+# The models that are judged
 
 
 @dataclasses.dataclass
@@ -107,35 +180,24 @@ def read_run(folder: str, args: argparse.Namespace) -> Run:
             return Run(path.name, f"{LOCAL}{path}", folder=path)
         raise Fail(f"{path}: no finished run there (no train.json); train it with 3_train.py, or check the path")
     facts = common.read_json(place / "train.json", "run")
-    try:
-        name, model = facts.get("scenario"), facts.get("model_dir")
-        base = facts.get("inputs", {}).get("base_fingerprint")
-        if not all(isinstance(text, str | None) for text in (name, model, base)):
-            raise TypeError("a name is no text")
-    except (AttributeError, TypeError) as error:
-        raise Fail(f"{place}/train.json: not written by 3_train.py ({error!r}); train that run again") from None
-    weights = (f"{LOCAL}{place / model}", None) if model else (args.model, args.pretrained)  # zero_shot has no model
-    return Run(name or place.name, *weights, place, base)
+    model = facts.get("model_dir")  # zero_shot has none
+    weights = (f"{LOCAL}{place / model}", None) if model else (args.model, args.pretrained)
+    return Run(facts.get("scenario") or place.name, *weights, place, facts.get("inputs", {}).get("base_fingerprint"))
 
 
 def run_names(runs: list[Run]) -> list[str]:
     """Names for the report, the base's first; runs of one scenario are told apart by their folders."""
     names = ["zero_shot"]
     for run in runs[1:]:
-        same = [other.folder.resolve().parts for other in runs[1:] if other.name == run.name]
-        count = next(n for n in itertools.count(1) if len({parts[-n:] for parts in same}) == len(same))
-        place = "/".join(run.folder.resolve().parts[-count:])
-        alone = run.name != "zero_shot" and (len(same) == 1 or place == run.name)
-        names.append(run.name if alone else f"{run.name} ({place})")
+        alone = sum(other.name == run.name for other in runs) == 1
+        names.append(run.name if alone else f"{run.name} ({run.folder})")
     return names
 
 
-def load_run(run: Run, world: World, base: Clip | None = None) -> Clip:
-    """The run's CLIP; says so where it comes from another base than the one it is compared with."""
-    clip = common.load_clip(run.model, run.pretrained, world.device)
-    if world.main and base and run.base_fingerprint and run.base_fingerprint != base.fingerprint:
+def check_base(run: Run, base: Clip, world: World) -> None:
+    """Say where a run was trained from another base than the one that it is compared with."""
+    if world.main and run.base_fingerprint not in (None, base.fingerprint):
         print(f"NOTE: {run.name} was not trained from {base.name}, with which it is compared here", flush=True)
-    return clip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -255,48 +317,36 @@ class VectorStore:
         self.waiting: list[tuple[list[Job], Any]] = []  # vectors that are not written yet
         self.flushed = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._explain_damage():
-            self.database = sqlite3.connect(self.path, timeout=600)  # another process may be writing
-            self.database.execute("CREATE TABLE IF NOT EXISTS vectors (digest TEXT PRIMARY KEY, vector BLOB)")
-            if self.objects:
-                self.database.execute("CREATE TABLE IF NOT EXISTS objects (name TEXT PRIMARY KEY)")
+        self.database = sqlite3.connect(self.path, timeout=600)  # another process may be writing
+        self.database.execute("CREATE TABLE IF NOT EXISTS vectors (digest TEXT PRIMARY KEY, vector BLOB)")
+        self.database.execute("CREATE TABLE IF NOT EXISTS objects (name TEXT PRIMARY KEY)")  # on S3, copied here
 
     def fetch(self) -> None:
         """Copy what other machines put on S3; what S3 has lost is forgotten here, too, for others would lack it."""
         if not self.objects:
             return
         there = {name for name, _ in common.list_files(self.objects)}
-        with self._explain_damage():
-            known = {name for (name,) in self.database.execute("SELECT name FROM objects")}
-            if known - there:
-                with self.database:
-                    self.database.execute("DELETE FROM vectors")
-                    self.database.execute("DELETE FROM objects")
-                known = set()
+        known = {name for (name,) in self.database.execute("SELECT name FROM objects")}
+        if known - there:
+            with self.database:
+                self.database.execute("DELETE FROM vectors")
+                self.database.execute("DELETE FROM objects")
+            known = set()
         new = sorted(there - known)
         for name in common.progress(new, "fetching vectors", len(new), "object") if new else ():
-            self._insert(read_vectors(common.join(self.objects, name)), name)
+            rows = pd.read_parquet(io.BytesIO(common.read_bytes(common.join(self.objects, name))))
+            self._insert(rows.itertuples(index=False, name=None), name)
 
-    def _insert(self, rows: list[tuple[str, bytes]], name: str) -> None:
-        """Write (digest, vector), and the name of their object, if they are on S3."""
-        with self._explain_damage(), self.database:
+    def _insert(self, rows: Iterable[tuple[str, bytes]], name: str) -> None:
+        """Write (digest, vector), and the name of their object on S3."""
+        with self.database:
             self.database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
             if self.objects:
                 self.database.execute("INSERT OR IGNORE INTO objects VALUES (?)", [name])
 
-    @contextlib.contextmanager
-    def _explain_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:  # a full disk and the like: common names these
-                raise
-            raise Fail(f"{self.path}: damaged ({error}); remove it and run again: its vectors are made again") from None
-
     def claim(self, digest: str) -> bool:
         """Whether the caller is to make this vector: it is not there, and nobody in this process is making it."""
-        with self._explain_damage():
-            there = self.database.execute("SELECT 1 FROM vectors WHERE digest = ?", [digest]).fetchone()
+        there = self.database.execute("SELECT 1 FROM vectors WHERE digest = ?", [digest]).fetchone()
         if there or digest in self.claimed:
             return False
         self.claimed.add(digest)
@@ -311,8 +361,6 @@ class VectorStore:
 
     def flush(self) -> None:
         """Write what waits. Raises Fail for a vector whose length is not 1."""
-        import numpy as np
-
         waiting, self.waiting, self.flushed = self.waiting, [], time.monotonic()
         if not waiting:
             return
@@ -326,42 +374,21 @@ class VectorStore:
         rows = [(job.digest, vector.tobytes()) for job, vector in zip(jobs, vectors, strict=True)]
         name = f"{common.digest([digest for digest, _ in rows])}.parquet"
         if self.objects:
-            write_vectors(rows, common.join(self.objects, name))
+            table = pd.DataFrame(rows, columns=["digest", "vector"]).to_parquet(index=False)
+            common.upload_atomic(table, common.join(self.objects, name))
         self._insert(rows, name)
         self.claimed.difference_update(digest for digest, _ in rows)
 
     def get(self, digests: Sequence[str]) -> Any:
         """float32 [n, D] of digests that are all there."""
-        import numpy as np
-
         found: dict[str, bytes] = {}
         for some in common.batches(dict.fromkeys(digests), 500):
             marks = ",".join("?" * len(some))
-            with self._explain_damage():
-                found.update(self.database.execute(f"SELECT * FROM vectors WHERE digest IN ({marks})", some))
+            found.update(self.database.execute(f"SELECT * FROM vectors WHERE digest IN ({marks})", some))
         if len(found) < len({*digests}):
             needs = "put --output, or --vectors, on S3 or on a disk that all machines share"
             raise Fail(f"{self.path}: lacks vectors that another process made; {needs}")
         return np.frombuffer(b"".join(found[digest] for digest in digests), np.float32).reshape(len(digests), -1)
-
-
-def write_vectors(rows: list[tuple[str, bytes]], path: str) -> None:
-    """Put (digest, vector's bytes) on S3, as Parquet."""
-    import pandas as pd
-
-    buffer = io.BytesIO()
-    pd.DataFrame(rows, columns=["digest", "vector"]).to_parquet(buffer, index=False)
-    common.upload_atomic(buffer.getvalue(), path)
-
-
-def read_vectors(path: str) -> list[tuple[str, bytes]]:
-    """What write_vectors wrote."""
-    import pandas as pd
-
-    try:
-        return list(pd.read_parquet(io.BytesIO(common.read_bytes(path))).itertuples(index=False, name=None))
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise Fail(f"{path}: damaged ({error}); remove it and run again: its vectors are made again") from None
 
 
 class Encoder:
@@ -476,8 +503,6 @@ def make_vectors(
     Returns the rows of all products in order (a DataFrame: COLUMNS, view, shard, place, reason, detail, photos: their
     number), the same in every process, and how many pictures and prompts were computed in all.
     """
-    import pandas as pd
-
     exchange(encoders, world)
     rows, pictures = embed_pictures(shards, encoders, config, world)
     shared = world.share((rows, pictures))
@@ -520,8 +545,6 @@ def merge_views(rows, encoders: list[Encoder], world: World) -> Any:
 
 def mean_vectors(encoder: Encoder, photos: Iterable[list[str]]):
     """float32 [N, D]: the normalised mean of the photos, given by their digests, of each of N products."""
-    import numpy as np
-
     means = [encoder.store.get(some).mean(axis=0, dtype=np.float64) for some in photos]
     return np.stack([(one / np.linalg.norm(one)).astype(np.float32) for one in means])
 
@@ -550,19 +573,15 @@ def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingCon
     Returns the rows of these shards, with the reason of each picture that cannot be decoded, and the number computed.
     Each picture is read and decoded once for all models, by threads that run ahead of the encoders.
     """
-    import pandas as pd
-
     numbers = shards.own(world)
     shards.paths(numbers)  # from S3, several at once
-    sizes = {encoder.clip.size for encoder in encoders}
     tables, problems, computed = [pd.DataFrame(columns=[*COLUMNS, "view", "reason", "detail", "shard", "place"])], {}, 0
 
-    def encode(encoder: Encoder, pixels: dict[int, Any], places: list[int]):
-        some = pixels[encoder.clip.size]
-        return encoder.images(some if len(places) == len(some) else some[places])
+    def encode(encoder: Encoder, pixels, places: list[int]):
+        return encoder.images(pixels if len(places) == len(pixels) else pixels[places])
 
     total = sum(shards.entries[number][1]["samples"] for number in numbers)
-    batches = decoded(lacking_pictures(shards, numbers, encoders, tables), sizes, config, world)
+    batches = decoded(lacking_pictures(shards, numbers, encoders, tables), encoders[0].clip.size, config, world)
     for job in common.progress(compute(batches, encode, encoders, world), "encoding", total, "picture"):
         computed += job.problem is None
         if job.problem:
@@ -576,8 +595,6 @@ def embed_pictures(shards: Shards, encoders: list[Encoder], config: EmbeddingCon
 
 def lacking_pictures(shards: Shards, numbers: Iterable[int], encoders: list[Encoder], tables: list) -> Iterator[Job]:
     """The pictures of some shards whose vector a store lacks; each shard's rows are put to `tables` on the way."""
-    import pandas as pd
-
     for number in numbers:
         rows = []
         for row, jpg in read_shard(shards, number):
@@ -589,15 +606,14 @@ def lacking_pictures(shards: Shards, numbers: Iterable[int], encoders: list[Enco
         tables.append(pd.DataFrame(rows))
 
 
-def decoded(pictures: Iterable[Job], sizes: set[int], config: EmbeddingConfig, world: World) -> Iterator[tuple]:
-    """(batch, {size: uint8 [B, 3, size, size]}), decoded by threads that run ahead; pinned where a GPU fetches them."""
+def decoded(pictures: Iterable[Job], size: int, config: EmbeddingConfig, world: World) -> Iterator[tuple]:
+    """(batch, uint8 [B, 3, size, size]), decoded by threads that run ahead; pinned where a GPU fetches them."""
     import torch
 
-    def decode(batch: list[Job], first: int, pixels: dict[int, Any]) -> None:
+    def decode(batch: list[Job], first: int, pixels) -> None:
         for place, job in enumerate(batch[first : first + DECODE_TOGETHER], first):
             try:
-                for size in sizes:
-                    pixels[size][place] = common.decode_jpeg(job.content, size)
+                pixels[place] = common.decode_jpeg(job.content, size)
             except BadImage as error:
                 job.problem = error
             job.content = b""
@@ -606,7 +622,7 @@ def decoded(pictures: Iterable[Job], sizes: set[int], config: EmbeddingConfig, w
     with ThreadPoolExecutor(config.workers or min(4, os.cpu_count() or 1)) as pool:
         for batch in itertools.chain(common.batches(pictures, config.batch_size), [None] * AHEAD):
             if batch:
-                pixels = {n: torch.empty((len(batch), 3, n, n), dtype=torch.uint8, pin_memory=pin) for n in sizes}
+                pixels = torch.empty((len(batch), 3, size, size), dtype=torch.uint8, pin_memory=pin)
                 starts = range(0, len(batch), DECODE_TOGETHER)
                 started.append((batch, pixels, [pool.submit(decode, batch, start, pixels) for start in starts]))
             if started and (not batch or len(started) > AHEAD):
@@ -702,13 +718,11 @@ def master_facts(shards: Shards, rows, encoders: list[Encoder], run: Run, output
 
 def holds(path: Path, facts: dict[str, str]) -> bool:
     """Whether a Parquet file is there, whole, with these facts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    there = {}
-    with contextlib.suppress(OSError, pa.ArrowInvalid):  # not there, or damaged
+    try:
         there = pq.read_schema(path).metadata or {}
-    return there.items() >= {key.encode(): value.encode() for key, value in facts.items()}.items()
+    except (OSError, pa.ArrowInvalid):  # not there, or damaged
+        return False
+    return all(there.get(key.encode()) == value.encode() for key, value in facts.items())
 
 
 def prepare_output(output: Output, facts: dict[str, str], world: World) -> bool:
@@ -733,9 +747,6 @@ def prepare_output(output: Output, facts: dict[str, str], world: World) -> bool:
 
 def write_master(path: Path, rows, encoders: Sequence[Encoder], facts: dict[str, str]) -> None:
     """Write rows of master.parquet, shard by shard: COLUMNS, then base and finetuned embedding and text embedding."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     kinds = (("base", encoders[0]), ("finetuned", encoders[1]))
     vectors = [(f"{kind}_{text}embedding", encoder.store, f"{of}_digest")
                for text, of in (("", "image"), ("text_", "text")) for kind, encoder in kinds]  # fmt: skip
@@ -789,22 +800,16 @@ def finish_output(output: Output, rows, encoders: Sequence[Encoder], facts: dict
 
 def answer_keys(items):
     """int64 [N, 2] of a DataFrame: numbers of prompt and duplicate group. Items that share one are right answers."""
-    import numpy as np
-    import pandas as pd
-
     return np.stack([pd.factorize(items[name])[0] for name in ("prompt", "group")], axis=1)
 
 
 def clusters_of(keys):
     """int64 [N]: items that share right answers, directly or through others, are one draw of the bootstrap."""
-    import numpy as np
-
     return components(np.tile(np.arange(len(keys)), 2), np.concatenate([keys[:, 0], len(keys) + keys[:, 1]]), len(keys))
 
 
 def components(queries, labels, count: int):
     """int64 [count]: one number for queries that share labels, directly or through others; queries[i] has labels[i]."""
-    import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -830,8 +835,6 @@ def judge(images, texts, items) -> dict[str, Any]:
 
 def agreement(nearest, items) -> dict[str, Any]:
     """{attribute, all: float64 [N]}: the share of nearest [N, k] (-1: no result) with the query's attribute, or NaN."""
-    import numpy as np
-
     found = nearest >= 0
     agreeing, judged, shares = found.copy(), np.zeros(len(nearest), bool), {}
     for name in ATTRIBUTES:
@@ -853,8 +856,6 @@ def agreement(nearest, items) -> dict[str, Any]:
 
 def mean(values) -> float | None:
     """Mean over the queries that could be judged."""
-    import numpy as np
-
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else None
 
@@ -865,8 +866,6 @@ def compare(base: dict, others: list[dict], clusters, names: Iterable[str] = MET
     The interval and p are those of a paired bootstrap over clusters; Holm's correction is over all models and metrics
     together. An agreement that can be judged on fewer than 20 queries has no p and counts in no correction.
     """
-    import numpy as np
-
     compared = []
     for scores in others:
         metrics: dict[str, dict] = {}
@@ -888,10 +887,14 @@ def compare(base: dict, others: list[dict], clusters, names: Iterable[str] = MET
     return compared
 
 
+def compare_one(before, after, clusters) -> dict[str, Any]:
+    """Mean of `after`, float64 [N], its difference to `before`, 95% interval and p."""
+    facts = compare({"only": before}, [{"only": after}], clusters, ["only"])[0]["only"]
+    return {key: facts[key] for key in ("value", "difference", "low", "high", "p")}
+
+
 def by_type(scores: dict[str, Any], types: Sequence[str]) -> dict[str, dict]:
     """{object type: {items, metric: mean}}, the most frequent type first."""
-    import numpy as np
-
     types = np.array([kind or "unknown" for kind in types], dtype=object)
     found = {}
     for kind, count in sorted(collections.Counter(types).items(), key=lambda pair: (-pair[1], pair[0])):
@@ -906,8 +909,6 @@ def compare_with_first(
 
     scores: {metric: float64 [N]} of each, for the metrics of labels.
     """
-    import numpy as np
-
     measure, runs = labels[headline].split("  ")[-1], []
     for name, found in zip(names[1:], compare(scores[0], scores[1:], clusters, labels), strict=True):
         runs.append({"name": name, "metrics": found, "verdict": verdict(name, found[headline], measure, names[0])})
@@ -983,8 +984,6 @@ class Asked:
 
 def read_asked(path: str, items) -> tuple[Asked, dict[str, Any]]:
     """The queries of a file whose products are among the items, and what report.json says of the file."""
-    import pandas as pd
-
     rows, left_out = common.read_queries(path, items["image_id"])
     codes, _ = pd.factorize(rows["query"].str.lower())
     rows = rows.assign(code=codes).sort_values(["code", "gain"], ascending=[True, False], ignore_index=True)
@@ -1002,7 +1001,6 @@ def measure(asked: Asked, right, blocks: Iterable[tuple[int, int, Any]]) -> dict
     right: float32 [P], the score of each right answer. blocks: (first query, first item, scores float32 [q, n]), which
     cover all Q x N scores once, one block in memory at a time; they are overwritten.
     """
-    import numpy as np
 
     def in_order(*keys):  # right answers by query and then by keys, at most ten a query, and their places from 0
         order = np.lexsort((*keys[::-1], asked.query))
@@ -1035,7 +1033,6 @@ def judge_vectors(asked: Asked, queries, vectors: Callable, count: int) -> dict[
 
     Scores are added up in float64 and rounded to float32, so that equal vectors tie.
     """
-    import numpy as np
 
     def blocks() -> Iterator[tuple[int, int, Any]]:
         for start in range(0, count, GALLERY):
@@ -1054,7 +1051,6 @@ def judge_words(asked: Asked, titles: list[str]) -> dict[str, Any]:
     import logging
 
     import bm25s
-    import numpy as np
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     index, tokens, words = bm25s.BM25(), bm25s.tokenize(titles, show_progress=False), [[]] * len(asked.texts)
@@ -1078,8 +1074,6 @@ def judge_words(asked: Asked, titles: list[str]) -> dict[str, Any]:
 
 def mixed(pictures, titles, weight: float):
     """float32 [n, D], L2-normalised, between items' pictures and titles; weight 1 is the picture alone."""
-    import numpy as np
-
     total = np.float32(weight) * pictures + np.float32(1 - weight) * titles
     return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), np.float32(1e-12))
 
@@ -1116,9 +1110,6 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
 
     items: a DataFrame of the whole catalogue. A model's vectors are read in blocks.
     """
-    import numpy as np
-    import pandas as pd
-
     asked, facts = read_asked(path, items)
     splits, total = items["split"].to_numpy()[asked.item], np.bincount(asked.query)
     trained, validation = (np.bincount(asked.query, splits == name) for name in ("train", "validation"))
@@ -1166,9 +1157,6 @@ def judge_photos(items, names: Sequence[str], encoders: Sequence[Encoder]) -> di
     answer is a product of the photo's duplicate group. items: a DataFrame of the whole catalogue with split, group and
     views, each product's photos in order. A product with fewer than three is searched like the others, but is no query.
     """
-    import numpy as np
-    import pandas as pd
-
     views, groups = items["views"].tolist(), pd.factorize(items["group"])[0]
     several = [some[:-1] if len(some) > 2 else some for some in views]
     searched = set(itertools.chain.from_iterable(several))
@@ -1181,10 +1169,8 @@ def judge_photos(items, names: Sequence[str], encoders: Sequence[Encoder]) -> di
             blocks = (mean_vectors(encoder, some) for some in common.batches(photos, GALLERY))
             found = common.top_k(queries, blocks, 10)[1]  # (Q, 10)
             right = (found >= 0) & (groups[found] == groups[asked, None])
-            scores.append({"recall@10": right.any(axis=1).astype(float)})
-        facts = compare(scores[0], scores[1:], groups[asked], ["recall@10"])[0]["recall@10"]
-        facts = {key: facts[key] for key in ("value", "difference", "low", "high", "p")}
-        models.append({"name": name, "one_photo": mean(scores[0]["recall@10"])} | facts)
+            scores.append(right.any(axis=1).astype(float))
+        models.append({"name": name, "one_photo": mean(scores[0])} | compare_one(*scores, groups[asked]))
     facts = {"queries": len(asked), "products": len(views), "most": max(map(len, several)), "models": models}
     return facts if models else {}
 
@@ -1240,7 +1226,7 @@ def make_report(
 
 
 def centre_crop(pixels):
-    """uint8 [3, S, S]: about what a centre crop shows of the photo in a letterboxed picture; None for a square photo.
+    """uint8 [3, S, S]: about what a centre crop shows of the photo in a letterboxed picture; itself if it is square.
 
     A letterbox is white on two sides; what is white on all four is a product on white.
     """
@@ -1251,11 +1237,11 @@ def centre_crop(pixels):
     above, beside = (int(min(line.cumprod(0).sum(), line.flip(0).cumprod(0).sum())) for line in lines)
     frame = max(above, beside)
     if not side / 32 < frame < side / 2 - 4:
-        return None
+        return pixels
     inside = slice(frame, side - frame)
     ends = (pixels if above > beside else pixels.transpose(1, 2))[:, inside][:, :, [0, -1]]  # (3, s, 2) of the photo
     if ends.float().mean(dim=(0, 1)).max() > 245:
-        return None
+        return pixels
     crop = pixels[None, :, inside, inside]
     return torch.nn.functional.interpolate(crop, (side, side), mode="bicubic", antialias=True)[0]
 
@@ -1264,7 +1250,7 @@ def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
     """The base's MRR with centre crops of the photos, its difference to letterboxed ones, interval and p; or {}.
 
     Both models see letterboxed pictures, but a base is mostly trained on centre crops: what it loses by the white frame
-    and training gives back is no knowledge of the catalogue. The vectors are kept; a square photo's is its own.
+    and training gives back is no knowledge of the catalogue.
     """
     import torch
 
@@ -1273,25 +1259,17 @@ def judge_centre_crop(shards: Shards, rows, base: Encoder) -> dict[str, Any]:
         return {}
     framed, texts = vectors_of(base, tested)
     names = [common.digest(["centre crop", digest]) for digest in tested["image_digest"]]
-    lacking = [base.store.claim(name) for name in names]
-
-    pictures = pictures_of(shards, tested[lacking])
-    crops = ((i, centre_crop(common.decode_jpeg(jpg, base.clip.size))) for i, jpg in pictures)
-    for some in common.batches(crops, base.batch_size):
-        square, oblong = ([(i, crop) for i, crop in some if (crop is None) == kind] for kind in (True, False))
-        for part in filter(None, (square, oblong)):
-            own = torch.from_numpy(framed[[i for i, _ in part]])
-            vectors = own if part is square else base.images(torch.stack([crop for _, crop in part]))
-            base.store.add([Job(names[i], tested.at[i, "image_id"], b"", [base]) for i, _ in part], vectors)
+    pictures = pictures_of(shards, tested[[base.store.claim(name) for name in names]])
+    for some in common.batches(pictures, base.batch_size):
+        crops = torch.stack([centre_crop(common.decode_jpeg(jpg, base.clip.size)) for _, jpg in some])
+        base.store.add([Job(names[i], tested.at[i, "image_id"], b"", [base]) for i, _ in some], base.images(crops))
     base.store.flush()
     cropped = base.store.get(names)
-    count = int((cropped != framed).any(axis=1).sum())
+    count = int((abs(cropped - framed).max(axis=1) > 1e-3).sum())
     if not count:
         return {}
     before, after = (judge(vectors, texts, tested)["mrr"] for vectors in (framed, cropped))
-    found = common.bootstrap_mean(after - before, clusters_of(answer_keys(tested)), limit=1)
-    facts = dict(zip(("difference", "low", "high", "p"), found, strict=True))
-    return {"photos": count, "value": mean(after)} | facts
+    return {"photos": count} | compare_one(before, after, clusters_of(answer_keys(tested)))
 
 
 def centre_crop_note(facts: dict[str, Any]) -> str:
@@ -1314,10 +1292,7 @@ def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -
     headlines = [run["metrics"]["mrr"] for run in facts["runs"]]
     widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
     unsure = suggest_proof and not any(one.get("p_holm", 1) <= ALPHA for one in headlines)
-    text = render(
-        "report.txt", facts=facts, labels=METRICS, query_labels=QUERY_METRICS, interval=shown_interval,
-        page=folder / "report.html", smallest=unsure and widest / 2, note=centre_crop_note(facts),
-    )  # fmt: skip
+    text = render("report.txt", facts, page=folder / "report.html", smallest=unsure and widest / 2)
     print(text, end="", flush=True)
 
 
@@ -1373,14 +1348,15 @@ def thumbnails(shards: Shards, items, wanted: set[int]) -> dict[int, str]:
     return found
 
 
-def render(template: str, **values: Any) -> str:
-    """A page or a text by one of templates/."""
+def render(template: str, facts: dict[str, Any], **values: Any) -> str:
+    """A page or a text by one of templates/, of what report.json says."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     pages = Environment(loader=templates, autoescape=template.endswith(".html"), **options)
-    return pages.get_template(template).render(**values)
+    values |= {"labels": METRICS, "query_labels": QUERY_METRICS, "interval": shown_interval}
+    return pages.get_template(template).render(facts=facts, note=centre_crop_note(facts), **values)
 
 
 def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], moved: dict, typed: dict) -> None:
@@ -1395,11 +1371,9 @@ def write_report(folder: Path, facts: dict[str, Any], curves: dict[str, Path], m
     ends = [fact.get(name) or 0.0 for _, some in chart for fact in some for name in ("difference", "low", "high")]
     ticks = [round(tick, 10) + 0.0 for tick in MaxNLocator(5).tick_values(min([0.0, *ends]), max([0.01, *ends]))]
     images = {name: base64.b64encode(png.read_bytes()).decode() for name, png in curves.items() if png.is_file()}
-    agreements = [name for name in measured if name.startswith("agreement")]
     page = render(
-        "report.html", facts=facts, labels=METRICS, query_labels=QUERY_METRICS, shown=measured, agreements=agreements,
-        chart=chart, ticks=ticks, curves=images, moved=moved, typed=typed, headline="mrr", interval=shown_interval,
-        note=centre_crop_note(facts),
+        "report.html", facts, shown=measured, agreements=[name for name in measured if name.startswith("agreement")],
+        chart=chart, ticks=ticks, curves=images, moved=moved, typed=typed,
     )  # fmt: skip
     common.atomic_write(folder / "report.html", page)
     common.write_json(folder / "report.json", facts)
@@ -1415,7 +1389,13 @@ def working_alone(place: str, world: World) -> Iterator[None]:
     with common.exclusive(local_copy(place) / ".lock") if world.main else contextlib.nullcontext(True) as free:
         if not free:
             raise Fail(f"{place}: another 4_embed.py is working there; wait until it has ended")
-        yield
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # a full disk and the like: common names these
+                raise
+            problem = f"kept vectors are damaged ({error}); remove its *.sqlite and run again: they are made again"
+            raise Fail(f"{local_copy(place)}: {problem}") from None
 
 
 def fill_card(run: Run, report: dict[str, Any]) -> None:
@@ -1424,7 +1404,7 @@ def fill_card(run: Run, report: dict[str, Any]) -> None:
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     if begin not in card or end not in card:
         return
-    numbers = render("card.md", report=report, labels=METRICS, interval=shown_interval)
+    numbers = render("card.md", report)
     with contextlib.suppress(OSError):  # a model that may only be read goes without
         common.atomic_write(path, f"{card.partition(begin)[0]}{begin}\n{numbers}{end}{card.partition(end)[2]}")
 
@@ -1437,11 +1417,11 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         raise Fail(f"{args.finetuned}: that run is the base model itself; choose a --finetuned that was trained")
     world, place = World(config.device), args.vectors or common.join(output.place, "vectors")
     with working_alone(place, world):
-        clips = [load_run(base, world)]
-        clips.append(load_run(run, world, clips[0]))
-        ours, theirs = (clip.config["embed_dim"] for clip in clips)
+        clips = [common.load_clip(one.model, one.pretrained, world.device) for one in (base, run)]
+        check_base(run, clips[0], world)
+        ours, theirs = (f"width {clip.config['embed_dim']} from pictures of {clip.size}" for clip in clips)
         if ours != theirs:
-            problem = f"makes vectors of width {theirs}, the base {clips[0].name} of {ours}"
+            problem = f"makes vectors of {theirs} pixels, the base {clips[0].name} of {ours}"
             raise Fail(f"{clips[1].name}: {problem}; give the --model that it was fine-tuned from")
         shards = open_shards(args.shards, SPLITS, local_copy(place), config)
         encoders = [open_encoder(clip, shards, place, config, world) for clip in clips]
@@ -1471,8 +1451,7 @@ def embed(args: argparse.Namespace, config: EmbeddingConfig) -> int:
             print(f"{args.output}: input {photos} = written {photos - bad}{products} + rejected {bad}", flush=True)
             print("computed: {image} pictures, {text} texts; the rest was there".format(**computed), flush=True)
         world.share(None)  # the report reads pictures, too, perhaps by the same copies
-        if world.local_rank == 0:
-            shutil.rmtree(shards.cache, ignore_errors=True)  # copies of what lies on S3
+        shutil.rmtree(shards.cache, ignore_errors=True)  # copies of what lies on S3
     return DONE
 
 
@@ -1489,7 +1468,8 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
         models: list[tuple[Run, Encoder]] = []
         base = Run("zero_shot", args.model, args.pretrained)
         for run in (base, *(run for run in runs if run.model != args.model)):
-            clip = load_run(run, world, models[0][1].clip if models else None)
+            clip = common.load_clip(run.model, run.pretrained, world.device)
+            check_base(run, models[0][1].clip if models else clip, world)
             encoder = open_encoder(clip, shards, place, config, world)
             rows, _ = make_vectors(shards, [encoder], config, world, args.queries)
             if world.main and run is base:
@@ -1500,33 +1480,22 @@ def report(args: argparse.Namespace, config: EmbeddingConfig) -> int:
             write_rejects(Output(args.output, "", True), "rejects.jsonl", rows, config.max_failed)
             make_report(shards, rows, models, output, crop, args.queries)
         world.share(None)
-        if world.local_rank == 0:
-            shutil.rmtree(shards.cache, ignore_errors=True)
+        shutil.rmtree(shards.cache, ignore_errors=True)
     return DONE
 
 
 def pool(args: argparse.Namespace) -> int:
     """One report of those of several folds: each product was asked for once, by models that never saw it."""
-    import pandas as pd
-
     reports = [common.read_json(Path(folder, "report.json"), "report") for folder in args.report]
-    names, queries, draws = None, [], 0
+    names, queries, draws = [run["name"] for run in reports[0]["runs"]], [], 0
     for folder, facts in zip(args.report, reports, strict=True):
-        try:
-            found, own = pd.read_parquet(Path(folder, "queries.parquet")), [run["name"] for run in facts["runs"]]
-            same = facts["base"]["fingerprint"] == reports[0]["base"]["fingerprint"]
-            needed = {f"{name}/{one}" for name in ("zero_shot", *own) for one in METRICS} | {
-                "id",
-                "object_type",
-                "draw",
-            }
-            if missing := needed - {*found}:
-                raise ValueError(f"no column {min(missing)}")
-        except (OSError, ValueError, TypeError, KeyError) as error:  # pyarrow's errors are ValueErrors
-            raise Fail(f"{folder}: not a readable report ({error!r}); make the report again") from None
-        names = own if names is None else names
-        if not same or own != names:
+        same = facts["base"]["fingerprint"] == reports[0]["base"]["fingerprint"]
+        if not same or [run["name"] for run in facts["runs"]] != names:
             raise Fail(f"{folder}: compares other runs or another base than {args.report[0]}; pool folds of one report")
+        try:
+            found = pd.read_parquet(Path(folder, "queries.parquet"))
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            raise Fail(f"{folder}: not a readable report ({error}); make the report again") from None
         queries.append(found.assign(draw=found["draw"] + draws, folder=folder))
         draws += found["draw"].max() + 1
     whole = pd.concat(queries, ignore_index=True)
@@ -1557,45 +1526,44 @@ def pool(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Id and fine-tuned vector of every item: of its picture, or of picture and title mixed."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     weight = args.mixture
     if weight is not None and not 0 <= weight <= 1:
         raise Fail(f"--mixture {weight:g}: must be from 0 to 1, the share of the picture", USAGE)
     master = common.Master(args.embeddings, "image_id", "title", "finetuned_embedding")
     items, start = master.text("image_id", "title"), 0
-    with contextlib.ExitStack() as open_files:
-        titles = title_vectors(args, master, items["title"], open_files) if weight is not None else None
-        holds = "picture" if weight is None else f"{weight:g} picture + {1 - weight:g} title"
-        about = dict(zip(("model", "fingerprint"), master.model("finetuned"), strict=True)) | {"vector": holds}
-        width = master.width("finetuned_embedding")
-        kind = pa.list_(pa.float16() if args.dtype == "float16" else pa.float32(), width)
-        schema = pa.schema([("id", pa.string()), ("vector", kind)], metadata=about)
-        temporary = open_files.enter_context(common.atomic_file(args.output))
-        writer = open_files.enter_context(pq.ParquetWriter(temporary, schema, compression="zstd"))
+    titles = [title_text(title or "") for title in items["title"].to_pylist()]
+    store = title_vectors(args, master, titles) if weight is not None else None
+    holds = "picture" if weight is None else f"{weight:g} picture + {1 - weight:g} title"
+    about = dict(zip(("model", "fingerprint"), master.model("finetuned"), strict=True)) | {"vector": holds}
+    width = master.width("finetuned_embedding")
+    kind = pa.list_(pa.float16() if args.dtype == "float16" else pa.float32(), width)
+    schema = pa.schema([("id", pa.string()), ("vector", kind)], metadata=about)
+    with (
+        common.atomic_file(args.output) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
         for matrix in master.vectors("finetuned_embedding"):
-            some, start = items.slice(start, len(matrix)), start + len(matrix)
-            if titles:
-                texts = [text_digest(title_text(name or "")) for name in some["title"].to_pylist()]
-                matrix = mixed(matrix, titles.store.get(texts), weight)
+            end = start + len(matrix)
+            if store:
+                matrix = mixed(matrix, store.get(list(map(text_digest, titles[start:end]))), weight)
             vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.astype(args.dtype).ravel()), width)
-            writer.write_table(pa.table([some["image_id"], vectors], schema=schema))
+            writer.write_table(pa.table([items["image_id"][start:end], vectors], schema=schema))
+            start = end
     print(f"{args.output}: {master.rows} items, {args.dtype} [{width}] of {holds}")
     return DONE
 
 
-def title_vectors(args: argparse.Namespace, master: common.Master, titles, open_files: contextlib.ExitStack) -> Encoder:
-    """The encoder that made the fine-tuned vectors, with those of all titles in its store."""
+def title_vectors(args: argparse.Namespace, master: common.Master, titles: list[str]) -> VectorStore:
+    """The vectors of titles, by the model that made the fine-tuned ones."""
     world = World(args.device)
     place = args.vectors or str(master.path.parent / "vectors")
-    open_files.enter_context(working_alone(place, world))
-    clip = master.load_model("finetuned", model_flags(args), world.device)
-    encoder = Encoder(clip, master.facts.get("precision", "fp32").split("/")[-1], place, EmbeddingConfig.batch_size)
-    exchange([encoder], world)
-    titles = map(title_text, titles.fill_null("").to_pylist())
-    embed_texts({text_digest(title): title for title in titles}, [encoder], world)
-    return encoder
+    with working_alone(place, world):
+        clip = master.load_model("finetuned", model_flags(args), world.device)
+        precision = master.facts.get("precision", "fp32").split("/")[-1]
+        encoder = Encoder(clip, precision, place, EmbeddingConfig.batch_size)
+        exchange([encoder], world)
+        embed_texts({text_digest(title): title for title in titles}, [encoder], world)
+    return encoder.store
 
 
 def model_flags(args: argparse.Namespace) -> tuple[str, str | None] | None:
@@ -1660,32 +1628,23 @@ def invent_queries(items, count: int, seed: int) -> Iterator[tuple[str, list[int
 
 
 def search(args: argparse.Namespace) -> int:
-    """Print the items nearest to words, to a picture, or to both together."""
+    """Print place, score, id, title and path of the items nearest to words, to a picture, or to both together."""
     if args.top_k < 1 or not (args.words or args.image):
         raise Fail("search for what? give words, or --image FILE, and a --top-k of at least 1", USAGE)
-    lines = nearest_items(args)
+    column = f"{args.using}_embedding"
+    master = common.Master(args.embeddings, "image_id", "title", "image_path", column)
+    scores, rows = common.top_k(query_vector(args, master), master.vectors(column), args.top_k)
+    items = master.text("image_id", "title", "image_path").take(rows[0][rows[0] >= 0]).to_pandas().fillna("")
+    lines = [(str(place), f"{score:.3f}", *item)
+             for place, score, item in zip(itertools.count(1), scores[0], items.to_numpy())]  # fmt: skip
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return DONE
 
 
-def nearest_items(args: argparse.Namespace) -> list[tuple[str, ...]]:
-    """(place, score, id, title, path) of each item that is found, best first."""
-    column = f"{args.using}_embedding"
-    master = common.Master(args.embeddings, "image_id", "title", "image_path", column)
-    query = query_vector(args, master)
-    if query.shape[1] != master.width(column):
-        raise Fail(f"{args.embeddings}: vectors of width {master.width(column)}, the query's has {query.shape[1]}")
-    scores, rows = common.top_k(query, master.vectors(column), args.top_k)
-    items = master.text("image_id", "title", "image_path").take(rows[0][rows[0] >= 0])
-    cells = zip(*(items[name].to_pylist() for name in ("image_id", "title", "image_path")), strict=True)
-    return [(str(i + 1), f"{scores[0, i]:.3f}", *(str(text or "") for text in row)) for i, row in enumerate(cells)]
-
-
 def query_vector(args: argparse.Namespace, master: common.Master):
     """float32 [1, D] of words, of a picture, or of both: the middle between the two."""
-    import numpy as np
     import torch
 
     try:
@@ -1701,67 +1660,14 @@ def query_vector(args: argparse.Namespace, master: common.Master):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; `embed` is meant where no command is named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{embed,report,pool,search,export,queries}")
-    shards = argparse.ArgumentParser(add_help=False)
-    shards.add_argument("--shards", required=True, help="folder or s3://bucket/prefix made by 2_prepare.py")
-    shards.add_argument("--model", required=True, help="base: open_clip name, hf-hub:USER/NAME, or local-dir:FOLDER")
-    shards.add_argument("--pretrained", help="open_clip tag or weights file (unset: the usual weights of --model)")
-    shards.add_argument("--queries", help="CSV of what people type: columns query, id, and grade or weight, if any")
-    shards.add_argument("--vectors", help="folder or s3://bucket/prefix of kept vectors (default: beside the output)")
-    common.add_flags(shards, EmbeddingConfig)
-
-    one = commands.add_parser("embed", parents=[shards], help="vectors of all items under two models, and the report")
-    one.add_argument("--finetuned", required=True, help="run of 3_train.py, or the model folder in it")
-    file = (
-        "data/embeddings/master.parquet; or a folder of parts, one a process: data/embeddings/master/ or s3://…/master/"
-    )
-    one.add_argument("--output", required=True, help=file)
-    many = commands.add_parser("report", parents=[shards], help="compare any number of runs on the test split")
-    many.add_argument("--run", action="append", required=True, help="folder of a run; may be given several times")
-    several = commands.add_parser("pool", help="one report of several, whose test splits are folds of one catalogue")
-    several.add_argument("--report", action="append", required=True, help="folder of a report; give each fold's")
-    for command in (many, several):
-        command.add_argument("--output", required=True, help="folder of report.json and report.html")
-    find = commands.add_parser("search", help="the items nearest to words or to a picture")
-    find.add_argument("words", nargs="?", help='such as "grey fabric sofa"')
-    find.add_argument("--image", help="a picture to search with; with words: for what lies between the two")
-    find.add_argument("--using", choices=("finetuned", "base"), default="finetuned", help="which model searches")
-    find.add_argument("--top-k", type=int, default=10, help="results shown (default 10)")
-    slim = commands.add_parser("export", help="a file of ids and fine-tuned vectors alone, to serve from")
-    slim.add_argument("--output", required=True, help="such as data/vectors.parquet")
-    slim.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
-    slim.add_argument("--mixture", type=float, metavar="W", help="W of each vector is the picture, the rest its title")
-    slim.add_argument("--vectors", help="folder or s3://… of kept vectors (default: beside --embeddings)")
-    slim.add_argument("--device", default="auto", help="where titles are encoded (default auto)")
-    made = commands.add_parser("queries", help="a first file of queries, made up from attributes, for you to correct")
-    made.add_argument("--output", default="queries.csv", help="the CSV (default queries.csv)")
-    made.add_argument("--count", type=int, default=200, help="queries (default 200)")
-    made.add_argument("--seed", type=int, default=42, help="of the choice (default 42)")
-    for command in (find, slim, made):
-        command.add_argument("--embeddings", default="data/embeddings/master.parquet", help="made by 4_embed.py")
-    for command in (find, slim):
-        command.add_argument("--model", help="where that model is (default: where master.parquet says)")
-        command.add_argument("--pretrained", help="its tag or weights file")
-    parser.epilog = f"Without a command, embed is meant:\n\n{one.format_help()}"
-    return parser
+# Running it
 
 
 @common.entry_point
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    argv = sys.argv[1:] if argv is None else argv
+    args = read_flags(argv)
     alone = {"pool": pool, "search": search, "export": export, "queries": write_queries}
-    if argv and argv[0] not in ("embed", "report", *alone, "-h", "--help"):
-        argv = ["embed", *argv]
-    args = build_parser().parse_args(argv)
-    if args.command != "embed" and common.is_s3(getattr(args, "output", "")):
-        raise Fail(f"--output {args.output}: {args.command} writes to a local disk; give a local path", USAGE)
     if args.command in alone:
         return alone[args.command](args)
     config = common.from_flags(EmbeddingConfig, args)
