@@ -346,10 +346,9 @@ class Split:
         """Fail where more samples than --max-failed are unreadable."""
         total, lost = self.counts().values()
         if lost == total or lost > self.config.max_failed * total:
-            raise Fail(
-                f"{lost} of {total} {self.name} samples are unreadable; first: {next(iter(self.unreadable.values()), 'none left')}; "
-                "run 2_prepare.py --verify, make the shards again, or raise --max-failed"
-            )
+            first = next(iter(self.unreadable.values()), "none left")
+            hint = "run 2_prepare.py --verify, make the shards again, or raise --max-failed"
+            raise Fail(f"{lost} of {total} {self.name} samples are unreadable; first: {first}; {hint}")
 
     def place(self, i: int) -> str:
         """Shard and offset of a sample, for messages."""
