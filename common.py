@@ -37,18 +37,9 @@ from urllib.parse import unquote
 # Errors and exits
 
 DONE, FAILED, USAGE, UNFINISHED, INTERRUPTED = 0, 1, 2, 75, 130
-SYSTEM_ERRORS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the same command again; nothing is lost"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions or choose another place"),
-    errno.EFBIG: "raise the limit (ulimit -f) and run the same command again",
-    errno.EROFS: "the file system is read-only; choose another place",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
-    errno.EISDIR: "a folder stands where a file is needed; choose another place",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (ulimit -n) or lower --workers, and run again"),
-    errno.EIO: "check the disk and its cable or network, then run the same command again",
-    errno.ESTALE: "mount the network disk anew and run the same command again",
-}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+PLACE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+SYSTEM_ERRORS = FULL | PLACE_ERRORS | {errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
 
 
 class Fail(Exception):
@@ -101,7 +92,12 @@ def _system_error(error: Exception) -> str | None:
     elif number is None and re.search(r"disk is full|requested and \d+ written", text):  # SQLite, NumPy
         number = errno.ENOSPC
     if number in SYSTEM_ERRORS:
-        return f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number)}; {SYSTEM_ERRORS[number]}"
+        remedy = "check the disk and its limits (ulimit -a), then run the same command again"
+        if number in FULL:
+            remedy = "free some space and run the same command again; nothing is lost"
+        elif number in PLACE_ERRORS:
+            remedy = "check path and permissions, or choose another place"
+        return f"{getattr(error, 'filename', None) or 'writing'}: {os.strerror(number)}; {remedy}"
     known = re.search("readonly|unable to open|disk I/O|malformed|not a database|unsupported file", text)
     if known and type(error).__module__ == "sqlite3":
         return f"SQLite: {text}; check the disk, its permissions and free space, then run the same command again"
@@ -171,7 +167,7 @@ def from_flags(config: type, args: argparse.Namespace) -> Any:
 # Progress and memory
 
 
-def progress(items: Iterable, what: str, total: int | None = None, unit: str = "row", every: float = 15.0) -> Iterator:
+def progress(items: Iterable, what: str, total: int | None = None, unit: str = "row") -> Iterator:
     """Yield the items, showing a tqdm bar on a terminal, or a plain line every 15 s in a log; a rate at the end."""
     if sys.stderr and sys.stderr.isatty():
         from tqdm import tqdm
@@ -183,7 +179,7 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
     for item in items:
         yield item
         count += 1
-        if (now := time.monotonic()) - shown >= every:
+        if (now := time.monotonic()) - shown >= 15:
             shown = now
             print(f"{what}: {count}{of} {units}, {count / (now - start):.1f} a second", file=sys.stderr, flush=True)
     seconds = max(time.monotonic() - start, 1e-9)
@@ -317,14 +313,11 @@ def write_sidecar(path: str | Path, settings: Any, counts: dict, inputs: dict, s
 # S3: whole objects by boto3's transfer manager
 
 S3_ATTEMPTS = 16  # of one request, with growing, jittered pauses in between: half a minute
-S3_FIRST_ATTEMPTS = 4  # of reaching an endpoint that has not answered yet: it is likelier mistyped than down
 S3_BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be another one a moment later
 S3_HINTS = {
     403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
     404: "check bucket and key, or make it first",
-    412: "the object changed while it was being read; run again",
 }
-_s3_answered: set[int] = set()  # processes that an S3 endpoint has answered
 
 
 def is_s3(path: str | Path) -> bool:
@@ -339,11 +332,7 @@ def join(base: str | Path, *parts: str) -> str:
 
 def _s3_pause(attempts: int, response: tuple | None = None, **_) -> float | None:
     """The retry rule, as botocore asks for it: seconds to wait before the next attempt, or None for no more."""
-    if response is not None:
-        _s3_answered.add(os.getpid())
-        if response[0].status_code not in S3_BUSY:
-            return None
-    if attempts >= (S3_ATTEMPTS if os.getpid() in _s3_answered else S3_FIRST_ATTEMPTS):
+    if attempts >= S3_ATTEMPTS or (response is not None and response[0].status_code not in S3_BUSY):
         return None
     return min(5.0, 0.1 * 2 ** (attempts - 1)) * random.random()
 
@@ -367,44 +356,37 @@ def _s3_client(pid: int) -> Any:
     return client
 
 
-def s3_call(path: str, act: Callable[..., Any], transfer: bool = False) -> Any:
-    """act(client, bucket, key), with Config= for a transfer; again where an answer was cut.
-
-    A refusal becomes Fail with the URL and the cause.
-    """
+def s3_call(path: str, act: Callable[[Any, str, str], Any]) -> Any:
+    """act(client, bucket, key); again where an answer was cut. A refusal becomes Fail with the URL and the cause."""
     import boto3.exceptions as transfers
     import botocore.exceptions as failures
-    from boto3.s3.transfer import TransferConfig
     from botocore.parsers import ResponseParserError
 
-    part = 16 << 20
-    config = {"Config": TransferConfig(part, multipart_chunksize=part, num_download_attempts=S3_ATTEMPTS)}
     bucket, _, key = path.removeprefix("s3:").lstrip("/").partition("/")
     if not bucket:
         raise Fail(f"{path}: names no bucket; write s3://bucket/prefix", USAGE)
+    misused = (failures.NoCredentialsError, failures.PartialCredentialsError, failures.NoRegionError,
+               failures.ProfileNotFound, failures.ParamValidationError, ValueError)  # fmt: skip
     for attempt in range(1, S3_ATTEMPTS + 1):
         try:
-            return act(_s3_client(os.getpid()), bucket, key, **(config if transfer else {}))
+            return act(_s3_client(os.getpid()), bucket, key)
         except (failures.ClientError, transfers.S3UploadFailedError) as error:
             answer = getattr(error, "response", None) or getattr(error.__context__, "response", {})
             status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code")
             cause = f"S3 answers {status} {code}; {S3_HINTS.get(status, 'see the AWS_ variables and the bucket')}"
             if status and status not in S3_BUSY and code != "NoSuchUpload":  # that: completed, but its answer was lost
                 raise Fail(f"{path}: {cause}") from None
-        except (failures.NoCredentialsError, failures.PartialCredentialsError):
-            raise Fail(f"{path}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except (failures.ParamValidationError, failures.NoRegionError, failures.ProfileNotFound, ValueError) as error:
-            raise Fail(f"{path}: {' '.join(str(error).split())[:200]}; check the AWS_ variables") from None
+        except misused as error:
+            raise Fail(f"{path}: {str(error)[:200]}; check the AWS_ variables") from None
         except (failures.BotoCoreError, transfers.Boto3Error, ResponseParserError, OSError, KeyError) as error:
             if getattr(error, "errno", None) in SYSTEM_ERRORS:  # of this machine's disk
                 raise
             cause = f"{type(error).__name__}: {error}"  # KeyError: headers that were cut lack a field
-            if os.getpid() not in _s3_answered:
+            if isinstance(error, failures.ConnectionError):  # nobody answers, and boto has asked as often
                 break
         time.sleep(_s3_pause(attempt) or 0)
-    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    where, cause = (re.sub(r"//[^/@ ]*@", "//", text) for text in (where, " ".join(cause.split())))  # no password
-    raise Fail(f"{path}: {where} cannot be reached ({cause[:160]}); check AWS_ENDPOINT_URL and run again")
+    cause = re.sub(r"//[^/@ ]*@", "//", cause)  # without the endpoint's password
+    raise Fail(f"{path}: cannot be reached ({cause[:160]}); check AWS_ENDPOINT_URL and run again")
 
 
 def download(path: str, open_target: Callable[[], Any]) -> Any:
@@ -438,11 +420,14 @@ def upload_atomic(source: bytes | Path, path: str | Path) -> None:
     if not is_s3(path):
         return atomic_write(path, source if isinstance(source, bytes) else source.read_bytes())
 
-    def act(client, bucket: str, key: str, **config) -> None:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
-            client.upload_fileobj(stream, bucket, key, **config)
+    def act(client, bucket: str, key: str) -> None:
+        from boto3.s3.transfer import TransferConfig
 
-    s3_call(str(path), act, transfer=True)
+        parts = TransferConfig(16 << 20, multipart_chunksize=16 << 20)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            client.upload_fileobj(stream, bucket, key, Config=parts)
+
+    s3_call(str(path), act)
 
 
 def remove(path: str | Path) -> None:
@@ -486,9 +471,7 @@ def load_manifest(shards: str | Path) -> dict[str, Any]:
         manifest = json.loads(read_bytes(path))
         for split in [manifest["splits"]["train"], *manifest["splits"].values()]:
             for shard in split["shards"]:  # name and digest become paths
-                names = re.fullmatch(r"\w+/[\w-]+\.tar", shard["name"]), re.fullmatch("[0-9a-f]{64}", shard["sha256"])
-                sizes = (shard["samples"], shard["bytes"])
-                if not all(names) or not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
+                if not re.fullmatch(r"\w+/[\w-]+\.tar [0-9a-f]{64}", f"{shard['name']} {shard['sha256']}"):
                     raise ValueError(f"a shard is {str(shard)[:60]}")
     except FileNotFoundError:
         raise Fail(f"{path}: no such manifest; run 2_prepare.py first, or check --shards") from None
@@ -540,9 +523,7 @@ def read_table(path: str | Path, required: tuple[str, ...], optional: tuple[str,
         with open(path, encoding="utf-8-sig", newline="") as handle:
             first = handle.readline()
             handle.seek(0)
-            headers = {d: next(csv.reader([first], delimiter=d), []) for d in ",;\t|"}
-            fits = (d for d, names in headers.items() if {*required} <= {name.strip().lower() for name in names})
-            delimiter = next(fits, ",")
+            delimiter = max(",;\t|", key=first.count)
             header, *records = [*csv.reader(handle, delimiter=delimiter, strict=True)] or [[]]
     except (FileNotFoundError, IsADirectoryError):
         raise Fail(f"{path}: no such CSV; check the path", USAGE) from None
@@ -627,10 +608,7 @@ def images_folder(images: str | None, inputs: list[str]) -> Path:
     folder = Path(images) if images else Path(inputs[0]).parent
     if not folder.is_dir():
         raise Fail(f"{folder}: no such images folder; set --images to the folder that image_path is relative to", USAGE)
-    folder = folder.resolve()
-    if re.search("[\ud800-\udfff]", str(folder)):  # as Python reads what is not UTF-8
-        raise Fail(f"{str(folder)!a}: this images folder's name is not UTF-8; rename the folder", USAGE)
-    return folder
+    return folder.resolve()
 
 
 MADE_UP = "made up"  # in the column source: nobody typed it
@@ -897,7 +875,11 @@ def load_image(source: Path | bytes, side: int | None = None):
     except (BadImage, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        if _read_heic():  # loaded for the first file that may be one: most catalogues have none
+        if "HEIF" not in FORMATS:  # taught to Pillow by the first file that may be one: most catalogues have none
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+            FORMATS.append("HEIF")
             return load_image(source, side)
         empty = len(source) == 0 if isinstance(source, bytes) else Path(source).stat().st_size == 0
         raise BadImage("empty file" if empty else "not an image") from None
@@ -910,17 +892,6 @@ def load_image(source: Path | bytes, side: int | None = None):
             raise
         reason = "truncated image" if "truncated" in str(error).lower() else "broken image"
         raise BadImage(reason, str(error)[:200]) from None
-
-
-def _read_heic() -> bool:
-    """Teach Pillow to read HEIC, which it cannot by itself; False where it has been taught already."""
-    if "HEIF" in FORMATS:
-        return False
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-    FORMATS.append("HEIF")
-    return True
 
 
 def fit(image, side: int):
@@ -1125,13 +1096,7 @@ def load_clip(model: str, pretrained: str | None = None, device: Any = "cpu") ->
         raise Fail(f"{name}: a CoCa, which writes captions too, is not supported; take a plain CLIP such as ViT-B-32")
     loaded = loaded.float().to(device).eval()  # stored half precision would make training and fingerprints drift
     shown = dict(open_clip.get_model_preprocess_cfg(loaded))
-    try:
-        mean, std = (tuple(shown[colors][i] for i in range(3)) for colors in ("mean", "std"))
-        if not all(map(math.isfinite, mean)) or not all(0 < value < math.inf for value in std):
-            raise ValueError
-    except (ValueError, TypeError, LookupError):
-        problem = f"mean {shown.get('mean')} and std {shown.get('std')} are not three numbers each"
-        raise Fail(f"{name}: {problem}; correct preprocess_cfg in its open_clip_config.json") from None
+    mean, std = tuple(shown["mean"]), tuple(shown["std"])
     return Clip(loaded, tokenizer, size, mean, std, int(loaded.context_length),
                 fingerprint(loaded, config | flags), name, config | flags, shown, folder)  # fmt: skip
 
@@ -1539,8 +1504,6 @@ def holm(p: Iterable[float]) -> list[float]:
     import numpy as np
 
     values = np.asarray(p, dtype=float)
-    if values.size and not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"p-values must lie in [0, 1], got {list(p)}")
     order = np.argsort(values, kind="stable")
     adjusted = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
     return np.minimum(adjusted, 1.0)[np.argsort(order)].tolist()
