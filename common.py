@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -247,8 +248,6 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; on a clean exit it takes the place of `path`."""
-    import shutil
-
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -578,8 +577,7 @@ def products(rows, reasons) -> Iterator[tuple[str, list[tuple[int, str, list[str
     """(id, the rows that may stand for it: number, name, photos). The first whose photo is usable counts."""
 
     def read(some) -> Iterator[tuple[str, tuple]]:
-        further = some[FURTHER] if FURTHER in some else itertools.repeat("")
-        columns = (some.index, *(some[name] for name in REQUIRED_COLUMNS), further)
+        columns = (some.index, *(some[name] for name in REQUIRED_COLUMNS), some.get(FURTHER, itertools.repeat("")))
         for number, id, name, photo, more in zip(*columns, strict=False):
             try:
                 others = json.loads(more) if more.strip() else []
@@ -756,32 +754,26 @@ def resolve_image(folder: Path, image_path: str) -> Path:
     try:
         return _file_below(folder, written)
     except BadImage as error:
-        first = error
-    if "\0" in written or len(written) > 4096:
-        raise first
+        reason = error.reason
     forms = dict.fromkeys((written, written.lstrip("/")))
     forms |= {re.split("[?#]", one)[0]: None for one in forms}
     forms |= {unquote(one): None for one in forms}
-    found = {path: None for one in filter(None, forms) for path in _alike(folder, one)}
+    found = {path for one in filter(None, forms) for path in _alike(folder, one)}
     if len(found) == 1:
-        with contextlib.suppress(BadImage):
-            return _file_below(folder, next(iter(found)))
-    tried = f"; tried too: {', '.join(list(forms)[1:])}" if len(forms) > 1 else ""
-    if found:
-        tried = f"; {len(found)} files differ in case or accents only"
-    raise BadImage(first.reason, f"{image_path}{tried}")
+        return _file_below(folder, found.pop())
+    several = f"; {len(found)} files differ in case or accents only" if found else ""
+    raise BadImage(reason, f"{image_path}{several}")
 
 
 def _file_below(folder: Path, written: str) -> Path:
     """The file of this very name below the folder, links followed. Raises BadImage."""
     try:
         path = os.path.realpath(os.path.join(folder, written))
-        there = os.path.isfile(path)
     except (ValueError, OSError) as error:  # NUL in the name, too long
         raise BadImage("missing file", str(error)) from None
     if not path.startswith(os.path.join(folder, "")):
         raise BadImage("outside the images folder", written)
-    if not there:
+    if not os.path.isfile(path):
         raise BadImage("missing file", written)
     return Path(path)
 
@@ -792,22 +784,20 @@ def _same_letters(name: str) -> str:
 
 @functools.lru_cache(64)
 def _listing(folder: str) -> dict[str, list[str]]:
-    """The names in a folder by their letters."""
-    names: dict[str, list[str]] = {}
+    """The paths in a folder by the letters of their names."""
+    paths: dict[str, list[str]] = {}
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(folder)):
-            names.setdefault(_same_letters(name), []).append(name)
-    return names
+            paths.setdefault(_same_letters(name), []).append(os.path.join(folder, name))
+    return paths
 
 
 def _alike(folder: Path, written: str) -> list[str]:
-    """Paths below the folder whose parts have the letters of `written`."""
+    """Paths of files below the folder whose parts have the letters of `written`."""
     found = [str(folder)] if not written.startswith("/") and ".." not in written.split("/") else []
     for part in filter(None, written.split("/")):
-        exact = [os.path.join(above, part) for above in found]
-        there = [path for path in exact if len(os.fsencode(part)) < 256 and os.path.exists(path)]
-        letters = _same_letters(part)
-        found = there or [os.path.join(above, name) for above in found for name in _listing(above).get(letters, ())]
+        exact = [path for above in found if os.path.exists(path := os.path.join(above, part))]
+        found = exact or [path for above in found for path in _listing(above).get(_same_letters(part), ())]
     return [path for path in found if os.path.isfile(path)]
 
 
@@ -1135,19 +1125,16 @@ def model_config(source: str) -> dict[str, Any]:
             raise Fail(f"--model {source}: neither a folder nor an open_clip model; nearest: {', '.join(near)}{hub}")
         return read_json(known[source])
     config = read_json(path, "open_clip model configuration")
-    config = config.get("model_cfg") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or any(
-        not isinstance(config.get(f"{x}_cfg", {}), dict) for x in ("vision", "text")
-    ):
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise Fail(f"{path}: no model_cfg in it; this is not an open_clip model")
-    return config
+    return config["model_cfg"]
 
 
 def image_side(name: str, config: dict[str, Any]) -> int:
     """Pixels a side that a model takes, by its model_cfg. Fail for one that takes rectangles."""
     size = config.get("vision_cfg", {}).get("image_size", 224)
-    sides = size if isinstance(size, list) and size else [size]
-    if any(side != sides[0] or not isinstance(side, int) for side in sides):
+    sides = size if isinstance(size, list) else [size]
+    if len(set(sides)) > 1:
         raise Fail(f"{name}: takes pictures of {' x '.join(map(str, sides))} px; only square ones are supported")
     return sides[0]
 

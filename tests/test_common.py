@@ -318,7 +318,7 @@ def test_paths_are_found_as_feeds_write_them(tmp_path):
         assert common.resolve_image(folder, written) == folder / found
     with pytest.raises(common.BadImage, match=r"missing file .*2 files differ in case or accents only"):
         common.resolve_image(folder, "Img.jpg")
-    with pytest.raises(common.BadImage, match=r"/gone.jpg\?w=1; tried too: gone.jpg\?w=1, /gone.jpg, gone.jpg"):
+    with pytest.raises(common.BadImage, match=r"/gone.jpg\?w=1"):
         common.resolve_image(folder, "/gone.jpg?w=1")
     (tmp_path / "secret.jpg").write_bytes(b"x")
     for written in ("/%2e%2e/secret.jpg", "..%2Fsecret.jpg", "/../secret.jpg"):

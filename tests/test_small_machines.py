@@ -283,7 +283,9 @@ def test_a_file_that_may_not_grow_is_one_line_and_loses_nothing(shop, whole, ser
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == common.FAILED
     line = one_line(capsys)
-    assert "File too large; check the disk and its limits" in line or "No space left" in line or "SQLite: disk I/O" in line, line
+    assert (
+        "File too large; check the disk and its limits" in line or "No space left" in line or "SQLite: disk I/O" in line
+    ), line
     assert call(command) == common.DONE
     assert final(data, range(stage, stage + 1)) == expected
 
