@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -171,7 +172,7 @@ def from_flags(config: type, args: argparse.Namespace) -> Any:
 # Progress and memory
 
 
-def progress(items: Iterable, what: str, total: int | None = None, unit: str = "row", every: float = 15.0) -> Iterator:
+def progress(items: Iterable, what: str, total: int | None = None, unit: str = "row") -> Iterator:
     """Yield the items, showing a tqdm bar on a terminal, or a plain line every 15 s in a log; a rate at the end."""
     if sys.stderr and sys.stderr.isatty():
         from tqdm import tqdm
@@ -183,7 +184,7 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
     for item in items:
         yield item
         count += 1
-        if (now := time.monotonic()) - shown >= every:
+        if (now := time.monotonic()) - shown >= 15:
             shown = now
             print(f"{what}: {count}{of} {units}, {count / (now - start):.1f} a second", file=sys.stderr, flush=True)
     seconds = max(time.monotonic() - start, 1e-9)
@@ -251,8 +252,6 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; on a clean exit it takes the place of `path`."""
-    import shutil
-
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -322,7 +321,6 @@ S3_BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that may be anothe
 S3_HINTS = {
     403: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
     404: "check bucket and key, or make it first",
-    412: "the object changed while it was being read; run again",
 }
 _s3_answered: set[int] = set()  # processes that an S3 endpoint has answered
 
@@ -367,34 +365,29 @@ def _s3_client(pid: int) -> Any:
     return client
 
 
-def s3_call(path: str, act: Callable[..., Any], transfer: bool = False) -> Any:
-    """act(client, bucket, key), with Config= for a transfer; again where an answer was cut.
-
-    A refusal becomes Fail with the URL and the cause.
-    """
+def s3_call(path: str, act: Callable[[Any, str, str], Any]) -> Any:
+    """act(client, bucket, key); again where an answer was cut. A refusal becomes Fail with the URL and the cause."""
     import boto3.exceptions as transfers
     import botocore.exceptions as failures
-    from boto3.s3.transfer import TransferConfig
     from botocore.parsers import ResponseParserError
 
-    part = 16 << 20
-    config = {"Config": TransferConfig(part, multipart_chunksize=part, num_download_attempts=S3_ATTEMPTS)}
     bucket, _, key = path.removeprefix("s3:").lstrip("/").partition("/")
     if not bucket:
         raise Fail(f"{path}: names no bucket; write s3://bucket/prefix", USAGE)
+    misused = (failures.NoCredentialsError, failures.PartialCredentialsError, failures.NoRegionError,
+               failures.ProfileNotFound, failures.ParamValidationError, ValueError)  # fmt: skip
     for attempt in range(1, S3_ATTEMPTS + 1):
         try:
-            return act(_s3_client(os.getpid()), bucket, key, **(config if transfer else {}))
+            return act(_s3_client(os.getpid()), bucket, key)
         except (failures.ClientError, transfers.S3UploadFailedError) as error:
             answer = getattr(error, "response", None) or getattr(error.__context__, "response", {})
             status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code")
             cause = f"S3 answers {status} {code}; {S3_HINTS.get(status, 'see the AWS_ variables and the bucket')}"
             if status and status not in S3_BUSY and code != "NoSuchUpload":  # that: completed, but its answer was lost
                 raise Fail(f"{path}: {cause}") from None
-        except (failures.NoCredentialsError, failures.PartialCredentialsError):
-            raise Fail(f"{path}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-        except (failures.ParamValidationError, failures.NoRegionError, failures.ProfileNotFound, ValueError) as error:
-            raise Fail(f"{path}: {' '.join(str(error).split())[:200]}; check the AWS_ variables") from None
+        except misused as error:
+            hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the other AWS_ variables"
+            raise Fail(f"{path}: {' '.join(str(error).split())[:200]}; {hint}") from None
         except (failures.BotoCoreError, transfers.Boto3Error, ResponseParserError, OSError, KeyError) as error:
             if getattr(error, "errno", None) in SYSTEM_ERRORS:  # of this machine's disk
                 raise
@@ -402,9 +395,8 @@ def s3_call(path: str, act: Callable[..., Any], transfer: bool = False) -> Any:
             if os.getpid() not in _s3_answered:
                 break
         time.sleep(_s3_pause(attempt) or 0)
-    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    where, cause = (re.sub(r"//[^/@ ]*@", "//", text) for text in (where, " ".join(cause.split())))  # no password
-    raise Fail(f"{path}: {where} cannot be reached ({cause[:160]}); check AWS_ENDPOINT_URL and run again")
+    cause = re.sub(r"//[^/@ ]*@", "//", " ".join(cause.split()))  # without the endpoint's password
+    raise Fail(f"{path}: cannot be reached ({cause[:160]}); check AWS_ENDPOINT_URL and run again")
 
 
 def download(path: str, open_target: Callable[[], Any]) -> Any:
@@ -438,11 +430,14 @@ def upload_atomic(source: bytes | Path, path: str | Path) -> None:
     if not is_s3(path):
         return atomic_write(path, source if isinstance(source, bytes) else source.read_bytes())
 
-    def act(client, bucket: str, key: str, **config) -> None:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
-            client.upload_fileobj(stream, bucket, key, **config)
+    def act(client, bucket: str, key: str) -> None:
+        from boto3.s3.transfer import TransferConfig
 
-    s3_call(str(path), act, transfer=True)
+        parts = TransferConfig(16 << 20, multipart_chunksize=16 << 20)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            client.upload_fileobj(stream, bucket, key, Config=parts)
+
+    s3_call(str(path), act)
 
 
 def remove(path: str | Path) -> None:
@@ -486,9 +481,7 @@ def load_manifest(shards: str | Path) -> dict[str, Any]:
         manifest = json.loads(read_bytes(path))
         for split in [manifest["splits"]["train"], *manifest["splits"].values()]:
             for shard in split["shards"]:  # name and digest become paths
-                names = re.fullmatch(r"\w+/[\w-]+\.tar", shard["name"]), re.fullmatch("[0-9a-f]{64}", shard["sha256"])
-                sizes = (shard["samples"], shard["bytes"])
-                if not all(names) or not all(type(size) is int and 0 <= size < 1 << 48 for size in sizes):
+                if not re.fullmatch(r"\w+/[\w-]+\.tar [0-9a-f]{64}", f"{shard['name']} {shard['sha256']}"):
                     raise ValueError(f"a shard is {str(shard)[:60]}")
     except FileNotFoundError:
         raise Fail(f"{path}: no such manifest; run 2_prepare.py first, or check --shards") from None
@@ -597,8 +590,7 @@ def products(rows, reasons) -> Iterator[tuple[str, list[tuple[int, str, list[str
     """(id, the rows that may stand for it: number, name, photos). The first whose photo is usable counts."""
 
     def read(some) -> Iterator[tuple[str, tuple]]:
-        further = some[FURTHER] if FURTHER in some else itertools.repeat("")
-        columns = (some.index, *(some[name] for name in REQUIRED_COLUMNS), further)
+        columns = (some.index, *(some[name] for name in REQUIRED_COLUMNS), some.get(FURTHER, itertools.repeat("")))
         for number, id, name, photo, more in zip(*columns, strict=False):
             try:
                 others = json.loads(more) if more.strip() else []
@@ -778,32 +770,28 @@ def resolve_image(folder: Path, image_path: str) -> Path:
     try:
         return _file_below(folder, written)
     except BadImage as error:
-        first = error
-    if "\0" in written or len(written) > 4096:
-        raise first
+        reason = error.reason
     forms = dict.fromkeys((written, written.lstrip("/")))
     forms |= {re.split("[?#]", one)[0]: None for one in forms}
     forms |= {unquote(one): None for one in forms}
-    found = {path: None for one in filter(None, forms) for path in _alike(folder, one)}
+    found = {path for one in filter(None, forms) for path in _alike(folder, one)}
     if len(found) == 1:
-        with contextlib.suppress(BadImage):
-            return _file_below(folder, next(iter(found)))
+        return _file_below(folder, found.pop())
     tried = f"; tried too: {', '.join(list(forms)[1:])}" if len(forms) > 1 else ""
     if found:
         tried = f"; {len(found)} files differ in case or accents only"
-    raise BadImage(first.reason, f"{image_path}{tried}")
+    raise BadImage(reason, f"{image_path}{tried}")
 
 
 def _file_below(folder: Path, written: str) -> Path:
     """The file of this very name below the folder, links followed. Raises BadImage."""
     try:
         path = os.path.realpath(os.path.join(folder, written))
-        there = os.path.isfile(path)
     except (ValueError, OSError) as error:  # NUL in the name, too long
         raise BadImage("missing file", str(error)) from None
     if not path.startswith(os.path.join(folder, "")):
         raise BadImage("outside the images folder", written)
-    if not there:
+    if not os.path.isfile(path):
         raise BadImage("missing file", written)
     return Path(path)
 
@@ -814,22 +802,20 @@ def _same_letters(name: str) -> str:
 
 @functools.lru_cache(64)
 def _listing(folder: str) -> dict[str, list[str]]:
-    """The names in a folder by their letters."""
-    names: dict[str, list[str]] = {}
+    """The paths in a folder by the letters of their names."""
+    paths: dict[str, list[str]] = {}
     with contextlib.suppress(OSError):
         for name in sorted(os.listdir(folder)):
-            names.setdefault(_same_letters(name), []).append(name)
-    return names
+            paths.setdefault(_same_letters(name), []).append(os.path.join(folder, name))
+    return paths
 
 
 def _alike(folder: Path, written: str) -> list[str]:
-    """Paths below the folder whose parts have the letters of `written`."""
+    """Paths of files below the folder whose parts have the letters of `written`."""
     found = [str(folder)] if not written.startswith("/") and ".." not in written.split("/") else []
     for part in filter(None, written.split("/")):
-        exact = [os.path.join(above, part) for above in found]
-        there = [path for path in exact if len(os.fsencode(part)) < 256 and os.path.exists(path)]
-        letters = _same_letters(part)
-        found = there or [os.path.join(above, name) for above in found for name in _listing(above).get(letters, ())]
+        exact = [path for above in found if os.path.exists(path := os.path.join(above, part))]
+        found = exact or [path for above in found for path in _listing(above).get(_same_letters(part), ())]
     return [path for path in found if os.path.isfile(path)]
 
 
@@ -897,7 +883,11 @@ def load_image(source: Path | bytes, side: int | None = None):
     except (BadImage, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        if _read_heic():  # loaded for the first file that may be one: most catalogues have none
+        if "HEIF" not in FORMATS:  # taught to Pillow by the first file that may be one: most catalogues have none
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+            FORMATS.append("HEIF")
             return load_image(source, side)
         empty = len(source) == 0 if isinstance(source, bytes) else Path(source).stat().st_size == 0
         raise BadImage("empty file" if empty else "not an image") from None
@@ -910,17 +900,6 @@ def load_image(source: Path | bytes, side: int | None = None):
             raise
         reason = "truncated image" if "truncated" in str(error).lower() else "broken image"
         raise BadImage(reason, str(error)[:200]) from None
-
-
-def _read_heic() -> bool:
-    """Teach Pillow to read HEIC, which it cannot by itself; False where it has been taught already."""
-    if "HEIF" in FORMATS:
-        return False
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-    FORMATS.append("HEIF")
-    return True
 
 
 def fit(image, side: int):
@@ -1539,8 +1518,6 @@ def holm(p: Iterable[float]) -> list[float]:
     import numpy as np
 
     values = np.asarray(p, dtype=float)
-    if values.size and not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"p-values must lie in [0, 1], got {list(p)}")
     order = np.argsort(values, kind="stable")
     adjusted = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
     return np.minimum(adjusted, 1.0)[np.argsort(order)].tolist()
