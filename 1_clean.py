@@ -86,9 +86,7 @@ TIMEOUT = 600.0  # seconds after which a call counts as lost
 RETRIES, SYNC_RETRIES = 2, 5  # by the openai client, of every call but create
 RETRY_PAUSE = 60.0  # seconds at most until `run` tries again after a step that failed
 SETTLE = 30.0  # seconds that a batch with a lost answer has to show up in the list before it is created again
-OVERDUE = 3600.0  # seconds past its expiry after which a batch counts as hanging
-POLLS, PATIENCE = 5, 3600.0  # polls, and seconds, to wait for what is missing or hangs before its rows are asked again
-MIN_SPLIT = 100  # requests down to which a file is halved for a full queue whose limit nobody states
+POLLS, PATIENCE = 5, 3600.0  # polls, and seconds, to wait for what is missing before its rows are asked again
 FEW_SILENT = 8  # requests with --sync, at least, that a server may leave without an answer in a row
 BLOCK = 32  # rows that a worker takes at once
 

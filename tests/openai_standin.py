@@ -59,8 +59,6 @@ FAULTS = {
     "fail_batch": "CODE:TIMES the batch fails without naming a line",
     "expire": "SHARE:TIMES the batch expires with that share of its results",
     "vanish": "TIMES a batch is 404 from its first poll on; the number counts batches",
-    "hang": "TIMES the batch stays in finalizing past its expiry until it is cancelled",
-    "cancel_refused": "TIMES a batch cannot be cancelled",
     "output_missing": "TIMES a completed batch has no output_file_id for so many polls",
     "output_late": "TIMES the output's content gets 404",
     "download_cut": "TIMES the output's content is cut",
@@ -549,8 +547,6 @@ class StandIn:
         return self.public(batch)
 
     def cancel(self, id: str) -> dict:
-        if self.spend("cancel_refused"):
-            raise HttpError(409, f"Batch {id} cannot be cancelled now", "conflict")
         with self.lock:
             batch = self.get("batch", id)
             if batch["status"] in ("validating", "in_progress", "finalizing"):
@@ -583,12 +579,8 @@ class StandIn:
                 return
             batch["request_counts"]["total"] = len(lines)
             batch |= {"in_progress_at": now, "status": "in_progress"}
-            batch["_hang"] = self.spend("hang")
         batch["_steps"] -= 1
-        if batch["_hang"] and batch["status"] != "cancelling":
-            batch |= {"status": "finalizing", "finalizing_at": now - 90_000, "created_at": now - 180_000,
-                      "expires_at": now - 93_600}  # fmt: skip
-        elif batch["_steps"] <= 0:
+        if batch["_steps"] <= 0:
             share, end = 1.0, "completed"
             if batch["status"] == "cancelling":
                 share, end = 0.5, "cancelled"
