@@ -32,13 +32,14 @@ import math
 import os
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
 import urllib.parse
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,9 @@ TIMEOUT = 600.0  # seconds after which a call counts as lost
 RETRIES, SYNC_RETRIES = 2, 5  # by the openai client, of every call but create
 RETRY_PAUSE = 60.0  # seconds at most until `run` tries again after a step that failed
 SETTLE = 30.0  # seconds that a batch with a lost answer has to show up in the list before it is created again
+HANGING = 26 * 3600.0  # seconds after which a batch of 24 hours hangs
 POLLS, PATIENCE = 5, 3600.0  # polls, and seconds, to wait for what is missing before its rows are asked again
+MIN_SPLIT = 100  # requests down to which a file is halved for a full queue whose limit nobody states
 FEW_SILENT = 8  # requests with --sync, at least, that a server may leave without an answer in a row
 BLOCK = 32  # rows that a worker takes at once
 
@@ -149,9 +152,9 @@ def read_feeds(paths: list[str | Path], columns: str = "") -> tuple[Any, Any]:
 
 def feed_dialect(path: Path, columns: str) -> tuple[str, list[str], str]:
     """Delimiter, our names of the columns, and the export's name ("" where the header is ours)."""
-    pairs = [pair.partition("=") for pair in columns.split(",") if pair]
-    given = {name.strip(): value.strip('" ') for name, _, value in pairs}
-    if given.keys() - set(common.REQUIRED_COLUMNS):
+    pairs = re.findall(r'(\w+)=("[^"]*"|[^,]*)(?:,|$)', columns)
+    given = {name: value.strip('" ') for name, value in pairs}
+    if (columns and not given) or given.keys() - set(common.REQUIRED_COLUMNS):
         hint = "write id=COLUMN,name=COLUMN,image_path=COLUMN, or some of them"
         raise Fail(f"--columns {columns}: {hint}", common.USAGE)
     found = []
@@ -220,8 +223,13 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     return unique
 
 
+def from_windows(found: re.Match) -> str:
+    """What was no UTF-8, as "surrogateescape" keeps it, read as Windows-1252."""
+    return found[0].encode(errors="surrogateescape").decode("cp1252", "replace")
+
+
 def feed_lines(path: Path) -> Iterator[str]:
-    """The lines of a feed. One that is no UTF-8 is read as Windows-1252, with a warning where others are UTF-8."""
+    """The lines of a feed. What is no UTF-8 in one is read as Windows-1252, with a warning where others are UTF-8."""
     with open(path, "rb") as handle:
         utf16 = handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding, errors = ("utf-16", "strict") if utf16 else ("utf-8-sig", "surrogateescape")
@@ -230,7 +238,8 @@ def feed_lines(path: Path) -> Iterator[str]:
         for number, line in enumerate(handle, 1):
             if re.search("[\udc80-\udcff]", line):
                 windows.append(number)
-                line = line.encode(errors="surrogateescape").decode("cp1252", "replace")
+                mixed = re.search("[\x80-\xff\u2000-\u203f]", line)  # western UTF-8 with single Windows bytes in it
+                line = re.sub("[\udc80-\udcff]+" if mixed else "(?s).+", from_windows, line)
             elif not line.isascii():
                 utf8 = True
             yield line
@@ -252,7 +261,7 @@ def feed_records(path: Path, delimiter: str, header: list[str]) -> Iterator[list
     try:
         for place, values in enumerate(reader):
             begun = reader.line_num - len(lines) + 1
-            if place and len(lines) > 1 and are_rows(lines, delimiter, header):
+            if len(lines) > 1 and are_rows(lines, delimiter, header):
                 raise Fail(f"{path}, line {begun}: the quotes opened there swallow {len(lines)} lines; mend that line")
             if place and values:
                 yield values
@@ -329,16 +338,19 @@ def cell_urls(cell: str) -> list[str]:
     return re.split(r"(?<![,;|\s])[,;|\s]+(?=https?://)", cell.strip().rstrip(",;| "), flags=re.I)
 
 
-def photo_names(folder: Path, cells: list[str]) -> list[str]:
+def photo_names(folder: Path, cells: Iterable[str]) -> list[str]:
     """The photos in cells that hold one name each, or several with comma, semicolon or bar in between."""
     names: list[str] = []
     for cell in map(str.strip, cells):
         if common.is_url(cell):
             names += cell_urls(cell)
-        elif os.path.isfile(folder / cell):  # with a comma in its name
-            names.append(cell)
-        else:
-            names += map(str.strip, re.split("[,;|]", cell))
+            continue
+        parts = re.split("[,;|]", cell)
+        if len(parts) > 1:
+            with contextlib.suppress(common.BadImage):
+                common.resolve_image(folder, cell)
+                parts = [cell]  # commas in its name
+        names += map(str.strip, parts)
     return list(dict.fromkeys(filter(None, names)))
 
 
@@ -547,7 +559,7 @@ def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], prod
     built = []
     for rows, known, token_factor in products:
         for place, (number, name, cells) in enumerate(rows, 1):
-            more = [cell for _, other, some in rows[place:] if other == name for cell in some]
+            more = (cell for _, other, some in itertools.islice(rows, place, None) if other == name for cell in some)
             row = build_row(settings, folder, earlier, name, cells, more, known, token_factor)
             built.append((number, *row))
             if row[0]:
@@ -556,7 +568,7 @@ def build_block(settings: CleaningConfig, folder: Path, earlier: list[str], prod
 
 
 def build_row(
-    settings: CleaningConfig, folder: Path, earlier: list[str], name: str, cells: list[str], more: list[str],
+    settings: CleaningConfig, folder: Path, earlier: list[str], name: str, cells: list[str], more: Iterable[str],
     known: str, token_factor: int,
 ) -> tuple:  # fmt: skip
     """(digests, source, reason, detail, tokens, patches, photo, further_photos, line) of the first usable photo.
@@ -570,7 +582,10 @@ def build_row(
     asked = [(model, text) for text in (title, *older) for model in (settings.model, *earlier)]
     for place, photo in enumerate(names, 1):
         try:
-            data = common.resolve_image(folder, photo).read_bytes()
+            path = common.resolve_image(folder, photo)
+            if (size := path.stat().st_size) > 2 * common.MAX_PIXELS:
+                raise common.BadImage("image too large", f"{size} bytes")
+            data = path.read_bytes()
             source, tokens, patches, line = common.digest(data), 0, 0, None
             digests = [common.digest([model, PROMPT_VERSION, text, source]) for model, text in asked]
             if known not in (digests[:1] if settings.ask_again else digests):
@@ -593,8 +608,8 @@ def build_row(
 # --------------------------------------------------------------------------------------------------------------------
 # Photos at URLs: fetched before anything is sent, once, into WORKSPACE.photos, one file a URL, named by its sha256
 
-HOST_LANES, LANES = 6, 32  # connections at once to one host, and transfers under way or waiting for one in all
-FETCH_TIMEOUT, SLOWEST = 20, 1000  # seconds that a connection may take, or bring fewer bytes a second than this
+HOST_LANES, LANES = 6, 32  # connections at once to one host, and in all
+FETCH_TIMEOUT, FETCH_LIMIT = 20, 120  # seconds that a connection may be silent, and that a photo may take
 FETCH_ATTEMPTS, REDIRECTS = 4, 5
 FETCH_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the second attempt, doubled each time; a server's wish at most
 MAX_FETCHED = 64 << 20  # bytes of a photo
@@ -632,6 +647,10 @@ def new_lane(allow_private: bool) -> Any:
             return pycurl.SOCKET_BAD if curl.refused else socket.socket(*address[:3])
         return pycurl.SOCKET_BAD
 
+    def keep(block: bytes) -> int | None:
+        curl.body += block
+        return None if len(curl.body) < 12 or is_picture(curl.body) else 0  # 0 ends the transfer
+
     def keep_header(line: bytes) -> None:
         name, _, value = line.decode("latin-1").partition(":")
         if name.lower().startswith("http/"):  # another answer begins, after a redirect
@@ -641,18 +660,27 @@ def new_lane(allow_private: bool) -> Any:
 
     web = pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS
     options = {"PROTOCOLS": web, "REDIR_PROTOCOLS": web, "FOLLOWLOCATION": 1, "MAXREDIRS": REDIRECTS, "FAILONERROR": 1}
-    options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": SLOWEST, "LOW_SPEED_TIME": FETCH_TIMEOUT}
-    options |= {"MAXFILESIZE_LARGE": MAX_FETCHED, "OPENSOCKETFUNCTION": connect, "HEADERFUNCTION": keep_header}
+    options |= {"CONNECTTIMEOUT": FETCH_TIMEOUT, "LOW_SPEED_LIMIT": 1, "LOW_SPEED_TIME": FETCH_TIMEOUT}
+    options |= {"TIMEOUT": FETCH_LIMIT, "MAXFILESIZE_LARGE": MAX_FETCHED, "BUFFERSIZE": 256 << 10}
+    options |= {"OPENSOCKETFUNCTION": connect, "WRITEFUNCTION": keep, "HEADERFUNCTION": keep_header}
     options["USERAGENT"] = "Mozilla/5.0 (compatible; catalogue photos)"
     options["PROXY"] = ""  # behind a proxy no address could be checked
-    options["CAINFO"] = os.environ.get("SSL_CERT_FILE") or certifi.where()  # as the openai client trusts
+    trusted = ssl.get_default_verify_paths()  # as Python trusts; SSL_CERT_FILE and SSL_CERT_DIR say otherwise
+    options["CAINFO"] = trusted.cafile or certifi.where()
+    options |= {"CAPATH": trusted.capath} if trusted.capath else {}
     for name, value in options.items():
         curl.setopt(getattr(pycurl, name), value)
     return curl
 
 
+def is_picture(start: bytes | bytearray) -> bool:
+    """Whether a file that starts so may be a picture."""
+    return start.startswith(PICTURE_STARTS) or start[4:8] == b"ftyp"
+
+
 def host_of(url: str) -> str:
-    return url.split("/", 3)[2]
+    """Host and port of a URL."""
+    return re.split("[/?#]", url, maxsplit=3)[2].rpartition("@")[2]
 
 
 class PhotoFetcher:
@@ -700,14 +728,20 @@ class PhotoFetcher:
         multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, HOST_LANES)
         free, under_way = [new_lane(self.allow_private) for _ in range(min(LANES, len(names)))], {}
         # A heap of (when it may be asked for, file name, URL, attempt). By the names, digests, all hosts are mixed.
-        waiting, quiet_until = [(0.0, name, url, 1) for url, name in names.items()], Counter()  # the latter by host
+        waiting = [(0.0, name, url, 1) for url, name in names.items()]
         heapq.heapify(waiting)
+        # By host: when it may be asked again, how many are under way, and what is due once one of these has ended.
+        quiet_until, busy, held = Counter(), Counter(), defaultdict(deque)
         while waiting or under_way:
             while free and waiting and waiting[0][0] <= time.monotonic():
                 _, name, url, attempt = heapq.heappop(waiting)
                 if (since := quiet_until[host_of(url)]) > time.monotonic():
                     heapq.heappush(waiting, (since, name, url, attempt))
                     continue
+                if busy[host_of(url)] == HOST_LANES:
+                    held[host_of(url)].append((0.0, name, url, attempt))
+                    continue
+                busy[host_of(url)] += 1
                 self.start(free[-1], name, url)
                 multi.add_handle(free[-1])
                 under_way[free.pop()] = name, url, attempt
@@ -717,19 +751,23 @@ class PhotoFetcher:
                 multi.remove_handle(curl)
                 free.append(curl)
                 name, url, attempt = under_way.pop(curl)
+                host = host_of(url)
+                busy[host] -= 1
+                for _ in range(min(len(held[host]), HOST_LANES - busy[host])):
+                    heapq.heappush(waiting, held[host].popleft())
                 outcome, wish = self.finish(curl, code, name, url)
                 if wish is None or wish > LONGEST_PAUSE or attempt == FETCH_ATTEMPTS:
-                    yield url, outcome, curl.body.tell() if outcome == "fetched" else 0
+                    yield url, outcome, len(curl.body) if outcome == "fetched" else 0
                     continue
                 now = time.monotonic()
-                quiet_until[host_of(url)] = max(quiet_until[host_of(url)], now + wish)
+                quiet_until[host] = max(quiet_until[host], now + wish)
                 heapq.heappush(waiting, (now + FETCH_PAUSE * 2 ** (attempt - 1), name, url, attempt + 1))
             if not done and not failed and multi.select(0.1) <= 0:
                 time.sleep(0.01)  # select does not wait where nothing is under way
 
     def start(self, curl: Any, name: str, url: str) -> None:
         """Have a lane ask for a photo, with the conditions that its last answer gave."""
-        curl.body, curl.refused, curl.conditions = io.BytesIO(), False, {}
+        curl.body, curl.refused, curl.conditions = bytearray(), False, {}
         known = self.known.get(name, {})
         asked = [header for header in CONDITIONS.values() if known.get(header) and (self.folder / name).exists()]
         headers = ["Accept: image/*,*/*;q=0.5", *(f"{header}: {known[header]}" for header in asked)]
@@ -738,15 +776,16 @@ class PhotoFetcher:
             url = url if host.isascii() else url.replace(host, host.encode("idna").decode(), 1)
         curl.setopt(curl.URL, urllib.parse.quote(url.strip(), safe="!#$%&'()*+,/:;=?@[]~"))
         curl.setopt(curl.HTTPHEADER, [line.encode("latin-1") for line in headers])
-        curl.setopt(curl.WRITEDATA, curl.body)
 
     def finish(self, curl: Any, code: int, name: str, url: str) -> tuple[str, float | None]:
         """Keep a photo that has come. ("fetched", "unchanged" or why not; the seconds that the server asks for, None
         where another attempt would not help)."""
-        status, path, data = curl.getinfo(curl.RESPONSE_CODE), self.folder / name, curl.body.getvalue()
+        status, path, data = curl.getinfo(curl.RESPONSE_CODE), self.folder / name, curl.body
         if code == curl.E_HTTP_RETURNED_ERROR:
             again = status in (408, 425, 429) or status >= 500
             return f"status {status}", curl.getinfo(curl.RETRY_AFTER) if again else None
+        if code == curl.E_WRITE_ERROR:
+            return "not an image" if status == 200 else f"status {status}", None
         if code and curl.refused:
             return "private address (--allow-private)", None
         if code:
@@ -758,7 +797,7 @@ class PhotoFetcher:
             return "unchanged", None
         if status != 200:
             return f"status {status}", None
-        if not data.startswith(PICTURE_STARTS) and data[4:8] != b"ftyp":
+        if not is_picture(data):
             return "not an image" if data else "empty answer", None
         temporary = self.folder / f".{name}.tmp"
         temporary.write_bytes(data)
@@ -819,9 +858,13 @@ def find_object(content: str) -> dict[str, Any] | None:
     decoder, found = json.JSONDecoder(strict=False), []  # takes a line break within a string
     with contextlib.suppress(ValueError, RecursionError):
         content = str(decoder.decode(content.strip())) if content.strip().startswith('"') else content
+    end = 0  # of the last object with all fields: what it holds is no other answer
     for place in itertools.islice(re.finditer("{", content), MAX_OBJECTS):
-        with contextlib.suppress(ValueError, RecursionError):
-            found.append(decoder.raw_decode(content, place.start())[0])
+        if place.start() >= end:
+            with contextlib.suppress(ValueError, RecursionError):
+                value, after = decoder.raw_decode(content, place.start())
+                found.append(value)
+                end = after if value.keys() >= set(FIELDS) else end
     return next((value for value in reversed(found) if value.keys() >= set(FIELDS)), found[-1] if found else None)
 
 
@@ -1092,14 +1135,15 @@ STATE = {  # with what a new workspace begins
     "doubt_since": 0,  # when a batch was first looked for without being found, or 0
     "plan": "",  # what the plan and the waiting files were made from
     "written": "",  # what the finished output was made from
+    "prompt": "",  # version of the prompt that the plan was made for
     "models": [],  # that this workspace has worked with, the present one last
     "gone": {},  # models that an auto run has left -> why
     "efforts": {},  # model -> reasoning effort that it was found to accept; "" where it takes none
     "ask_again": "",  # model that is asked also for rows that another one has answered
-    "forgiven": [],  # sources of answers whose failures --retry-failed does not count
     "sound": "",  # model and prompt whose pilot came back sound
     "stopped": "",  # why nothing more is sent
     "queue_limit": 0,  # tokens that may be in flight, as learned from refusals; 0: not known
+    "max_file_tokens": 0,  # tokens of a request file, where the queue takes no larger one
 }
 
 
@@ -1183,12 +1227,14 @@ class Answers:
 
     def __init__(self, workspace: Path, state: StateManager):
         self.raw, self.state = workspace / "raw", state
+        self.retries_path = workspace / "retries.json"  # digest -> failures that --retry-failed made up for
+        self.forgiven = common.read_json(self.retries_path, "list of retries") if self.retries_path.exists() else {}
         self.load()
 
     def load(self) -> None:
         """Read every source anew, but not the batches that are still to be collected."""
         self.cleaned: dict[str, tuple[str, ...]] = {}  # digest -> values of FIELDS, and the model
-        self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer, and that count
+        self.failures: dict[str, list[Outcome]] = {}  # digest -> attempts that brought no answer
         self.stops: dict[str, str] = {}  # code of STOPS -> the server's words
         self.usage: dict[tuple[str, bool], Counter] = {}  # (model, sync) -> prompt_tokens, output_tokens, answers
         self.results: dict[str, Counter] = {}  # source -> reason, or "ok" -> results
@@ -1228,21 +1274,25 @@ class Answers:
             self.cleaned.setdefault(digest, (*outcome.fields.values(), model))
         elif outcome.kind == "stop":
             self.stops[outcome.reason] = outcome.detail
-        elif source not in self.state["forgiven"]:
+        else:
             self.failures.setdefault(digest, []).append(outcome)
         return outcome
+
+    def attempts(self, digest: str) -> list[Outcome]:
+        """The failures that count."""
+        return self.failures[digest][self.forgiven.get(digest, 0) :] if digest in self.failures else []
 
     def status(self, digest: str, answered: str = "") -> str:
         """cleaned, rejected (no digest, or no attempts left and no digest `answered` by another model) or pending."""
         if digest in self.cleaned:
             return "cleaned"
-        attempts = self.failures.get(digest, ())
+        attempts = self.attempts(digest)
         used_up = len(attempts) >= self.state.settings.max_attempts or any(one.kind == "final" for one in attempts)
         return "pending" if digest and not used_up else "cleaned" if answered in self.cleaned else "rejected"
 
     def token_factor(self, digest: str) -> int:
         """What a row's token limit is multiplied by: doubled after each answer that was cut off."""
-        return 2 ** sum(one.reason == "length" for one in self.failures.get(digest, ()))
+        return 2 ** sum(one.reason == "length" for one in self.attempts(digest))
 
     def load_of(self, digest: str, tokens: int, patches: int) -> dict[str, int]:
         """The load of one request."""
@@ -1250,9 +1300,9 @@ class Answers:
         return {"requests": 1, "tokens": tokens, "patches": patches, "enlarged": factor if factor > 1 else 0}
 
     def forgive(self) -> None:
-        """Give every row its attempts again."""
-        self.state.set(forgiven=[*self.results])
-        self.failures.clear()
+        """Give rows whose attempts are used up their attempts again."""
+        self.forgiven |= {key: len(all) for key, all in self.failures.items() if self.status(key) == "rejected"}
+        common.write_json(self.retries_path, self.forgiven)
 
     def spent(self) -> dict[str, float]:
         """US dollars (NaN where a model has no price) and tokens of every answer that ever came back, by its usage."""
@@ -1346,7 +1396,7 @@ class RequestWriter:
 
     def __init__(self, folder: Path, state: StateManager):
         self.folder, self.settings, self.handle = folder, state.settings, None
-        self.max_tokens = state["queue_limit"] or math.inf
+        self.max_tokens = state["max_file_tokens"] or math.inf
         self.pilot = self.settings.pilot if state.is_piloting() else 0  # requests of the first file
         self.files: dict[str, dict] = {}  # name -> FACTS
         self.digests: set[str] = set()
@@ -1467,7 +1517,7 @@ class DataProcessor:
             self.fetch_photos()
         self.remove_waiting()
         old, loads, flying, sources = self.plan, self.loads(), self.keys_in_flight(), {}
-        known = dict(zip(old["id"], old["digest"], strict=True))
+        known = {id: key for id, key in zip(old["id"], old["digest"], strict=True) if key}  # of one row of an id
         entries = {number: ("", reason, "", 0, 0, "", "", "") for number, reason in reasons.items()}
         if again:
             entries = dict(zip(old.index, old[list(self.PLANNED)].itertuples(index=False, name=None), strict=True))
@@ -1685,7 +1735,7 @@ class BatchRunner:
         """Stop for a code of STOPS that a request of this model and effort brought, or go on with another one."""
         if code not in ("model_not_found", "unsupported_value"):
             self.stop(f"{STOPS[code]} ({code}: {detail})")
-        elif (model, effort) != (self.settings.model, sent_effort(self.settings)):
+        elif model and (model, effort) != (self.settings.model, sent_effort(self.settings)):
             pass  # the work goes on with another one already
         elif code == "unsupported_value":
             self.change_effort(detail)
@@ -1776,8 +1826,9 @@ class BatchRunner:
             say(f"found {batch.id} for {name}, whose answer was lost")
             known = {fact: about.get(fact, "") for fact in ("sha256", "model", "effort")} | {"input_file": name}
             known |= {fact: int(about.get(fact) or 0) for fact in LOAD} | {"pilot": about.get("pilot") == "1"}
+            waiting = self.state["files"].pop(name, {})  # what a batch of an earlier version does not say itself
+            known |= waiting if waiting.get("sha256") == known["sha256"] else {}
             batches[batch.id] = BATCH | known | describe_batch(batch)
-            self.state["files"].pop(name, None)
             if self.state["intent"] and about.get("intent") == self.state["intent"]["id"]:
                 self.state.data["intent"] = {}
         if len(batches) > before:
@@ -1800,6 +1851,8 @@ class BatchRunner:
             self.store_failed(id, batch)
         elif batch.status in ENDED:
             self.collect(id, batch)
+        elif time.time() - (batch.created_at or time.time()) > HANGING:
+            say(f"{id}: {batch.status} long past its 24 hours; cancel it in the account, and what it has is collected")
 
     def keep_waiting(self, known: dict, what: str) -> bool:
         """Note a poll at which a batch or its output was not there; gives whether to wait longer."""
@@ -1927,20 +1980,22 @@ class BatchRunner:
 
     def learn_queue_limit(self, known: dict, message: str) -> None:
         """The queue took no more: learn how many tokens may be in flight. The upload is kept, no attempt is used up."""
-        own, live, batches = queue_tokens(known), self.state.live().values(), self.state["batches"].values()
+        own, live = queue_tokens(known), self.state.live().values()
         others = queue_tokens(total_load(batch for batch in live if batch["status"] not in ENDED))
         found = re.search(r"[Ll]imit:? ([\d,]+)", message)
         stated = int(found[1].replace(",", "")) if found else 0
-        limit = stated or (max(own, others) if others else 0)
-        limit = min(filter(None, (limit, self.state["queue_limit"])), default=0)
+        limit = min(filter(None, (stated, others, self.state["queue_limit"])), default=0)
         say(f"{known['input_file']}: the queue is full ({message}); at most {limit or own} tokens in flight from now")
         self.state.set(queue_limit=limit)
-        # Alone and refused twice it may be too big as the server counts, or others of the account fill the queue.
-        again = not others and sum(one["sha256"] == known["sha256"] for one in batches) > 1
-        if known["requests"] > 1 and (0 < limit < own or (again and stated > 0 and own > stated / 2)):
-            self.state.set(queue_limit=min(limit, own // 2), files={})  # files are written anew, smaller
-        elif not others:
-            raise TryLater("the queue is full with other work of the account; a lower --max-requests-per-file may help")
+        if others:
+            return
+        # Alone and yet refused: too big for the queue, or others of the account fill it. Wait once, then halve it; but
+        # what takes less than half of the limit is not too big: smaller files would be refused as well.
+        again = sum(one["sha256"] == known["sha256"] for one in self.state["batches"].values()) > 1
+        too_big = known["requests"] > 1 and own > stated / 2 if stated else known["requests"] > MIN_SPLIT
+        if not too_big or not (again or own > stated > 0):
+            raise TryLater("the queue is full with other work of the account")
+        self.state.set(max_file_tokens=max(1, min(int((stated or own) * 0.9), own // 2)), files={})
 
     # -- planning
     def make_plan(self) -> None:
@@ -1953,8 +2008,10 @@ class BatchRunner:
         if self.replan and self.given.ask_again:
             self.state.set(ask_again=model)
         if self.replan or not processor.is_planned():
+            if self.state["prompt"] not in ("", PROMPT_VERSION):
+                say("the prompt has changed since the last call: answered rows are asked and paid again")
             requests = processor.prepare()
-            self.state.set(state="In Progress" if self.state.live() else "Prepared")
+            self.state.set(prompt=PROMPT_VERSION, state="In Progress" if self.state.live() else "Prepared")
             say(f"prepared: {requests} new requests in {processor.requests}")
             plan, loads = processor.plan, processor.pending_loads()
             if again := [loads[key] for key in {*plan["digest"][plan["answered"] != ""]} if key in loads]:
@@ -2074,7 +2131,9 @@ class BatchRunner:
                 asked += outcomes
                 if stops := [one for one in outcomes.values() if one.kind == "stop"]:
                     return self.react(stops[0].reason, stops[0].detail, self.settings.model, sent_effort(self.settings))
-                if len(outcomes) >= FEW_SILENT and all(one.kind == "server" for one in outcomes.values()):
+                silent = len(outcomes) >= FEW_SILENT and all(one.kind == "server" for one in outcomes.values())
+                # Rows that are asked again may be the few that it never answers.
+                if silent and any(len(answers.attempts(key)) == 1 for key in outcomes):
                     (reason, _), *_ = Counter(f"{one.reason}: {one.detail}" for one in outcomes.values()).most_common(1)
                     raise Fail(f"request after request brought no answer ({reason}); run again when the server is well")
         del self.state["files"][name]

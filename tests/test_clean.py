@@ -168,6 +168,25 @@ class Clock:
 # -- the plain road
 
 
+@pytest.mark.parametrize("sync", [(), ("--sync",)])
+def test_a_failed_answer_is_asked_again_where_ids_stand_in_several_rows(shop, sync):
+    shop.rows = [row for one in shop.rows for row in (one, one | {"price": "0"})]
+    shop.write()
+    shop.server.set_fault("broken_json@chair:1")
+    assert shop.call("run", "--pilot", "0", "--max-failed", "1", *sync) == 0
+    assert len(shop.cleaned()) == 12 and set(shop.rejects().values()) == {"duplicate id"}
+    assert shop.paid().total() == 13
+
+
+def test_a_retry_leaves_the_attempts_and_token_limits_of_waiting_rows_alone(shop):
+    shop.server.set_fault("length@oak")
+    assert shop.call("poll", "--pilot", "0") == 75 and shop.call("poll", "--pilot", "0") == 75
+    assert shop.call("prepare", "--retry-failed", "--pilot", "0") == 0
+    (waiting,) = shop.state()["files"]
+    lines = map(json.loads, (shop.workspace / "requests" / waiting).read_text().splitlines())
+    assert {line["body"]["max_completion_tokens"] for line in lines} == {2 * clean.known_model("gpt-5-nano").tokens}
+
+
 def test_a_catalogue_is_cleaned_and_nothing_is_asked_twice(shop, capsys):
     assert shop.call() == 0
     assert "input 12 = cleaned 12 + rejected 0 + pending 0" in capsys.readouterr().out
@@ -661,8 +680,10 @@ def test_ten_files_through_a_queue_of_two(shop, capsys):
     assert 8 <= refused <= 10, "the limit was not learned"
 
 
-def test_a_file_that_is_too_big_for_the_queue_is_split(shop):
-    shop.server.set_fault("token_limit:5000")
+@pytest.mark.parametrize("limit", ["token_limit:5000", "token_limit:5000:unstated"])
+def test_a_file_that_is_too_big_for_the_queue_is_split(shop, limit, monkeypatch):
+    monkeypatch.setattr(clean, "MIN_SPLIT", 6)
+    shop.server.set_fault(limit)
     assert shop.call("run", "--pilot", "0") == 0
     assert len(shop.cleaned()) == 12 and set(shop.paid().values()) == {1} and len(shop.server.ledger("batch")) > 2
 

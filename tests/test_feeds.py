@@ -263,6 +263,13 @@ def test_a_header_may_hold_line_breaks(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_stray_quote_in_the_header_swallows_no_row(tmp_path):
+    rows = '1,A,a.jpg,"3"\n2,B,b.jpg,"4"\n3,C,c.jpg,5\n'
+    for text in (f'id,name,image_path,"price\n{rows}', f'id,name,image_path,"price\n{rows}'.replace('"3"', "3")):
+        with pytest.raises(common.Fail, match="line 1: the quotes opened there swallow"):
+            records(write_csv(tmp_path / "c.csv", text))
+
+
 def test_two_stray_quotes_swallow_no_row(tmp_path):
     head, rows = ("id\tname\timage_path\n", [f"{i}\tItem {i}\timg/{i}.jpg\n" for i in range(5)])
     stray = [row.replace("Item", '"Item') if place in (1, 3) else row for place, row in enumerate(rows)]
@@ -283,6 +290,8 @@ def test_single_lines_that_are_not_utf8_leave_the_others_alone(tmp_path, capsys)
     read = [(row["name"], row["image_path"]) for row in records(path)]
     assert read == [(name, f"ß{i}.jpg") for i, name in enumerate(names)]
     assert "warning: " in (said := capsys.readouterr().out) and "2 lines are not UTF-8" in said and "1252: 3, 4" in said
+    path.write_bytes(lines[0].encode() + "0,Küche ".encode() + "süß".encode("cp1252") + b",a.jpg\n")  # both in one line
+    assert records(path)[0]["name"] == "Küche süß"
     path.write_bytes("".join(lines).encode("cp1252"))
     capsys.readouterr()
     assert [row["name"] for row in records(path)] == names and "warning" not in capsys.readouterr().out
@@ -854,6 +863,20 @@ def test_a_server_is_left_alone_as_long_as_it_asks(photos, tmp_path, monkeypatch
     photos.wait = "1"
     start = time.monotonic()
     assert not fetch(tmp_path, [f"{photos.url}/busy.jpg"]) and time.monotonic() - start >= 2
+
+
+def test_what_waits_for_a_server_is_not_asked_when_it_wishes_for_rest(photos, tmp_path):
+    photos.wait = "3600"
+    failures = fetch(tmp_path, [f"{photos.url}/busy{i}429.jpg" for i in range(40)] + [f"{photos.url}/a.jpg"])
+    assert len(failures) == 40 and photos.asked.total() == 41  # each once: it asks for more than is waited for
+    photos.wait = "1"
+    assert not fetch(tmp_path, [f"{photos.url}/busy{i}429.jpg" for i in range(40)])
+
+
+def test_what_is_no_picture_is_left_at_its_first_bytes(photos, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(Photos, "do_GET", lambda self: (sent.append(1), self.stream(b"<html>" * 1000)))
+    assert set(fetch(tmp_path, [f"{photos.url}/page.jpg"]).values()) == {"not an image"} and len(sent) == 1
 
 
 @pytest.mark.parametrize(
