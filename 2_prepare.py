@@ -14,6 +14,7 @@ Writes  --output, a folder or s3://bucket/prefix: {train,validation,test,mini_tr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import io
@@ -24,6 +25,7 @@ import re
 import shutil
 import sys
 import tarfile
+import tempfile
 import textwrap
 import time
 import zlib
@@ -218,12 +220,16 @@ class PhotoParts:
         names = [name.removesuffix(".jpegs") for name in present if name.startswith(self.made_with)]
         names = [name for name in names if f"{name}.parquet" in present and f"{name}.jpegs" in present]
         self.fetch(f"{name}.parquet" for name in names)
-        columns = ["key", "source", "reason", "detail", "views", *PLACE[1:]]
-        tables = [self._read(name, columns) for name in names]
+        columns, tables = ["key", "source", "reason", "detail", "views", *PLACE[1:]], {}
+        for name in names:
+            try:
+                tables[name] = self._read(name, columns)
+            except Fail as error:  # its photos are scanned again
+                print(error, file=sys.stderr)
         empty = pyarrow.table([[] for _ in columns], columns)  # there may be no part yet
-        photos = pyarrow.concat_tables([empty, *tables], promote_options="default").to_pandas()
-        part = np.repeat(np.arange(len(names)), [len(table) for table in tables])
-        photos = photos.assign(part=pd.Categorical.from_codes(part, names))
+        photos = pyarrow.concat_tables([empty, *tables.values()], promote_options="default").to_pandas()
+        part = np.repeat(np.arange(len(tables)), [len(table) for table in tables.values()])
+        photos = photos.assign(part=pd.Categorical.from_codes(part, list(tables)))
         photos["photo"] = photos.groupby("part", observed=True).cumcount()
         return photos.drop_duplicates("key")
 
@@ -242,20 +248,21 @@ class PhotoParts:
             common.remove(join(place, name + ending))
         return Fail(f"{join(self.place, name)}: was damaged and is removed; run again, which scans its photos again")
 
-    def scan(self, keys: list[str], world: World) -> None:
-        """Scan these photos and store them; returns when all processes have stored theirs."""
+    def scan(self, keys: list[str], world: World) -> dict[str, str]:
+        """Scan these photos and store them. When all processes have done so: {key: detail} of the unreadable ones."""
         workers = self.config.workers
         if workers == 1 < world.size:  # as in the workers that there are else
             common.keep_freed_memory()
-        work = functools.partial(scan_photos, config=self.config)
+        work, unreadable = functools.partial(scan_photos, config=self.config), {}
         photos = common.photo_pool(work, common.batches(keys, 16), workers)
         if world.main:
             what = f"scan, process 1 of {world.size}" if world.size > 1 else "scan"
             photos = common.progress(photos, what, len(keys), "photo")
         for some in common.batches(photos, min(PART_PHOTOS, 1 + PART_PIXELS // self.config.image_size**2)):
+            unreadable |= {photo.key: photo.detail for photo in some if photo.reason == UNREADABLE}
             if readable := [photo for photo in some if photo.reason != UNREADABLE]:
                 self._store(readable)
-        world.share(None)
+        return dict(itertools.chain.from_iterable(found.items() for found in world.share(unreadable)))
 
     def _store(self, photos: list[Photo]) -> None:
         """Write one part."""
@@ -302,7 +309,8 @@ class PhotoParts:
 
     def jpeg(self, part: str, offset: int, length: int, crc: int) -> bytes:
         """The letterboxed JPEG at this place, of a part that was fetched."""
-        with open(self.local / f"{part}.jpegs", "rb") as file:
+        data = b""
+        with contextlib.suppress(FileNotFoundError), open(self.local / f"{part}.jpegs", "rb") as file:
             file.seek(offset)
             data = file.read(length)
         if zlib.crc32(data) != crc:
@@ -329,7 +337,7 @@ def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, wor
     import pandas as pd
 
     queues: dict[str, list[tuple[int, str]]] = {}  # id -> (row, photo) still to be tried, the first ones last
-    chosen, failed, kept, photos = defaultdict(list), {}, set(), parts.load()
+    chosen, failed, unreadable, kept, photos = defaultdict(list), {}, {}, set(), parts.load()
     for id, candidates in common.products(rows, reasons):
         queues[id] = [(number, name) for number, _, names in candidates for name in dict.fromkeys(names)][::-1]
     while queues:
@@ -342,12 +350,13 @@ def scan(rows, reasons, images: Path, parts: PhotoParts, config: PrepConfig, wor
                 except BadImage as error:
                     failed.setdefault(number, (error.reason, error.detail))
         keys = pd.Series([key for *_, key in turn], dtype="str").drop_duplicates()
-        if len(new := keys[~keys.isin(photos["key"])].tolist()):
-            parts.scan(world.deal([new[rank :: world.size] for rank in range(world.size)]), world)
+        if turn and len(new := keys[~keys.isin(photos["key"])].tolist()):
+            del photos
+            unreadable |= parts.scan(world.deal([new[rank :: world.size] for rank in range(world.size)]), world)
             photos = parts.load()
-        here = photos[photos["key"].isin(keys)]
+        here = photos[photos["key"].isin(keys)] if turn else photos.iloc[:0]
         kept |= {*here["part"]}
-        bad = dict.fromkeys(keys[~keys.isin(here["key"])], (UNREADABLE, ""))
+        bad = {key: (UNREADABLE, unreadable.get(key, "")) for key in keys[~keys.isin(here["key"])]}
         bad |= {key: why for key, *why in here.loc[here["reason"] != "", ["key", "reason", "detail"]].to_numpy(object)}
         for id, number, name, key in turn:
             if key in bad:
@@ -569,12 +578,13 @@ def write_dataset(shards: list[Shard], rows, parts: PhotoParts, output: str, con
         contents = common.digest(b"\n".join(itertools.chain.from_iterable(texts)))
         plan = common.digest([photo_settings(config), shard.first, contents, shard.items["source"].tolist()])
         name, kept = f"{shard.name}.tar", f"{shard.name}.json"
-        record = json.loads(common.read_bytes(join(output, kept))) if {name, kept} <= present.keys() else {}
-        if record.get("plan") == plan and record["bytes"] == present[name]:
-            there += 1
-        else:
-            record = write_shard(shard, texts, plan, parts, output)
-        records[shard.first] = record
+        record = None
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged record: the shard is written anew
+            if {name, kept} <= present.keys():
+                found = json.loads(common.read_bytes(join(output, kept)))
+                record = found if (found["plan"], found["bytes"]) == (plan, present[name]) else None
+        there += record is not None
+        records[shard.first] = record or write_shard(shard, texts, plan, parts, output)
     records, there = zip(*world.share((records, there)), strict=True)
     records = dict(itertools.chain.from_iterable(some.items() for some in records))
     if world.main:
@@ -593,7 +603,11 @@ def create_mini_train(records: list[dict], output: str) -> list[dict]:
             common.s3_call(target, lambda client, to, key, copy=copy: client.copy_object(Bucket=to, Key=key, **copy))
         else:
             with common.atomic_file(target) as temporary:
-                shutil.copyfile(source, temporary)
+                temporary.unlink(missing_ok=True)
+                try:
+                    os.link(source, temporary)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(source, temporary)
     return mini
 
 
@@ -743,7 +757,9 @@ def finish(items, records, rejects, sheet: bytes, count: int, args, config: Prep
         splits[split] = {"samples": sum(record["samples"] for record in own), "shards": listed}
     remove_stale(output, splits)
     report = split_report(items)
-    listing = items[["id", "split", "group"]].to_csv(index=False, lineterminator="\n").encode()
+    table, columns = io.StringIO(), ["id", "split", "group"]
+    common.csv_writer(table).writerows([columns, *items[columns].itertuples(index=False, name=None)])
+    listing = table.getvalue().encode()
     manifest = {
         "format": FORMAT,
         "settings": {"seed": config.seed, "image_size": config.image_size, "quality": config.quality}
@@ -784,6 +800,14 @@ def say_counts(rejects: list[dict], count: int, written: set[str], args, config:
     return DONE
 
 
+def shard_digest(path: str) -> str:
+    """Sha256 of a shard; one on S3 passes through a temporary file."""
+    with tempfile.TemporaryDirectory() as folder:
+        if is_s3(path):
+            common.download_atomic(path, path := Path(folder, "shard"))
+        return common.file_digest(path)
+
+
 def verify(output: str) -> int:
     """Compare a shard folder with its manifest; prints each fault and returns the exit code."""
     manifest = common.load_manifest(output)
@@ -795,7 +819,7 @@ def verify(output: str) -> int:
             faults.append(f"{name}: missing")
         elif present[name] != shard["bytes"]:
             faults.append(f"{name}: {present[name]} bytes, {shard['bytes']} by the manifest")
-        elif common.digest(common.read_bytes(join(output, name))) != shard["sha256"]:
+        elif shard_digest(join(output, name)) != shard["sha256"]:
             faults.append(f"{name}: content is not that of the manifest")
     faults += [f"{name}: not in the manifest" for name in present if name.endswith(".tar") and name not in listed]
     for fault in faults:

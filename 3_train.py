@@ -1229,11 +1229,13 @@ def cache_arrays(run: Run, split: Split, name: str, made: list, make: Callable[[
 def cache_captions(run: Run, split: Split) -> None:
     """Read and tokenise a split's captions, those of all epochs, once. Where "varied" there is another each epoch.
 
-    table.npy, int64 [N, epochs]: row of each sample's caption in hashes.npy, int64 [captions], and tokens.npy, int32
-    [captions, L], by length, so that little is padded where they are read in order; groups.npy, int64 [N].
+    table.npy, int64 [N, epochs until they begin again]: row of each sample's caption in hashes.npy, int64 [captions],
+    and tokens.npy, int32 [captions, L], by length, so that little is padded where they are read in order; groups.npy,
+    int64 [N].
     """
     varied = split.training and run.config.captions == "varied"
-    epochs = run.config.epochs if varied else 1
+    turns = math.lcm(*range(1, len(common.TEMPLATES) + 1))  # after which an item's prompts begin again
+    epochs = min(run.config.epochs, turns) if varied else 1
     tokenizer = split.clip.tokenizer
     words = tokenizer(["Another tokenizer, another cache."])
 
@@ -1386,6 +1388,8 @@ def load_probe(path: str, clip: Clip) -> Batch:
     """Pictures and captions of a CSV (image_path,caption) that is not about the catalogue."""
     try:
         rows = common.read_table(path, ("image_path", "caption"))
+        if not len(rows) or not rows["caption"].all():
+            raise ValueError("no rows, or a row without a caption")
         sources = [Path(path).parent / name for name in rows["image_path"]]
         pictures = [np.array(common.letterbox(common.load_image(source, clip.size), clip.size)) for source in sources]
         return probe_batch(clip, pictures, rows["caption"].tolist())
@@ -1538,12 +1542,18 @@ def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], ef
     }  # fmt: skip
 
 
+def differences(theirs: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """The names in which another run's identity differs; some editions did not note mean and std."""
+    noted = {name: known[name] for name in ("mean", "std")} | theirs
+    return [name for name, value in known.items() if value != noted.get(name)]
+
+
 def matching_checkpoint(config: TrainingConfig, output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """find_checkpoint()'s; where it belongs to another run, Fail, naming the difference, or with --restart None."""
     checkpoint = find_checkpoint(config, output)
     theirs = checkpoint["identity"] if checkpoint else identity
     known = identity | ({"precision": theirs.get("precision")} if config.precision == "auto" else {})
-    other = [f"{name} was {theirs.get(name)}, is {value}" for name, value in known.items() if value != theirs.get(name)]
+    other = [f"{name} was {theirs.get(name)}, is {known[name]}" for name in differences(theirs, known)]
     if not other:
         return checkpoint
     problem = f"checkpoint.pt belongs to other settings ({'; '.join(other[:4])})"
@@ -1861,7 +1871,7 @@ def fine_tune(run: Run) -> dict[str, Any]:
     chosen = {name: getattr(config, name) for name in ("epochs", "patience", "warmup", "lr", "lora_lr")}
     run.print("settings: " + ", ".join(f"{name} {value:g}" for name, value in chosen.items()))
     if run.wandb:
-        run.wandb.config.update(dataclasses.asdict(config))
+        run.wandb.config.update(dataclasses.asdict(config), allow_val_change=True)
     try:
         train(run, state)
     except FloatingPointError as error:
@@ -1915,9 +1925,10 @@ def run_scenario(config: TrainingConfig, shards: str, output: Path) -> None:
     common.keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where there is one
     run = prepare(config, shards, output)
-    facts = common.read_json(marker) if config.resume and marker.is_file() else {}
-    same = [facts["settings"][name] == getattr(run.config, name) for name in FINISHING if facts]
-    if run.world.share(facts.get("identity") == run.identity and all(same))[0]:
+    facts = common.read_json(marker) if config.resume and marker.is_file() else None
+    facts = {"settings": {}, "identity": {}} | (facts if isinstance(facts, dict) else {})
+    same = facts["settings"].items() >= {name: getattr(run.config, name) for name in FINISHING}.items()
+    if run.world.share(same and not differences(facts["identity"], run.identity))[0]:
         run.print(f"{marker}: finished already; --no-resume trains again")
         return
     if run.world.main:

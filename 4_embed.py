@@ -189,8 +189,9 @@ def run_names(runs: list[Run]) -> list[str]:
     """Names for the report, the base's first; runs of one scenario are told apart by their folders."""
     names = ["zero_shot"]
     for run in runs[1:]:
-        alone = sum(other.name == run.name for other in runs) == 1
-        names.append(run.name if alone else f"{run.name} ({run.folder})")
+        twins = [other.folder for other in runs if other.name == run.name]
+        place = run.folder.name if [one.name for one in twins].count(run.folder.name) == 1 else run.folder
+        names.append(run.name if len(twins) == 1 else f"{run.name} ({place})")
     return names
 
 
@@ -334,7 +335,11 @@ class VectorStore:
             known = set()
         new = sorted(there - known)
         for name in common.progress(new, "fetching vectors", len(new), "object") if new else ():
-            rows = pd.read_parquet(io.BytesIO(common.read_bytes(common.join(self.objects, name))))
+            path = common.join(self.objects, name)
+            try:
+                rows = pd.read_parquet(io.BytesIO(common.read_bytes(path)))
+            except ValueError as error:  # as pyarrow's errors are
+                raise Fail(f"{path}: damaged ({error}); remove it and run again: its vectors are made again") from None
             self._insert(rows.itertuples(index=False, name=None), name)
 
     def _insert(self, rows: Iterable[tuple[str, bytes]], name: str) -> None:

@@ -339,16 +339,14 @@ class Model:
         return self.items.vectors(f"{self.kind}_{of}embedding")
 
 
-def read_models(files: list[Items], by_prompts: bool) -> list[Model]:
+def read_models(files: list[Items]) -> list[Model]:
     """[base, challenger]: the two models of one file, or the fine-tuned ones of two files."""
     if len(files) > 2:
         raise Fail("more than two --embeddings: one compares its two models, two compare their fine-tuned ones", USAGE)
     models = []
     for items, kind in ((files[0], "base" if len(files) == 1 else "finetuned"), (files[-1], "finetuned")):
-        alike = items.digest == files[0].digest
-        if not alike or (by_prompts and not items.table["prompt"].equals(files[0].table["prompt"])):
-            other = f"different {'prompts' if alike else 'items'}"
-            raise Fail(f"{items.path} and {files[0].path} hold {other}; embed the same shards for both models")
+        if items.digest != files[0].digest:
+            raise Fail(f"{items.path} and {files[0].path} hold different items; embed the same shards for both models")
         name, fingerprint = items.model(kind)
         name = (items.facts.get("scenario") if kind == "finetuned" else "") or name
         models.append(Model(Path(name).name if name.startswith(common.LOCAL) else name, fingerprint, items, kind))
@@ -421,7 +419,7 @@ class Experiment:
     def __init__(self, embeddings: Sequence[str | Path], settings: ArenaConfig):
         self.settings, self.files, self.file = settings, [Items(path) for path in embeddings], None
         self.items, by_words = self.files[0], settings.query == "text"
-        self.models = read_models(self.files, by_words and not settings.queries)
+        self.models = read_models(self.files)
         if settings.queries:
             queries, self.file = file_queries(self.items, settings.queries)
         else:
@@ -431,6 +429,9 @@ class Experiment:
         asked = [self.file["sha256"], list(self.queries)] if self.file else [self.rows]
         if by_words and not self.file:
             asked.append([query.words for query in self.queries.values()])
+            last = self.files[-1]
+            if asked[-1] != [last.value("prompt", row) for row in self.rows]:
+                raise Fail(f"{last.path} and {self.items.path} hold different prompts; embed the same shards for both")
         fingerprints = sorted(model.fingerprint for model in self.models)
         self.key = digest([fingerprints, self.items.digest, *asked, settings.query, settings.top_k])
         self.places = {id: number for number, id in enumerate(self.queries)}
@@ -860,7 +861,8 @@ class Arena:
     def draw(self, judge: str) -> Iterator[dict[str, Any]]:
         """Columns of the trials to write down: identical rows passed over, then at most one to show.
 
-        Object types take turns: one with the fewest showings so far comes next. Within it: a shared query that other
+        Object types take turns: one with the fewest showings so far comes next, of these the judge's rarest. Within it:
+        a shared query that other
         judges have begun and that three are to see; else the query shown least often, in the judge's own seeded
         order. Which model stands as row A is a fair coin's choice.
         """
@@ -869,12 +871,13 @@ class Arena:
         rank = {query: chance.random() for query in queries}
         sql = "SELECT query, place FROM trials WHERE experiment = ? AND judge = ? AND NOT identical"
         history = dict(map(tuple, self.log.all(sql, self.number, judge)))
+        own = Counter(queries[query].category for query in history)
         fixed = {"experiment": self.number, "judge": judge, "place": max(history.values(), default=0) + 1}
 
         def turn(query: str) -> tuple:
             return not (query in self.experiment.shared and 0 < shown[query] < SHARED_JUDGES), shown[query], rank[query]
 
-        for kind in sorted(types, key=lambda kind: sum(shown[query] for query in types[kind])):
+        for kind in sorted(types, key=lambda kind: (sum(shown[query] for query in types[kind]), own[kind])):
             for query in sorted({*types[kind]} - history.keys() - self.passed, key=turn):
                 columns = self.experiment.trial(queries[query], secrets.randbits(1))
                 yield columns | fixed | {"token": secrets.token_hex(16)}
@@ -916,10 +919,14 @@ class Arena:
         hidden = place == 0 and self.experiment.queries[row["query"]].words is not None  # they are the query then
         if row["vote"] is not None or row["identical"] or hidden or place >= len(shown):
             raise Refused(404, "There is no such picture for you.")
+        return self.photo(self.experiment.items.row[shown[place]])
+
+    def photo(self, row: int) -> bytes:
+        """An item's photo, if not too many are being read; else Refused: votes must not wait for a slow disk."""
         if not self.seats.acquire(blocking=False):
             raise Refused(503, "Busy; again in a moment.")
         try:
-            return self.jpeg(self.experiment.items.row[shown[place]])
+            return self.jpeg(row)
         finally:
             self.seats.release()
 
@@ -1064,8 +1071,8 @@ def explain_errors(app) -> None:
             status, message = error.code, "There is no such page." if error.code == 404 else error.description
         elif isinstance(error, Refused):
             status, message = error.args
-        elif isinstance(error, sqlite3.Error):  # nothing was committed; the page keeps the vote and tries again
-            note(f"database: {error}; requests are answered with 503 until this is mended")
+        elif isinstance(error, sqlite3.Error | OSError):  # nothing was committed; the page keeps the vote, tries again
+            note(f"database or disk: {error}; requests are answered with 503 until this is mended")
             status = 503
             message = "The arena's disk does not answer just now. Nothing is lost; this can be tried again in a moment."
         else:
@@ -1074,7 +1081,7 @@ def explain_errors(app) -> None:
             return jsonify(error=message), status
         return render_template("message.html", status=status, message=message), status
 
-    for kind in (HTTPException, Refused, Fail, sqlite3.Error):
+    for kind in (HTTPException, Refused, Fail, sqlite3.Error, OSError):
         app.register_error_handler(kind, explain)
 
 
@@ -1168,9 +1175,9 @@ def add_voting(app, arena: Arena) -> None:
 
 def require_results_access(app, arena: Arena) -> bool:
     """Whether the admin asks. Raises Refused for others, but with --reveal only for judges who have not finished."""
-    from flask import session
+    from flask import request, session
 
-    if same(session.get("admin", ""), sign(app, "admin", arena.keys["admin_token"])):
+    if same(request.cookies.get("admin", ""), sign(app, "admin", arena.keys["admin_token"])):
         return True
     if not arena.settings.reveal:
         raise Refused(403, "Results are for the admin: open the link that the server printed when it started.")
@@ -1182,7 +1189,7 @@ def require_results_access(app, arena: Arena) -> bool:
 
 def add_result_pages(app, arena: Arena) -> None:
     """Results for the admin; with --reveal for everybody who is not in the middle of voting."""
-    from flask import Response, redirect, render_template, request, session
+    from flask import Response, redirect, render_template, request
 
     @app.get("/results")
     def show_results():
@@ -1193,8 +1200,10 @@ def add_result_pages(app, arena: Arena) -> None:
             return render_template("results.html", **shown)
         if not same(token, arena.keys["admin_token"]):
             raise Refused(403, "That is not the admin's token.")
-        session["admin"] = sign(app, "admin", token)  # another admin token makes old cookies worthless
-        return redirect("results", 303)  # the token does not stay in the address bar
+        response = redirect("results", 303)  # the token does not stay in the address bar
+        # It ends with the browser. Another admin token makes the old cookies worthless.
+        response.set_cookie("admin", sign(app, "admin", token), httponly=True, samesite="Lax")
+        return response
 
     @app.get("/votes.csv")
     def votes_csv():
@@ -1240,7 +1249,7 @@ def add_search_page(app, arena: Arena) -> None:
         require_results_access(app, arena)
         if row >= count:
             raise Refused(404, "There is no such item.")
-        return Response(arena.jpeg(row), mimetype="image/jpeg")
+        return Response(arena.photo(row), mimetype="image/jpeg")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1254,6 +1263,8 @@ def serve(setup: Setup) -> int:
     import waitress
 
     settings = setup.settings
+    if ":" in settings.host:
+        raise Fail(f"--host {settings.host}: IPv6 addresses are not served; give an IPv4 address or a name", USAGE)
     with common.exclusive(f"{setup.database}.lock") as free:
         if not free:
             raise Fail(f"{setup.database}: another arena serves it; stop that one, or give another --database")
@@ -1283,7 +1294,7 @@ def serve(setup: Setup) -> int:
 def print_log(args: argparse.Namespace) -> str:
     """What `stats` or `votes` says of the experiments that compare the models of --embeddings; without it, of all."""
     log = Log(args.database, create=False)
-    models = read_models([Items(path) for path in args.embeddings], False) if args.embeddings else []
+    models = read_models([Items(path) for path in args.embeddings]) if args.embeddings else []
     wanted = {model.fingerprint for model in models}
     try:
         experiments = [
@@ -1294,6 +1305,9 @@ def print_log(args: argparse.Namespace) -> str:
             raise Fail(f"{log.path}: holds no votes{' on these models' if wanted else ''} yet; run `5_arena.py serve`")
         if args.command == "votes":
             return export(log, experiments)
+        for one in [one for one in experiments if len(one["facts"]["models"]) > 2]:
+            note(f"experiment {one['id']} compares more than two models, as is no longer done; see `votes`")
+            experiments.remove(one)
         found = [results(log, experiment) for experiment in experiments]
     except (sqlite3.DatabaseError, LookupError, TypeError, ValueError, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"

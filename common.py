@@ -481,7 +481,8 @@ def load_manifest(shards: str | Path) -> dict[str, Any]:
         manifest = json.loads(read_bytes(path))
         for split in [manifest["splits"]["train"], *manifest["splits"].values()]:
             for shard in split["shards"]:  # name and digest become paths
-                if not re.fullmatch(r"\w+/[\w-]+\.tar [0-9a-f]{64}", f"{shard['name']} {shard['sha256']}"):
+                sound = re.fullmatch(r"\w+/[\w-]+\.tar [0-9a-f]{64}", f"{shard['name']} {shard['sha256']}")
+                if not sound or not all(type(shard[key]) is int and shard[key] >= 0 for key in ("samples", "bytes")):
                     raise ValueError(f"a shard is {str(shard)[:60]}")
     except FileNotFoundError:
         raise Fail(f"{path}: no such manifest; run 2_prepare.py first, or check --shards") from None

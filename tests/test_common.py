@@ -385,7 +385,7 @@ def test_a_missing_or_torn_manifest_says_what_to_do(tmp_path):
         common.load_manifest(tmp_path)
     shards = tiny.make_shards(tmp_path / "shards")
     manifest = common.load_manifest(shards)
-    for change in ({"name": "../../etc/passwd"}, {"sha256": "0"}):
+    for change in ({"name": "../../etc/passwd"}, {"sha256": "0"}, {"bytes": -1}, {"samples": "8"}):
         torn = json.loads(json.dumps(manifest))
         torn["splits"]["test"]["shards"][0] |= change
         (shards / "manifest.json").write_text(json.dumps(torn))
