@@ -976,10 +976,10 @@ class Asked:
     gain: Any  # float64 [P], above 0
 
     def only(self, chosen) -> Asked:
-        """Some of the queries, by a mask [Q]."""
-        kept, number = chosen[self.query], chosen.cumsum() - 1
-        texts = [text for text, here in zip(self.texts, chosen, strict=True) if here]
-        return Asked(texts, number[self.query[kept]], self.item[kept], self.gain[kept])
+        """Some of the queries, by their numbers, ascending."""
+        kept = np.isin(self.query, chosen)
+        query = np.searchsorted(chosen, self.query[kept])
+        return Asked([self.texts[number] for number in chosen], query, self.item[kept], self.gain[kept])
 
 
 def read_asked(path: str, items) -> tuple[Asked, dict[str, Any]]:
@@ -1057,19 +1057,12 @@ def judge_words(asked: Asked, titles: list[str]) -> dict[str, Any]:
     if any(tokens.ids):  # it fails where no title has a word
         index.index(tokens, show_progress=False)
         words = bm25s.tokenize(asked.texts, return_ids=False, show_progress=False)
-    nothing = np.zeros(len(titles), np.float32)
-
-    def blocks() -> Iterator[tuple[int, int, Any]]:
-        step = max(1, common.BLOCK_SCORES // len(titles))
-        for first in range(0, len(words), step):
-            some = words[first : first + step]
-            yield first, 0, np.stack([index.get_scores(query) if query else nothing for query in some])
-
-    right = np.empty(len(asked.query), np.float32)
-    for first, _, scores in blocks():
-        mine = slice(*np.searchsorted(asked.query, [first, first + len(scores)]))
-        right[mine] = scores[asked.query[mine] - first, asked.item[mine]]
-    return measure(asked, right, blocks())
+    nothing, found = np.zeros(len(titles), np.float32), []
+    for some in common.batches(range(len(words)), max(1, common.BLOCK_SCORES // len(titles))):
+        scores = np.stack([index.get_scores(words[number]) if words[number] else nothing for number in some])
+        part = asked.only(some)
+        found.append(measure(part, scores[part.query, part.item], [(0, 0, scores)]))
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
 def mixed(pictures, titles, weight: float):
@@ -1087,7 +1080,7 @@ def vectors_by(encoder: Encoder, digests) -> Callable:
 def search_with_words(asked: Asked, left, chooses, items, encoder: Encoder) -> tuple[list[dict], float]:
     """measure() of each of WAYS for the queries that are left, and the mixture's weight: best for those that choose it.
 
-    left, chooses: masks [Q].
+    left, chooses: the queries' numbers, ascending.
     """
     titles, texts = items["title"].map(title_text), encoder.store.get(list(map(text_digest, asked.texts)))
     by_picture, by_title = (vectors_by(encoder, some) for some in (items["image_digest"], titles.map(text_digest)))
@@ -1099,7 +1092,7 @@ def search_with_words(asked: Asked, left, chooses, items, encoder: Encoder) -> t
         return lambda rows: mixed(by_picture(rows), by_title(rows), weight)
 
     weight = 0.5
-    if chooses.any():
+    if len(chooses):
         weight = max(WEIGHTS, key=lambda weight: mean(judge(chooses, by_both(weight))["ndcg@10"]))
     ways = [judge(left, vectors) for vectors in (by_title, by_picture, by_both(weight))]
     return [judge_words(asked.only(left), titles.tolist()), *ways], weight
@@ -1130,13 +1123,13 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
         means = {name: {metric: mean(score[metric][some]) for metric in QUERY_METRICS}
                  for name, score in zip(names, scores, strict=True)}  # fmt: skip
         facts["beside"].append({"in_training": part, "queries": int(some.sum()), "means": means})
-    chooses = judged & (validation > 0)
-    chooses &= chooses.sum() >= CHOOSING
-    if (left := judged & ~chooses).any():
+    chooses = np.flatnonzero(judged & (validation > 0))
+    chooses = chooses if len(chooses) >= CHOOSING else chooses[:0]
+    if len(left := np.setdiff1d(np.flatnonzero(judged), chooses)):
         ways, weight = search_with_words(asked, left, chooses, items, encoders[best])
         facts["ways"] = compare_with_first(WAYS, ways, clusters[left], QUERY_METRICS, "ndcg@10")
-        about = {"run": names[best], "weight": weight, "chosen_on": int(chooses.sum())}
-        facts["ways"] |= {"queries": int(left.sum())} | about
+        about = {"run": names[best], "weight": weight, "chosen_on": len(chooses)}
+        facts["ways"] |= {"queries": len(left)} | about
     first = asked.item[np.searchsorted(asked.query, np.arange(len(total)))]
     ranks = pd.DataFrame({"number": range(len(total)), "item": first, "prompt": asked.texts, "right_answers": total})
     ranks = ranks.assign(zero_shot_rank=scores[0]["rank"], rank=scores[best]["rank"])[judged]
