@@ -932,8 +932,6 @@ def compare_models(about: list[dict], scores: list[dict], types: Sequence[str], 
 
 def verdict(name: str, facts: dict, measure: str = "MRR", base: str = "zero-shot") -> str:
     """In words: is this run better than the base, corrected for every difference that was tested?"""
-    if "p" not in facts:
-        return f"{name}: nothing could be judged"
     change = f"{measure} {facts['value']:.3f}, {facts['difference']:+.3f} against {base}"
     if facts["difference"] == 0 and facts["low"] is None:
         return f"{name}: no query differs from {base}, {measure} {facts['value']:.3f}"
@@ -1283,8 +1281,8 @@ def vectors_of(encoder: Encoder, rows) -> tuple[Any, Any]:
 def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -> None:
     """What report.json says, by templates/report.txt; where no difference is shown, how small a one would be."""
     headlines = [run["metrics"]["mrr"] for run in facts["runs"]]
-    widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
-    unsure = suggest_proof and not any(one.get("p_holm", 1) <= ALPHA for one in headlines)
+    widest = max((one["high"] - one["low"] for one in headlines if one["low"] is not None), default=0)
+    unsure = suggest_proof and all(one["p_holm"] > ALPHA for one in headlines)
     text = render("report.txt", facts, page=folder / "report.html", smallest=unsure and widest / 2)
     print(text, end="", flush=True)
 
@@ -1551,17 +1549,12 @@ def title_vectors(args: argparse.Namespace, master: common.Master, titles: list[
     world = World(args.device)
     place = args.vectors or str(master.path.parent / "vectors")
     with working_alone(place, world):
-        clip = master.load_model("finetuned", model_flags(args), world.device)
+        clip = master.load_model("finetuned", (args.model, args.pretrained) if args.model else None, world.device)
         precision = master.facts.get("precision", "fp32").split("/")[-1]
         encoder = Encoder(clip, precision, place, EmbeddingConfig.batch_size)
         exchange([encoder], world)
         embed_texts({text_digest(title): title for title in titles}, [encoder], world)
     return encoder.store
-
-
-def model_flags(args: argparse.Namespace) -> tuple[str, str | None] | None:
-    """--model and --pretrained, where they say another place of a model than master.parquet does."""
-    return (args.model, args.pretrained) if args.model else None
 
 
 def write_queries(args: argparse.Namespace) -> int:
@@ -1644,7 +1637,7 @@ def query_vector(args: argparse.Namespace, master: common.Master):
         picture = common.load_image(Path(args.image)) if args.image else None
     except (BadImage, OSError) as error:
         raise Fail(f"{args.image}: {error}", USAGE) from None
-    clip = master.load_model(args.using, model_flags(args))
+    clip = master.load_model(args.using, (args.model, args.pretrained) if args.model else None)
     parts = [common.encode(clip, captions=[args.words])] if args.words else []
     if picture is not None:
         square = torch.from_numpy(np.array(common.letterbox(picture, clip.size))).permute(2, 0, 1)
