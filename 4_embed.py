@@ -937,8 +937,6 @@ def compare_models(about: list[dict], scores: list[dict], types: Sequence[str], 
 
 def verdict(name: str, facts: dict, measure: str = "MRR", base: str = "zero-shot") -> str:
     """In words: is this run better than the base, corrected for every difference that was tested?"""
-    if "p" not in facts:
-        return f"{name}: nothing could be judged"
     change = f"{measure} {facts['value']:.3f}, {facts['difference']:+.3f} against {base}"
     if facts["difference"] == 0 and facts["low"] is None:
         return f"{name}: no query differs from {base}, {measure} {facts['value']:.3f}"
@@ -981,10 +979,10 @@ class Asked:
     gain: Any  # float64 [P], above 0
 
     def only(self, chosen) -> Asked:
-        """Some of the queries, by a mask [Q]."""
-        kept, number = chosen[self.query], chosen.cumsum() - 1
-        texts = [text for text, here in zip(self.texts, chosen, strict=True) if here]
-        return Asked(texts, number[self.query[kept]], self.item[kept], self.gain[kept])
+        """Some of the queries, by their numbers, ascending."""
+        kept = np.isin(self.query, chosen)
+        query = np.searchsorted(chosen, self.query[kept])
+        return Asked([self.texts[number] for number in chosen], query, self.item[kept], self.gain[kept])
 
 
 def read_asked(path: str, items) -> tuple[Asked, dict[str, Any]]:
@@ -1062,19 +1060,12 @@ def judge_words(asked: Asked, titles: list[str]) -> dict[str, Any]:
     if any(tokens.ids):  # it fails where no title has a word
         index.index(tokens, show_progress=False)
         words = bm25s.tokenize(asked.texts, return_ids=False, show_progress=False)
-    nothing = np.zeros(len(titles), np.float32)
-
-    def blocks() -> Iterator[tuple[int, int, Any]]:
-        step = max(1, common.BLOCK_SCORES // len(titles))
-        for first in range(0, len(words), step):
-            some = words[first : first + step]
-            yield first, 0, np.stack([index.get_scores(query) if query else nothing for query in some])
-
-    right = np.empty(len(asked.query), np.float32)
-    for first, _, scores in blocks():
-        mine = slice(*np.searchsorted(asked.query, [first, first + len(scores)]))
-        right[mine] = scores[asked.query[mine] - first, asked.item[mine]]
-    return measure(asked, right, blocks())
+    nothing, found = np.zeros(len(titles), np.float32), []
+    for some in common.batches(range(len(words)), max(1, common.BLOCK_SCORES // len(titles))):
+        scores = np.stack([index.get_scores(words[number]) if words[number] else nothing for number in some])
+        part = asked.only(some)
+        found.append(measure(part, scores[part.query, part.item], [(0, 0, scores)]))
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
 def mixed(pictures, titles, weight: float):
@@ -1092,7 +1083,7 @@ def vectors_by(encoder: Encoder, digests) -> Callable:
 def search_with_words(asked: Asked, left, chooses, items, encoder: Encoder) -> tuple[list[dict], float]:
     """measure() of each of WAYS for the queries that are left, and the mixture's weight: best for those that choose it.
 
-    left, chooses: masks [Q].
+    left, chooses: the queries' numbers, ascending.
     """
     titles, texts = items["title"].map(title_text), encoder.store.get(list(map(text_digest, asked.texts)))
     by_picture, by_title = (vectors_by(encoder, some) for some in (items["image_digest"], titles.map(text_digest)))
@@ -1104,7 +1095,7 @@ def search_with_words(asked: Asked, left, chooses, items, encoder: Encoder) -> t
         return lambda rows: mixed(by_picture(rows), by_title(rows), weight)
 
     weight = 0.5
-    if chooses.any():
+    if len(chooses):
         weight = max(WEIGHTS, key=lambda weight: mean(judge(chooses, by_both(weight))["ndcg@10"]))
     ways = [judge(left, vectors) for vectors in (by_title, by_picture, by_both(weight))]
     return [judge_words(asked.only(left), titles.tolist()), *ways], weight
@@ -1135,13 +1126,13 @@ def judge_queries(path: str, items, names: list[str], encoders: list[Encoder], b
         means = {name: {metric: mean(score[metric][some]) for metric in QUERY_METRICS}
                  for name, score in zip(names, scores, strict=True)}  # fmt: skip
         facts["beside"].append({"in_training": part, "queries": int(some.sum()), "means": means})
-    chooses = judged & (validation > 0)
-    chooses &= chooses.sum() >= CHOOSING
-    if (left := judged & ~chooses).any():
+    chooses = np.flatnonzero(judged & (validation > 0))
+    chooses = chooses if len(chooses) >= CHOOSING else chooses[:0]
+    if len(left := np.setdiff1d(np.flatnonzero(judged), chooses)):
         ways, weight = search_with_words(asked, left, chooses, items, encoders[best])
         facts["ways"] = compare_with_first(WAYS, ways, clusters[left], QUERY_METRICS, "ndcg@10")
-        about = {"run": names[best], "weight": weight, "chosen_on": int(chooses.sum())}
-        facts["ways"] |= {"queries": int(left.sum())} | about
+        about = {"run": names[best], "weight": weight, "chosen_on": len(chooses)}
+        facts["ways"] |= {"queries": len(left)} | about
     first = asked.item[np.searchsorted(asked.query, np.arange(len(total)))]
     ranks = pd.DataFrame({"number": range(len(total)), "item": first, "prompt": asked.texts, "right_answers": total})
     ranks = ranks.assign(zero_shot_rank=scores[0]["rank"], rank=scores[best]["rank"])[judged]
@@ -1295,8 +1286,8 @@ def vectors_of(encoder: Encoder, rows) -> tuple[Any, Any]:
 def print_comparison(facts: dict[str, Any], folder: Path, suggest_proof: bool) -> None:
     """What report.json says, by templates/report.txt; where no difference is shown, how small a one would be."""
     headlines = [run["metrics"]["mrr"] for run in facts["runs"]]
-    widest = max((one["high"] - one["low"] for one in headlines if one.get("low") is not None), default=0)
-    unsure = suggest_proof and not any(one.get("p_holm", 1) <= ALPHA for one in headlines)
+    widest = max((one["high"] - one["low"] for one in headlines if one["low"] is not None), default=0)
+    unsure = suggest_proof and all(one["p_holm"] > ALPHA for one in headlines)
     text = render("report.txt", facts, page=folder / "report.html", smallest=unsure and widest / 2)
     print(text, end="", flush=True)
 
@@ -1563,17 +1554,12 @@ def title_vectors(args: argparse.Namespace, master: common.Master, titles: list[
     world = World(args.device)
     place = args.vectors or str(master.path.parent / "vectors")
     with working_alone(place, world):
-        clip = master.load_model("finetuned", model_flags(args), world.device)
+        clip = master.load_model("finetuned", (args.model, args.pretrained) if args.model else None, world.device)
         precision = master.facts.get("precision", "fp32").split("/")[-1]
         encoder = Encoder(clip, precision, place, EmbeddingConfig.batch_size)
         exchange([encoder], world)
         embed_texts({text_digest(title): title for title in titles}, [encoder], world)
     return encoder.store
-
-
-def model_flags(args: argparse.Namespace) -> tuple[str, str | None] | None:
-    """--model and --pretrained, where they say another place of a model than master.parquet does."""
-    return (args.model, args.pretrained) if args.model else None
 
 
 def write_queries(args: argparse.Namespace) -> int:
@@ -1656,7 +1642,7 @@ def query_vector(args: argparse.Namespace, master: common.Master):
         picture = common.load_image(Path(args.image)) if args.image else None
     except (BadImage, OSError) as error:
         raise Fail(f"{args.image}: {error}", USAGE) from None
-    clip = master.load_model(args.using, model_flags(args))
+    clip = master.load_model(args.using, (args.model, args.pretrained) if args.model else None)
     parts = [common.encode(clip, captions=[args.words])] if args.words else []
     if picture is not None:
         square = torch.from_numpy(np.array(common.letterbox(picture, clip.size))).permute(2, 0, 1)

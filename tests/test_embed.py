@@ -829,6 +829,7 @@ def test_machines_find_each_others_vectors_on_s3_and_write_the_same_rows(world, 
     assert common.Master(copy / "master").rows == 72
     assert not list(tmp_path.glob("[st]*/**/*.tar")), "no copy of a shard stays"
     name = common.list_files("s3://shop/out/vectors")[0][0]
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         common.remove(f"s3://shop/out/vectors/{name}")  # what S3 lost is made again, though this machine has a copy
         assert Processes(1, tmp_path / "third", patch)(command) == [0]
