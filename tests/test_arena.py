@@ -611,6 +611,19 @@ def test_missing_pictures_look_the_same_everywhere_and_are_named_in_the_log(tmp_
     assert lengths[False] == lengths[True] and len(lengths[True]) == 1
 
 
+@pytest.mark.parametrize("count", [2, 5])
+def test_judges_who_vote_in_turn_see_every_type_and_meet_in_shared_queries(app, place, count):
+    judges = [Judge(app, f"J{number}") for number in range(count)]
+    for _ in range(2 * len(place.experiment.types)):
+        for judge in judges:
+            judge.vote("A")
+    trials = place.log.all("SELECT judge, query FROM trials WHERE NOT identical")
+    kinds = {judge.id: {place.experiment.queries[row["query"]].category for row in trials if row["judge"] == judge.id}
+             for judge in judges}  # fmt: skip
+    assert all(len(own) >= len(place.experiment.types) - 1 for own in kinds.values()), kinds
+    assert place.results()["agreement"]["units"] > 0
+
+
 def test_pictures_leave_votes_some_threads(app, place, monkeypatch):
     judge, seats, rows = Judge(app), arena.THREADS - 8, iter(range(1000, 2000))
     token = judge.trial()["trial"]
@@ -640,7 +653,7 @@ def test_a_picture_that_the_disk_did_not_give_is_asked_for_again(app, place, mon
     for number in (errno.EIO, errno.EMFILE):
         monkeypatch.setattr(Image, "open", lambda *_, n=number, **__: (_ for _ in ()).throw(OSError(n, os.strerror(n))))
         answer = judge.get(f"/picture/{token}/0")
-        assert answer.status_code == 500 and "error" in answer.json
+        assert answer.status_code == 503 and "error" in answer.json
     monkeypatch.setattr(Image, "open", whole)
     answer = judge.get(f"/picture/{token}/0")
     assert answer.status_code == 200 and answer.data != place.placeholder
@@ -691,6 +704,15 @@ def test_names_are_known_in_any_case_and_with_blanks_between(monkeypatch):
     settings = arena.ArenaConfig(host="Desk.example", trusted_host=" Shop.Example , vote.example,, ")
     names = {"front-desk", "front-desk.shop.example", "desk.example", "shop.example", "vote.example"}
     assert set(arena.trusted_hosts(settings)) == names | {"127.0.0.1", "localhost"}
+
+
+def test_ipv6_is_refused_with_one_line(catalogue, tmp_path, capsys):
+    flags = ["--embeddings", str(catalogue[0]), "--images", str(catalogue[1])]
+    for host in ("::1", "::", "fe80::1"):
+        assert arena.main(["serve", *flags, "--database", str(tmp_path / "a.sqlite"), "--host", host]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "IPv6" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_forged_old_and_other_judges_tokens_are_refused(app):
@@ -1618,6 +1640,16 @@ def test_a_column_of_votes_that_the_schema_lacks_is_not_lost(catalogue, tmp_path
     with pytest.raises(common.Fail, match="cannot be used"):
         arena.Log(database)
     assert stored(database) == before and before[1][0][-1] == "why"
+
+
+def test_an_experiment_of_several_models_is_named_and_its_votes_are_exported(tmp_path, capsys):
+    log = arena.Log(tmp_path / "a.sqlite")
+    models = [{"name": name, "fingerprint": name} for name in "abc"]
+    log.experiment("key", {"models": models, "query": "image", "top_k": 4})
+    assert arena.main(["stats", "--database", str(tmp_path / "a.sqlite"), "--format", "json"]) == 0
+    said = capsys.readouterr()
+    assert "more than two models" in said.err and json.loads(said.out) == []
+    assert arena.main(["votes", "--database", str(tmp_path / "a.sqlite")]) == 0
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -531,16 +531,19 @@ def test_a_grown_catalogue_decodes_only_new_photos(tmp_path, monkeypatch, capsys
     assert decoded_by(rows, "--limit", "15") == decoded_by(rows) == 0
     assert len(parts("jpegs")) == len(parts("parquet")) == 4
     expected = content(output)
-    for ending in ("parquet", "jpegs"):
+    for ending, calls in (("parquet", 1), ("jpegs", 2)):  # a damaged JPEG is seen when it is read
         path = parts(ending)[1]
         data = bytearray(path.read_bytes())
         data[len(data) // 2 if ending == "parquet" else 600] ^= 1
         path.write_bytes(data)
         shutil.rmtree(output / "train")
         capsys.readouterr()
-        assert run(write_catalogue(tmp_path, rows), output) == common.FAILED
+        if calls == 2:
+            assert run(write_catalogue(tmp_path, rows), output) == common.FAILED
         assert decoded_by(rows) == 10 and content(output) == expected
         assert capsys.readouterr().err.count(f"{path.stem}: was damaged and is removed") == 1
+    (output / "train/shard-000000.json").write_text("")
+    assert decoded_by(rows) == 0 and content(output) == expected, "a damaged record costs its shard alone"
     parts("jpegs")[0].unlink()
     (output / ".work/photos.bin").write_bytes(b"of an earlier version")
     assert decoded_by(rows) == 10 and content(output) == expected

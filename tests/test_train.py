@@ -1079,6 +1079,7 @@ def test_a_probe_shows_what_was_forgotten(base, tmp_path, capsys):
     assert "general probe" in said and f"{facts['wise_ft'][0]['probe']['mrr']:.4f}" in said
     head = "image_path,caption\n"
     wrong = {"none.csv": None, "column.csv": "image_path\n0000.png", "empty.csv": head, "gone.csv": f"{head}9.png,x"}
+    wrong["short.csv"] = f"{head}0000.png\n"
     for name, text in wrong.items():  # at once, not after a night of training
         if text:
             (tmp_path / name).write_text(text)
@@ -1456,6 +1457,24 @@ def test_what_saves_memory_may_change_when_a_run_goes_on(base, tmp_path, monkeyp
     flags = ("--epochs", 1, "--grad-checkpointing", "--micro-batch-size", 8, "--max-failed", 0.2)
     train(base, tmp_path, "--scenario", "vision_lora", *flags)
     assert "going on after step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", ["[]", "null", '{"identity": {}}', '{"identity": {}, "settings": {}}'])
+def test_a_mark_that_is_none_of_ours_is_written_anew(base, tmp_path, damaged):
+    (tmp_path / "train.json").write_text(damaged)
+    assert train(base, tmp_path, "--scenario", "zero_shot")["scenario"] == "zero_shot"
+
+
+def test_a_run_that_did_not_note_mean_and_std_goes_on(base, tmp_path, capsys):
+    train(base, tmp_path, "--epochs", 1)
+    path, marker = tmp_path / "checkpoint.pt", tmp_path / "train.json"
+    saved, facts = torch.load(path, weights_only=True), json.loads(marker.read_text())
+    for identity in (saved["identity"], facts["identity"]):
+        del identity["mean"], identity["std"]
+    torch.save(saved, path), marker.write_text(json.dumps(facts))
+    capsys.readouterr()
+    train(base, tmp_path, "--epochs", 1, "--restart")
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_a_refusal_by_wandb_is_one_line_before_anything_is_computed(base, tmp_path, monkeypatch, capsys):
