@@ -29,6 +29,7 @@ import tempfile
 import textwrap
 import time
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -400,28 +401,33 @@ def _items(rows, chosen: dict[str, list[tuple]], photos):
 def group_items(items, looks: tuple[Any, Any, Any]) -> Any:
     """The group of each item, which are in order of ids: the smallest id among its exact and near duplicates.
 
-    looks: positions of items int [V], gradients uint8 [V, 64] and colors uint8 [V, 192] of views.
+    looks: positions of items int [V], gradients uint8 [V, 64] and colors uint8 [V, 192] of views. Union-find, in which
+    a group is known by its smallest member: scipy's connected components would take 20 MB to import.
     """
     import numpy as np
     import pandas as pd
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
 
+    parent = array("q", range(len(items)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    def connect(some: Iterable[int], others: Iterable[int]) -> None:
+        for i, j in zip(some.tolist(), others.tolist(), strict=True):
+            i, j = sorted((find(i), find(j)))
+            parent[j] = i
+
+    for column in ("id", "source"):
+        codes = pd.factorize(items[column])[0]
+        first = np.unique(codes, return_index=True)[1][codes]  # the first item with the same value
+        again = np.flatnonzero(first < np.arange(len(codes)))
+        connect(first[again], again)
     owners, *views = looks
-
-    def pairs() -> Iterator[tuple[Any, Any]]:
-        for column in ("id", "source"):
-            codes = pd.factorize(items[column])[0]
-            yield np.unique(codes, return_index=True)[1][codes], np.arange(len(items))  # each with the first like it
-        for a, b in near_pairs(*views):
-            yield owners[a], owners[b]
-
-    group = np.arange(len(items))
-    for a, b in pairs():
-        links = coo_array((np.ones(len(a), bool), (group[a], group[b])), (len(items), len(items)))
-        group = connected_components(links, directed=False)[1][group]
-    first = np.unique(group, return_index=True)[1]
-    return items["id"].take(first[group]).reset_index(drop=True)
+    for a, b in near_pairs(*views):
+        connect(owners[a], owners[b])
+    return items["id"].take([find(i) for i in range(len(items))]).reset_index(drop=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1343,10 +1343,10 @@ def test_runs_of_one_scenario_are_told_apart_by_their_folders_and_a_foreign_base
     assert stage.main(command) == 0
     assert "NOTE: dual_lora was not trained from" in capsys.readouterr().out
     names = [run["name"] for run in json.loads((tmp_path / "report/report.json").read_text())["runs"]]
-    assert names == ["text_lora", *(f"dual_lora ({run})" for run in runs)]
+    assert names == ["text_lora", *(f"dual_lora ({place})" for place in ("dual_lora", *runs[1:]))]
     assert stage.main([*report_arguments(world, tmp_path / "few"), "--run", str(runs[0]), "--run", str(runs[1])]) == 0
     report = json.loads((tmp_path / "few/report.json").read_text())
-    assert [run["name"] for run in report["runs"]] == [f"dual_lora ({run})" for run in runs[:2]]
+    assert [run["name"] for run in report["runs"]] == ["dual_lora (dual_lora)", "dual_lora (higher_rate)"]
 
 
 # --------------------------------------------------------------------------------------------------------------------
