@@ -1544,7 +1544,7 @@ def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], ef
 
 def differences(theirs: dict[str, Any], known: dict[str, Any]) -> list[str]:
     """The names in which another run's identity differs; some editions did not note mean and std."""
-    noted = {name: known[name] for name in ("mean", "std")} | theirs
+    noted = {name: known.get(name) for name in ("mean", "std")} | theirs
     return [name for name, value in known.items() if value != noted.get(name)]
 
 

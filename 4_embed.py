@@ -320,7 +320,8 @@ class VectorStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.database = sqlite3.connect(self.path, timeout=600)  # another process may be writing
         self.database.execute("CREATE TABLE IF NOT EXISTS vectors (digest TEXT PRIMARY KEY, vector BLOB)")
-        self.database.execute("CREATE TABLE IF NOT EXISTS objects (name TEXT PRIMARY KEY)")  # on S3, copied here
+        if self.objects:  # of which copies are here
+            self.database.execute("CREATE TABLE IF NOT EXISTS objects (name TEXT PRIMARY KEY)")
 
     def fetch(self) -> None:
         """Copy what other machines put on S3; what S3 has lost is forgotten here, too, for others would lack it."""
