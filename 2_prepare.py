@@ -118,7 +118,7 @@ def _gradients(grey) -> bytes:
 
 
 def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
-    """Near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors: two arrays of numbers a band.
+    """Near duplicates among uint8 [N, 64] gradients and uint8 [N, 192] colors: two arrays of numbers at a time.
 
     Candidates agree in one of 32 bands of 16 gradients (of copies, most bands do). A band without any gradient is
     plain ground and says nothing; in a crowded band each picture meets its 64 neighbors in order of all gradients.
@@ -131,7 +131,7 @@ def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
     for band in range(GRADIENT_BYTES // 2):
         key = gradients[ranked, 2 * band].astype(np.uint16) << 8 | gradients[ranked, 2 * band + 1]
         order = np.argsort(key, kind="stable").astype(np.uint32)
-        key, order, found = key[order], ranked[order], [(ranked[:0], ranked[:0])]
+        key, order = key[order], ranked[order]
         for start in range(int(np.searchsorted(key, 1)), len(order), PAIRS):
             some, same = order[start : start + PAIRS + NEIGHBORS], key[start : start + PAIRS + NEIGHBORS]
             count = weight[some]
@@ -145,8 +145,7 @@ def near_pairs(gradients, colors) -> Iterator[tuple[Any, Any]]:
                 a, b = some[a][near], some[b][near]
                 cells = np.abs(colors[a].astype(np.int16) - colors[b]).reshape(len(a), GRID * GRID, 3).max(axis=2)
                 near = np.partition(cells, -COLOR_CELLS, axis=1)[:, -COLOR_CELLS] <= COLOR_DISTANCE
-                found.append((a[near], b[near]))
-        yield tuple(map(np.concatenate, zip(*found, strict=True)))
+                yield a[near], b[near]
 
 
 # --------------------------------------------------------------------------------------------------------------------

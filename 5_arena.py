@@ -862,9 +862,8 @@ class Arena:
         """Columns of the trials to write down: identical rows passed over, then at most one to show.
 
         Object types take turns: one with the fewest showings so far comes next, of these the judge's rarest. Within it:
-        a shared query that other
-        judges have begun and that three are to see; else the query shown least often, in the judge's own seeded
-        order. Which model stands as row A is a fair coin's choice.
+        a shared query that other judges have begun and that three are to see; else the query shown least often, in the
+        judge's own seeded order. Which model stands as row A is a fair coin's choice.
         """
         queries, types, shown = self.experiment.queries, self.experiment.types, self.shown
         chance = random.Random(f"{self.settings.seed} {judge}")
