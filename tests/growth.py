@@ -87,8 +87,9 @@ def commands(shop: Path, work: Path) -> dict[str, list[str]]:
         "clean": ["1_clean.py", "run", "--input", str(shop), "--images", photos, "--workspace", str(work / "batch"),
                   "--output", cleaned, "--poll-interval", "0"],
         "prepare": ["2_prepare.py", "--input", cleaned, "--images", photos, "--output", shards],
+        # The pictures teach nothing, so that the base itself would be exported, with which the arena compares nothing.
         "train": ["3_train.py", "--shards", shards, "--scenario", "linear_probe", "--model", SMALL,
-                  "--pretrained", SMALL, "--output", str(run)],
+                  "--pretrained", SMALL, "--output", str(run), "--wise", "off"],
         "embed": ["4_embed.py", "--shards", shards, "--model", SMALL, "--pretrained", SMALL,
                   "--finetuned", str(run / "model"), "--output", master],
         "arena": ["-c", f"import importlib; arena = importlib.import_module('5_arena'); arena.create_app({setup})"],
@@ -104,8 +105,10 @@ def api(place: str | None) -> Iterator[dict[str, str]]:
             [sys.executable, "tests/openai_standin.py", "--state", state], cwd=ROOT, stdout=subprocess.PIPE, text=True
         ) as server,
     ):
-        yield os.environ | {"OPENAI_BASE_URL": server.stdout.readline().strip(), "OPENAI_API_KEY": "stand-in"}
-        server.terminate()
+        try:
+            yield os.environ | {"OPENAI_BASE_URL": server.stdout.readline().strip(), "OPENAI_API_KEY": "stand-in"}
+        finally:
+            server.terminate()
 
 
 def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int]:
