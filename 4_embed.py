@@ -52,7 +52,8 @@ LEAST_COSINE = 0.999  # that bf16 must reach against float32
 EVEN_ROWS = 16  # batches are filled up to a multiple: matrix products of fewer rows add up in another order
 
 NEAREST = 4  # results of a picture that are judged, as many as the arena shows
-RANKED = {"recall@1": "recall@1", "recall@5": "recall@5", "recall@10": "recall@10", "mrr": "MRR"}
+RECALLS = (1, 5, 10)  # the k of recall@k, of prompts, pictures and what shoppers type
+RANKED = {f"recall@{k}": f"recall@{k}" for k in RECALLS} | {"mrr": "MRR"}  # see rank_metrics
 METRICS = {  # of the report, in the order of its tables, and their labels
     **{f"text_to_image_{name}": f"text → image  {label}" for name, label in RANKED.items()},
     **{f"image_to_text_{name}": f"image → text  {label}" for name, label in RANKED.items()},
@@ -824,6 +825,11 @@ def components(queries, labels, count: int):
     return np.unique(connected_components(graph, directed=False)[1][:count], return_inverse=True)[1]
 
 
+def rank_metrics(rank) -> dict[str, Any]:
+    """{metric: float64 [Q]} for RANKED, of the rank of each query's first right answer, and that rank, int64 [Q]."""
+    return {f"recall@{k}": (rank <= k).astype(float) for k in RECALLS} | {"mrr": 1 / rank, "rank": rank}
+
+
 def judge(images, texts, items) -> dict[str, Any]:
     """{metric: float64 [N]} for METRICS, and WAY_rank; NaN where a query cannot be judged.
 
@@ -832,8 +838,7 @@ def judge(images, texts, items) -> dict[str, Any]:
     keys, scores = answer_keys(items), {}
     for way, queries, gallery in (("text_to_image", texts, images), ("image_to_text", images, texts)):
         rank = common.right_ranks(queries, gallery, keys)
-        scores |= {f"{way}_recall@{k}": (rank <= k).astype(float) for k in (1, 5, 10)}
-        scores |= {f"{way}_mrr": 1 / rank, f"{way}_rank": rank}
+        scores |= {f"{way}_{name}": values for name, values in rank_metrics(rank).items()}
     nearest = common.top_k(images, images, NEAREST, exclude=(keys[:, 1], keys[:, 1]))[1]
     scores |= {f"agreement@{NEAREST}_{name}": values for name, values in agreement(nearest, items).items()}
     return scores | {"mrr": (scores["text_to_image_mrr"] + scores["image_to_text_mrr"]) / 2}
@@ -1027,9 +1032,7 @@ def measure(asked: Asked, right, blocks: Iterable[tuple[int, int, Any]]) -> dict
     gains = np.where(ranks <= 10, asked.gain[order] / np.log2(ranks + 1.0), 0)
     best, place_of_best = in_order(-asked.gain)
     ideal = np.bincount(asked.query[best], asked.gain[best] / np.log2(place_of_best + 2.0))
-    rank = ranks[place == 0]
-    found = {"ndcg@10": np.bincount(query, gains) / ideal}
-    return found | {f"recall@{k}": (rank <= k).astype(float) for k in (1, 5, 10)} | {"mrr": 1 / rank, "rank": rank}
+    return {"ndcg@10": np.bincount(query, gains) / ideal} | rank_metrics(ranks[place == 0])
 
 
 def judge_vectors(asked: Asked, queries, vectors: Callable, count: int) -> dict[str, Any]:
@@ -1485,13 +1488,15 @@ def pool(args: argparse.Namespace) -> int:
     """One report of those of several folds: each product was asked for once, by models that never saw it."""
     reports = [common.read_json(Path(folder, "report.json"), "report") for folder in args.report]
     names, queries, draws = [run["name"] for run in reports[0]["runs"]], [], 0
+    models = ("zero_shot", *names)
+    columns = ["id", "object_type", "draw", *(f"{name}/{metric}" for name in models for metric in METRICS)]
     for folder, facts in zip(args.report, reports, strict=True):
         same = facts["base"]["fingerprint"] == reports[0]["base"]["fingerprint"]
         if not same or [run["name"] for run in facts["runs"]] != names:
             raise Fail(f"{folder}: compares other runs or another base than {args.report[0]}; pool folds of one report")
         try:
-            found = pd.read_parquet(Path(folder, "queries.parquet"))
-        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            found = pd.read_parquet(Path(folder, "queries.parquet"), columns=columns)
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors; a column that an older version lacks
             raise Fail(f"{folder}: not a readable report ({error}); make the report again") from None
         queries.append(found.assign(draw=found["draw"] + draws, folder=folder))
         draws += found["draw"].max() + 1
@@ -1499,7 +1504,7 @@ def pool(args: argparse.Namespace) -> int:
     if (twice := whole["id"].duplicated()).any():
         id, folder = whole.loc[twice, ["id", "folder"]].iloc[0]
         raise Fail(f"{folder}: tests on {id}, as another report does; pool folds, made with 2_prepare.py --fold")
-    scores = [{metric: whole[f"{name}/{metric}"].to_numpy() for metric in METRICS} for name in ("zero_shot", *names)]
+    scores = [{metric: whole[f"{name}/{metric}"].to_numpy() for metric in METRICS} for name in models]
     about = [{key: reports[0]["base"][key] for key in ("name", "fingerprint", "precision")}]
     for runs in zip(*(facts["runs"] for facts in reports), strict=True):
         fingerprint = common.digest([run["fingerprint"] for run in runs])

@@ -1252,6 +1252,9 @@ def test_reports_that_are_no_folds_of_one_catalogue_are_refused(world, tmp_path,
         ([folders[0], tmp_path / "nowhere"], "nowhere"),
     ):
         one_line(capsys, stage.main(pooled(pair, tmp_path / "proof")), words)
+    older = pq.read_table(folders[1] / "queries.parquet").drop_columns(["zero_shot/mrr"])
+    pq.write_table(older, folders[1] / "queries.parquet")  # of a version without that metric
+    one_line(capsys, stage.main(pooled(folders, tmp_path / "proof")), "zero_shot/mrr", "make the report again")
     (folders[1] / "queries.parquet").write_bytes(b"PAR1")
     one_line(capsys, stage.main(pooled(folders, tmp_path / "proof")), "not a readable report", "make the report again")
     assert not (tmp_path / "proof").exists()
