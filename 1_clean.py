@@ -211,7 +211,7 @@ def our_header(path: Path, header: list[str], places: dict[str, list[int]], expo
     if export:
         say(f"{path}: {export}; {', '.join(f'{name} = {header[place]}' for place, name in ours.items())}")
     own = [name for place, name in enumerate(header) if name in FIELDS and place not in ours]
-    own = own if {*own} < {*FIELDS} else []  # an earlier output has them all; they are replaced
+    own = [] if "clean_title" in own and len(own) > 1 else own  # an earlier output has that; its fields are replaced
     if own:
         say(f"{path}: {', '.join(own)} kept as {', '.join(f'shop_{name}' for name in own)}, for stage 1 finds its own")
     unique: list[str] = []

@@ -62,6 +62,7 @@ MAX_LOGIT_SCALE = math.log(100)  # as in the CLIP paper (arXiv 2103.00020)
 CPU_MICRO_BATCH = 64  # pairs: a ViT-B/32 keeps about 2 GB for their backward pass, a smaller model less
 VIT_B_32 = 151_277_313  # its parameters
 CROPS = {"simple": 0.8, "advanced": 0.6}  # --augment: least share of the picture's area that a crop keeps
+TURN, BLURRED = 10, 0.3  # --augment advanced: degrees, at most, and share of the views that are blurred
 VIEWS = 4  # augmented views of a picture that are kept where its tower is frozen and runs only once
 ALPHAS = tuple(k / 10 for k in range(11))  # of WiSE-FT: 0 is the base model, 1 the fine-tuned one
 LOG_EVERY = 10  # steps
@@ -252,12 +253,12 @@ def draw_view(kind: str, seed: str) -> tuple[float, ...]:
     """How to show a picture: six numbers of an affine map from what is shown to the picture, in sides from -1 to 1,
     row by row, and the blur, the weight of each neighbour of a pixel. Crop and flip, for `advanced` turned and blurred.
 
-    Never recoloured, for prompts name colors.
+    Never recoloured, for prompts name colors. What is new is drawn last, so that views keep their other numbers.
     """
     draw, angle, blur = random.Random(seed), 0.0, 0.0
     if kind == "advanced":
-        angle = math.radians(draw.uniform(-10, 10))
-        if draw.random() < 0.3:
+        angle = math.radians(draw.uniform(-TURN, TURN))
+        if draw.random() < BLURRED:
             neighbour = math.exp(-0.5 / draw.uniform(0.1, 1.0) ** 2)  # against 1 for the pixel itself
             blur = neighbour / (1 + 2 * neighbour)
     side = math.sqrt(draw.uniform(CROPS[kind], 1.0))
@@ -265,6 +266,15 @@ def draw_view(kind: str, seed: str) -> tuple[float, ...]:
     flipped = -side if draw.random() < 0.5 else side
     cos, sin = math.cos(angle), math.sin(angle)
     return cos * flipped, -sin * side, cos * x - sin * y, sin * flipped, cos * side, sin * x + cos * y, blur
+
+
+def views_digest(kind: str) -> str:
+    """Tells one way to draw views from another: a changed draw_view() is neither gone on with nor mixed with kept ones.
+
+    Rounded, so that another machine's sine makes no difference.
+    """
+    views = [draw_view(kind, str(seed)) for seed in range(10)] if kind != "none" else []
+    return common.digest([[round(number, 4) for number in view] for view in views])[:16]
 
 
 def augment(pixels: Tensor, views: Tensor) -> Tensor:
@@ -1306,6 +1316,7 @@ def cache_tower_features(run: Run, split: Split, adapted: bool = False) -> None:
     for tower in (tower for tower, lora in run.towers.adapted.items() if lora == adapted):
         if tower == "image":
             made = [config.precision, config.augment, views, clip.mean, clip.std]
+            made += [views_digest(config.augment)] if split.augmented else []
         else:
             made = [config.precision, hashlib.sha256(split.kept["captions"]["tokens"]).hexdigest()]
         cache_arrays(run, split, tower, made, functools.partial(write_features, run, split, tower, views))
@@ -1535,6 +1546,7 @@ def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], ef
     """What must be equal for a run to be gone on with: settings as they were asked for, `auto` included."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_SETTINGS}
     settings |= {"clip_norm": CLIP_NORM, "lora_alpha": LORA_SCALE * config.lora_r, "views": VIEWS}
+    settings["drawn_views"] = views_digest(config.augment)
     shards = {s: [entry["sha256"] for entry in manifest["splits"][s]["shards"]] for s in ("train", "validation")}
     return settings | {
         "model": clip.fingerprint, "mean": list(clip.mean), "std": list(clip.std),
@@ -1543,8 +1555,8 @@ def identity_of(config: TrainingConfig, clip: Clip, manifest: dict[str, Any], ef
 
 
 def differences(theirs: dict[str, Any], known: dict[str, Any]) -> list[str]:
-    """The names in which another run's identity differs; some editions did not note mean and std."""
-    noted = {name: known.get(name) for name in ("mean", "std")} | theirs
+    """The names in which another run's identity differs; some editions did not note mean, std and views."""
+    noted = {name: known.get(name) for name in ("mean", "std", "drawn_views")} | theirs
     return [name for name, value in known.items() if value != noted.get(name)]
 
 

@@ -1601,9 +1601,8 @@ def invent_queries(items, count: int, seed: int) -> Iterator[tuple[str, list[int
     rng, fits, others = random.Random(seed), collections.defaultdict(list), collections.defaultdict(list)
     for word, name in common.SYNONYMS.items():
         others[name].append(word)
-    asked = ("color", "material", "style")
-    sets = [some for size in range(len(asked) + 1) for some in itertools.combinations(asked, size)]
-    for row, values in enumerate(items[[*asked, "object_type"]].to_dict("records")):
+    sets = [some for size in range(len(common.DETAILS) + 1) for some in itertools.combinations(common.DETAILS, size)]
+    for row, values in enumerate(items[[*common.DETAILS, "object_type"]].to_dict("records")):
         for some in sets if values["object_type"] else ():
             if all(values[name] for name in some):
                 fits[(*(values[name] for name in some), values["object_type"])].append(row)

@@ -124,8 +124,9 @@ def read_keys(database: str | Path) -> dict[str, str]:
 # The log in SQLite; templates/schema.sql says what it holds, connection.sql has the views that are read here. A vote is
 # acknowledged after its commit. One process writes; others may read meanwhile.
 
-# What a vote may say. One more also needs a place in the CHECK of schema.sql, a button and help in arena.html;
-# it counts as a tie, unless `mark_votes` and what is computed from its outcomes say otherwise.
+# What a vote may say, by its key (U, Q and ? are others). One more also needs a place in the CHECK of schema.sql and a
+# button and help in arena.html, where T's help says what is left for it; votes.csv has its words under `preferred`.
+# It counts as a tie, unless `mark_votes` and what is computed from its outcomes say otherwise.
 CHOICES = {"A": "row A", "B": "row B", "T": "equal", "N": "skipped"}
 VOTES_TABLE = "SELECT sql FROM sqlite_master WHERE name = 'votes'"
 # A table keeps the constraints that it was made with: older ones allow a trial one vote for ever, or fewer choices.
@@ -805,7 +806,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def export(log: Log, experiments: Iterable[dict[str, Any]]) -> str:
-    """Every vote ever cast, those taken back included, as CSV; `preferred` is the name of the chosen model."""
+    """Every vote ever cast, those taken back included, as CSV; `preferred`: a model, or what was said."""
     buffer = io.StringIO()
     writer = common.csv_writer(buffer)
     writer.writerow(EXPORTED.split())

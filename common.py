@@ -667,9 +667,10 @@ def read_queries(path: str | Path, ids: Iterable[str] | None = None) -> tuple[An
 # --------------------------------------------------------------------------------------------------------------------
 # Metadata and prompts
 
-ATTRIBUTES = ("style", "material", "color", "object_type")  # a new one: also its line in 1_clean.py's PROMPT
+# A new one: also its line in 1_clean.py's PROMPT and, if prompts are to show it, its place in DETAILS
+ATTRIBUTES = ("style", "material", "color", "object_type")
 DETAILS = ("color", "style", "material")  # those that prompts put before the title, in this order
-SYNONYMS = {
+SYNONYMS = {  # of attributes, and of single words of titles
     "gray": "grey", "light gray": "light grey", "dark gray": "dark grey", "couch": "sofa", "settee": "sofa",
     "bookshelf": "bookcase", "book shelf": "bookcase", "armoire": "wardrobe", "closet": "wardrobe",
     "night stand": "nightstand", "bedside table": "nightstand", "mid century": "mid-century",
@@ -714,7 +715,7 @@ def prompts(meta: dict[str, str]) -> list[str]:
     words = f" {title} ".replace(",", " ")
     kind = meta["object_type"] if meta["object_type"] and f" {meta['object_type']} " not in words else ""
     title = " ".join(filter(None, (title, kind))) or "product"
-    details = [v for v in (meta[name] for name in DETAILS) if v and f" {v} " not in words]
+    details = [v for v in map(meta.get, DETAILS) if v and f" {v} " not in words]
     subject = " ".join([*details, title])
     names = {"subject": subject, "title": title, "details": " ".join(details)}
     names["article"] = "an" if subject[:1] in "aeiou" else "a"

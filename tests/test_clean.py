@@ -1772,6 +1772,10 @@ def test_the_shops_own_attributes_are_kept(shop, capsys):
     shop.workspace = shop.folder / "other"
     assert shop.call() == 0 and shop.cleaned()[1] == first  # an earlier output: its attributes are replaced
     assert "kept as" not in capsys.readouterr().out
+    shop.output.write_text(shop.output.read_text().replace(",object_type", ",kind", 1))
+    shop.catalogue, shop.output = shop.output, shop.folder / "newer.csv"
+    assert shop.call() == 0 and shop.cleaned()[1]["color"] == first["color"]  # of a version with fewer attributes
+    assert "kept as" not in capsys.readouterr().out
 
 
 def test_request_files_that_somebody_removed_are_built_anew(shop, capsys):

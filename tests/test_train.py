@@ -1465,12 +1465,24 @@ def test_a_mark_that_is_none_of_ours_is_written_anew(base, tmp_path, damaged):
     assert train(base, tmp_path, "--scenario", "zero_shot")["scenario"] == "zero_shot"
 
 
-def test_a_run_that_did_not_note_mean_and_std_goes_on(base, tmp_path, capsys):
+def test_another_way_to_draw_views_is_another_run(base, tmp_path, monkeypatch, capsys):
+    scenario = ("--scenario", "text_lora", "--augment", "simple", "--epochs", 1)
+    train(base, tmp_path, *scenario)
+    kept = {path.name for path in (tmp_path / "cache").glob("train-image-*")}
+    monkeypatch.setattr(stage, "CROPS", {"simple": 0.5, "advanced": 0.5})
+    capsys.readouterr()
+    assert stage.main(arguments(base, tmp_path, *scenario)) == 1
+    assert "drawn_views was" in capsys.readouterr().err
+    train(base, tmp_path, *scenario, "--no-resume")
+    assert kept and kept.isdisjoint(path.name for path in (tmp_path / "cache").glob("train-image-*"))
+
+
+def test_a_run_that_did_not_note_mean_std_and_views_goes_on(base, tmp_path, capsys):
     train(base, tmp_path, "--epochs", 1)
     path, marker = tmp_path / "checkpoint.pt", tmp_path / "train.json"
     saved, facts = torch.load(path, weights_only=True), json.loads(marker.read_text())
     for identity in (saved["identity"], facts["identity"]):
-        del identity["mean"], identity["std"]
+        del identity["mean"], identity["std"], identity["drawn_views"]
     torch.save(saved, path), marker.write_text(json.dumps(facts))
     capsys.readouterr()
     train(base, tmp_path, "--epochs", 1, "--restart")
