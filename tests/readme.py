@@ -77,7 +77,7 @@ def results(path: Path = ROOT / "data/report/report.json") -> str:
     told = [f"{report['items']} products of the test split; p after Holm's correction over every difference reported."]
     if judged := (report.get("queries") or {}).get("judged"):
         gains = [(run["name"], run["metrics"]["ndcg@10"]) for run in judged["runs"]]
-        found = "; ".join(
+        found = ";\n".join(
             f"`{name}` {gain['value']:.3f} ({gain['difference']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}])"
             for name, gain in gains
         )
@@ -98,7 +98,7 @@ def swept(path: Path = ROOT / "data/sweep/sweep.json") -> str:
     own = "|".join(name.replace("_", "-") for name in tried)  # a flag that is a setting of the table is its own try's
     flags = re.sub(rf"--({own}) \S+ ?", "", " ".join(found["flags"])).strip()
     flags = f" with `{flags}`" if flags else ""
-    told = f"{found['epochs']} epochs each{flags}; zero-shot has {found['tries'][0]['zero_shot_mrr']:.3f}."
+    told = f"`--epochs {found['epochs']}`{flags}; zero-shot has {found['tries'][0]['zero_shot_mrr']:.3f}."
     return "\n".join([*rows, "", told])
 
 
