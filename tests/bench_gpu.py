@@ -134,11 +134,11 @@ def our_run(scenario: str, precision: str, micro: int = BATCH, **settings):
     return stage.Run(config, Path(), world, clip, stage.Towers(clip, config), None, None, None, BATCH, micro)
 
 
-def our_batch(run, size: int = BATCH):
+def our_batch(run, size: int | None = None):
     """Pictures, to be augmented as a run does it unasked, and tokens drawn; or a frozen tower's kept features."""
     import torch
 
-    stage = importlib.import_module("3_train")
+    stage, size = importlib.import_module("3_train"), size or run.effective
     vision, text, _ = stage.SCENARIOS[run.config.scenario]
     random = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (size, 3, 224, 224), generator=random, dtype=torch.uint8)
@@ -402,12 +402,11 @@ def check_resume(work: Path, shards: Path, model: str) -> dict[str, float]:
     def difference(one: dict, other: dict) -> float:
         return max(float((one[name] - other[name]).abs().max()) for name in one)
 
-    command = train_command(shards, model, work / "stopped", *SETTINGS)
+    command, saved = train_command(shards, model, work / "stopped", *SETTINGS), work / "stopped" / "checkpoint.pt"
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("  validation: "):
-            break
-    time.sleep(1)  # the checkpoint is written, and the second epoch has begun
+    before = next((saved.stat() for line in process.stdout if line.startswith("epoch 1/")), None)
+    while before and saved.stat().st_mtime_ns == before.st_mtime_ns and process.poll() is None:
+        time.sleep(0.01)  # the checkpoint behind the first epoch is being written
     process.kill()
     process.wait()
     resumed = run_script(*command).stdout
