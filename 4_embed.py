@@ -181,9 +181,15 @@ def read_run(folder: str, args: argparse.Namespace) -> Run:
             return Run(path.name, f"{LOCAL}{path}", folder=path)
         raise Fail(f"{path}: no finished run there (no train.json); train it with 3_train.py, or check the path")
     facts = common.read_json(place / "train.json", "run")
-    model = facts.get("model_dir")  # zero_shot has none
-    weights = (f"{LOCAL}{place / model}", None) if model else (args.model, args.pretrained)
-    return Run(facts.get("scenario") or place.name, *weights, place, facts.get("inputs", {}).get("base_fingerprint"))
+    try:
+        name, model = facts.get("scenario"), facts.get("model_dir")
+        base = facts.get("inputs", {}).get("base_fingerprint")
+        if not all(isinstance(text, str | None) for text in (name, model, base)):
+            raise TypeError("a name is no text")
+    except (AttributeError, TypeError) as error:
+        raise Fail(f"{place}/train.json: not written by 3_train.py ({error}); train that run again") from None
+    weights = (f"{LOCAL}{place / model}", None) if model else (args.model, args.pretrained)  # zero_shot has no model
+    return Run(name or place.name, *weights, place, base)
 
 
 def run_names(runs: list[Run]) -> list[str]:

@@ -599,6 +599,20 @@ def test_any_model_folder_is_a_clip_or_one_line(tiny_world, tmp_path, data):
             assert str(folder) in str(error)
 
 
+@fuzz
+@given(data=st.data())
+def test_any_run_is_one_or_one_line(tmp_path, data):
+    run = {"scenario": "dual_lora", "model_dir": "model", "inputs": {"base_fingerprint": "f"}, "identity": {}}
+    content = json.dumps(changed(data.draw, run)) if data.draw(st.booleans()) else data.draw(st.text(max_size=50))
+    (tmp_path / "train.json").write_text(content, errors="replace")
+    args = argparse.Namespace(model="local-dir:x", pretrained=None)
+    try:
+        found = embed.read_run(str(tmp_path), args)
+        assert isinstance(found.name, str) and isinstance(found.model, str)
+    except common.Fail as error:
+        assert "train.json" in str(error)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Parquet
 
